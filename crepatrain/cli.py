@@ -1,0 +1,192 @@
+"""The commands of `crepatrain`. Thin: each reads its arguments, makes a plan and calls what does the work."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import crepatrain
+from crepatrain.config.plan import Plan, read_plan
+from crepatrain.config.sections import RunConfig
+from crepatrain.config.specs import FAMILIES
+from crepatrain.console import Screen
+from crepatrain.errors import DivergedError, Problem, UserError
+
+EXIT_USER_ERROR, EXIT_STOPPED, EXIT_DIVERGED = 2, 3, 4
+
+app = typer.Typer(
+    name="crepatrain",
+    help="Fine-tune video diffusion transformers with CREPA, cross-frame representation alignment.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_screen = Screen()
+
+_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+ConfigFile = Annotated[
+    Path, typer.Argument(help="JSON or YAML; every key of it is an option too: --crepa_lambda 0.3", show_default=False)
+]
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    with _exit_codes():
+        app()
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """What went wrong as an exit code and, where the user can mend it, as a message rather than a traceback."""
+    try:
+        yield
+    except UserError as error:
+        _screen.problems(error.problems)
+        sys.exit(EXIT_USER_ERROR)
+    except DivergedError as error:
+        _screen.problems([Problem(*str(error).split("\n  -> ", maxsplit=1))])
+        sys.exit(EXIT_DIVERGED)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(crepatrain.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings=_OPTIONS)
+def fit(context: typer.Context, config: ConfigFile) -> None:
+    """Train. The same command again in the same folder goes on from its last checkpoint."""
+    plan = _plan(config, context.args)
+
+    def work() -> None:
+        from crepatrain.commands import fit as command
+
+        _summary(plan)
+        command.fit(plan, _screen)
+
+    _stoppable(work)
+
+
+@app.command(context_settings=_OPTIONS)
+def cache(context: typer.Context, config: ConfigFile) -> None:
+    """Fill the caches of latents, captions and teacher features, and stop there."""
+    plan = _plan(config, context.args)
+
+    def work() -> None:
+        import torch
+
+        from crepatrain.commands import precompute, preflight
+        from crepatrain.commands.stopping import StopSignal
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with StopSignal() as stop:
+            prepared = precompute.fill_caches(plan, preflight.look_at_clips(plan, _screen), _screen, device, stop)
+        _screen.say(f"the caches of {len(prepared.samples)} windows are full, in {prepared.store.root}")
+
+    _stoppable(work)
+
+
+@app.command("validate-config", context_settings=_OPTIONS)
+def validate_config(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Argument(help="JSON or YAML", show_default=False)] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a config, for editors.")] = False,
+) -> None:
+    """Check a config and say in words what it will do. Loads neither torch nor weights."""
+    if schema:
+        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+        return
+    if config is None:
+        raise UserError("no config file was given", "run crepatrain validate-config config.json")
+    plan = read_plan(config, context.args, online=False)
+    _summary(plan)
+    _screen.say("the config is valid")
+
+
+@app.command("dry-run", context_settings=_OPTIONS)
+def dry_run(context: typer.Context, config: ConfigFile) -> None:
+    """Look at every clip and say what training will use, take and cost on disk. Loads no weights."""
+    plan = _plan(config, context.args)
+
+    def work() -> None:
+        from crepatrain.commands import dryrun
+
+        _summary(plan)
+        dryrun.dry_run(plan, _screen)
+
+    _stoppable(work)
+
+
+@app.command("make-random")
+def make_random(
+    family: Annotated[str, typer.Argument(help=f"one of: {', '.join(FAMILIES)}")],
+    folder: Annotated[Path, typer.Argument(help="where to write the checkpoint")],
+    size: Annotated[
+        str | None, typer.Option(help="shapes of a released model instead of tiny ones; see `crepatrain families`")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the weights")] = 0,
+) -> None:
+    """Write a complete diffusers checkpoint with random weights, and a tiny vision encoder beside it."""
+    from crepatrain.commands.random_checkpoint import make_random as command
+
+    command(family, folder, size, seed, _screen)
+
+
+@app.command()
+def families() -> None:
+    """What is known of each family."""
+    _screen.table(
+        "families",
+        ("family", "frames", "size", "fps", "block", "LoRA targets", "released models"),
+        [
+            (
+                spec.name,
+                str(spec.default_size[2]),
+                f"{spec.default_size[0]}x{spec.default_size[1]}",
+                f"{spec.fps:g}",
+                str(spec.default_block),
+                ", ".join(spec.lora_targets),
+                ", ".join(spec.released),
+            )
+            for spec in FAMILIES.values()
+        ],
+    )
+
+
+def _plan(config: Path, options: list[str]) -> Plan:
+    return read_plan(config, options)
+
+
+def _summary(plan: Plan) -> None:
+    _screen.rows(f"crepatrain {crepatrain.__version__}", plan.summary())
+    for warning in plan.warnings:
+        _screen.note(warning)
+
+
+def _stoppable(work: Callable[[], Any]) -> None:
+    """Run what may be stopped by a signal, with the libraries' own progress bars off."""
+    from crepatrain.commands.quiet import quiet_libraries
+    from crepatrain.commands.stopping import Stopped
+
+    quiet_libraries()
+    try:
+        work()
+    except Stopped as stopped:
+        _screen.say(f"stopped: {stopped}")
+        sys.exit(EXIT_STOPPED)
+
+
+if __name__ == "__main__":
+    main()

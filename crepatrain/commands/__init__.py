@@ -1,0 +1,1 @@
+"""What each command does. `fit` calls its siblings; nobody else does."""

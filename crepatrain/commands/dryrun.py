@@ -1,0 +1,23 @@
+"""Everything that can be said of a run without its weights."""
+
+from crepatrain.commands import preflight
+from crepatrain.config.plan import Plan
+from crepatrain.console import Screen
+from crepatrain.families import get_family
+from crepatrain.training import build
+from crepatrain.training.lora import trainable_parameters
+
+
+def dry_run(plan: Plan, screen: Screen) -> None:
+    """Look at the clips, build the modules on the meta device, and print what a run would use.
+
+    Raises:
+        UserError: what `fit` would refuse before it loads weights.
+    """
+    dataset = preflight.look_at_clips(plan, screen)
+    transformer = get_family(plan.config.model_family).empty_transformer(plan.checkpoint.transformer)
+    build.adapt(plan, transformer)
+    trainable = {"adapter": sum(p.numel() for p in trainable_parameters(transformer))}
+    if plan.config.crepa_enabled:
+        trainable["projector"] = sum(p.numel() for p in build.build_crepa(plan).parameters())
+    preflight.describe(plan, dataset, screen, trainable)

@@ -1,0 +1,143 @@
+"""A run's folder: whose run it is, where it stands, what it has logged."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from crepatrain.config.sections import RunConfig
+from crepatrain.errors import Problem, UserError
+from crepatrain.training.checkpoint import checkpoints, replace_json, step_of
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        config: of the run, with every default filled in.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.root = Path(config.output_dir)
+        self.checkpoints = self.root / "checkpoints"
+        self.adapters = self.root / "adapters"
+        self.metrics = self.root / "metrics.jsonl"
+        self._config_file = self.root / "config.json"
+        self._config = config
+
+    def open(self) -> Path | None:
+        """Claim the folder for this run; nothing is written before it is known to be its own.
+
+        Returns:
+            The checkpoint to go on from; None: begin at step 0.
+
+        Raises:
+            UserError: the folder holds another run, or there is no such checkpoint.
+        """
+        self._expect_same_run()
+        resume = self._checkpoint()
+        self.root.mkdir(parents=True, exist_ok=True)
+        replace_json(self._config_file, self._config.model_dump())
+        return resume
+
+    def _expect_same_run(self) -> None:
+        if not self._config_file.is_file():
+            strangers = sorted(path.name for path in self.root.iterdir()) if self.root.is_dir() else []
+            if strangers:
+                raise UserError(
+                    f"output_dir={self.root}: it is not empty and holds no run ({', '.join(strangers[:5])})", "give a new folder"
+                )
+            return
+        try:
+            before = json.loads(self._config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self._config_file} can't be read ({error})", "give a new output_dir") from None
+        now = self._config.model_dump()
+        changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key) and not _may_change(key)]
+        if changed:
+            listed = "; ".join(f"{key}: {json.dumps(before.get(key))} there, {json.dumps(now.get(key))} here" for key in changed)
+            raise UserError(
+                f"output_dir={self.root} holds a different run ({listed})",
+                "give a new output_dir, or the same values to continue it",
+            )
+
+    def _checkpoint(self) -> Path | None:
+        wanted = self._config.resume_from_checkpoint
+        found = checkpoints(self.checkpoints)
+        if wanted is None:
+            if found:
+                raise UserError(
+                    f"output_dir={self.root} holds a run at step {step_of(found[-1])}, and resume_from_checkpoint is null",
+                    "give a new output_dir, or set resume_from_checkpoint to latest",
+                )
+            return None
+        if wanted == "latest":
+            return found[-1] if found else None
+        for path in found:
+            if path.name == Path(wanted).name:
+                return path
+        names = ", ".join(path.name for path in found) or "none yet"
+        raise UserError(
+            f"resume_from_checkpoint={wanted}: no such checkpoint in {self.checkpoints}", f"use latest, or one of: {names}"
+        )
+
+    def check_fingerprint(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Compare what a checkpoint was made from with what there is now.
+
+        Raises:
+            UserError: the base weights, the clips or the samples of a step have changed.
+        """
+        names = {
+            "transformer": "the base transformer's weights",
+            "samples": "the clips or captions",
+            "unit": "the number of samples of a step",
+        }
+        changed = [
+            Problem(f"{name} changed since this run's checkpoint", "give a new output_dir")
+            for key, name in names.items()
+            if before[key] != now[key]
+        ]
+        if changed:
+            raise UserError.of(changed)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl that will be logged again."""
+        if not self.metrics.is_file():
+            return
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _step_of_line(line) <= step]
+        if len(kept) != len(lines):
+            aside = self.metrics.with_name("metrics.jsonl.tmp")
+            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            aside.replace(self.metrics)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def status(self, status: Literal["running", "completed", "stopped", "failed"], step: int, reason: str = "") -> None:
+        """Say where the run stands."""
+        replace_json(self.root / "status.json", {"status": status, "step": step, "reason": reason})
+
+    def first_and_last(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The first and the last line of metrics.jsonl."""
+        if not self.metrics.is_file():
+            return None
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        return (json.loads(lines[0]), json.loads(lines[-1])) if lines else None
+
+
+def _may_change(key: str) -> bool:
+    # A key that this version doesn't know is a difference: it may have meant something.
+    return key == "output_dir" or (key in RunConfig.model_fields and RunConfig.may_change(key))
+
+
+def _step_of_line(line: str) -> float:
+    """Of a metrics line; one that a kill has cut off belongs nowhere."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")

@@ -1,0 +1,305 @@
+"""From a config file and command-line options to a RunConfig, or to every problem in them at once."""
+
+import csv
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from crepatrain.config.sections import RunConfig
+from crepatrain.errors import Problem, UserError
+
+# What SimpleTuner, musubi-tuner, diffusers' scripts, finetrainers, ai-toolkit and diffusion-pipe call the same thing.
+FOREIGN_KEYS: Mapping[str, str] = {
+    "pretrained_transformer_model_name_or_path": "pretrained_model_name_or_path",
+    "pretrained_model_path": "pretrained_model_name_or_path",
+    "pretrained_model": "pretrained_model_name_or_path",
+    "name_or_path": "pretrained_model_name_or_path",
+    "model_name": "model_family",
+    "model_path": "pretrained_model_name_or_path",
+    "model_id": "pretrained_model_name_or_path",
+    "ckpt_path": "pretrained_model_name_or_path",
+    "dit": "pretrained_model_name_or_path",
+    "model": "pretrained_model_name_or_path",
+    "model_flavour": "pretrained_model_name_or_path",
+    "arch": "model_family",
+    "family": "model_family",
+    "model_revision": "revision",
+    "training_type": "model_type",
+    "lora_type": "model_type",
+    "rank": "lora_rank",
+    "network_dim": "lora_rank",
+    "linear": "lora_rank",
+    "alpha": "lora_alpha",
+    "network_alpha": "lora_alpha",
+    "linear_alpha": "lora_alpha",
+    "network_dropout": "lora_dropout",
+    "target_modules": "lora_targets",
+    "lora_target_modules": "lora_targets",
+    "lora_layers": "lora_targets",
+    "flux_lora_target": "lora_targets",
+    "dataset": "train_data",
+    "dataset_config": "train_data",
+    "data_backend_config": "train_data",
+    "data_root": "train_data",
+    "dataset_name": "train_data",
+    "train_data_dir": "train_data",
+    "instance_data_dir": "train_data",
+    "instance_data_root": "train_data",
+    "folder_path": "train_data",
+    "video_directory": "train_data",
+    "resolution": "height",
+    "max_num_frames": "num_frames",
+    "target_frames": "num_frames",
+    "frames": "num_frames",
+    "target_fps": "fps",
+    "source_fps": "fps",
+    "framerate": "fps",
+    "caption_dropout_probability": "caption_dropout",
+    "caption_dropout_rate": "caption_dropout",
+    "caption_dropout_p": "caption_dropout",
+    "cache_directory": "cache_dir",
+    "discrete_flow_shift": "flow_shift",
+    "flow_schedule_shift": "flow_shift",
+    "weighting_scheme": "timestep_sampling",
+    "flow_weighting_scheme": "timestep_sampling",
+    "timestep_type": "timestep_sampling",
+    "lr": "learning_rate",
+    "optimizer_type": "optimizer",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "weight_decay": "adam_weight_decay",
+    "epsilon": "adam_epsilon",
+    "gradient_clipping": "max_grad_norm",
+    "clip_grad_norm": "max_grad_norm",
+    "lr_warmup": "lr_warmup_steps",
+    "warmup_steps": "lr_warmup_steps",
+    "steps": "max_train_steps",
+    "train_steps": "max_train_steps",
+    "max_steps": "max_train_steps",
+    "epochs": "num_train_epochs",
+    "max_train_epochs": "num_train_epochs",
+    "batch_size": "train_batch_size",
+    "per_device_train_batch_size": "train_batch_size",
+    "micro_batch_size_per_gpu": "train_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "save_every": "checkpointing_steps",
+    "save_every_n_steps": "checkpointing_steps",
+    "checkpoint_step_interval": "checkpointing_steps",
+    "max_step_saves_to_keep": "checkpoints_total_limit",
+    "save_last_n_steps": "checkpoints_total_limit",
+    "resume": "resume_from_checkpoint",
+    "logging_dir": "output_dir",
+    "save_root": "output_dir",
+    "num_workers": "dataloader_num_workers",
+    "max_data_loader_n_workers": "dataloader_num_workers",
+    "dtype": "mixed_precision",
+    "crepa_weight": "crepa_lambda",
+    "crepa_distance": "crepa_adjacent_distance",
+    "crepa_tau": "crepa_adjacent_tau",
+    "crepa_cumulative_neighbours": "crepa_cumulative_neighbors",
+    "crepa_normalize_neighbor_sum": "crepa_normalize_neighbour_sum",
+}
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number, as everybody who writes it means it."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_values(path: Path, options: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
+    """The plain values of a JSON or YAML file and of `--key value` options, which win.
+
+    Args:
+        problems: options that can't be read are added to it.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    values = _read_file(path)
+    values.update(parse_options(options, problems))
+    return values
+
+
+def parse(values: Mapping[str, Any], problems: list[Problem]) -> tuple[RunConfig | None, set[str]]:
+    """A config of what can be understood, so that it can be checked further, and the keys that could not.
+
+    Args:
+        problems: everything that is wrong with the values is added to it.
+
+    Returns:
+        The config (None if a required key is missing or wrong), and the keys that were left out of it.
+    """
+    known = {key: value for key, value in values.items() if key in RunConfig.model_fields}
+    problems += [unknown_key(key) for key in values if key not in known]
+    try:
+        return RunConfig.model_validate(known), set()
+    except ValidationError as error:
+        problems += _explain(error)
+        wrong = {str(details["loc"][0]) for details in error.errors()}
+    try:
+        return RunConfig.model_validate({key: value for key, value in known.items() if key not in wrong}), wrong
+    except ValidationError:
+        return None, wrong
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise UserError(f"config {path} is a folder", "give a .json or .yaml file, such as its config.json")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"config {path} does not exist", _other_configs(path)) from None
+    except UnicodeDecodeError:
+        raise UserError(f"config {path} is not text", "give a .json or .yaml file in UTF-8") from None
+    except OSError as error:
+        raise UserError(f"config {path} can't be read: {error.strerror}", "mend the file's permissions") from None
+    try:
+        if path.suffix.lower() in {".yaml", ".yml"}:
+            values = yaml.load(text, Loader=_YamlLoader)  # noqa: S506 - a SafeLoader, with one more number format
+        else:
+            values = json.loads(text, object_pairs_hook=_no_repeats)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"config {path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})",
+            "mend that line (a missing or trailing comma is the usual cause)",
+        ) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}", "mend that line") from None
+    if not isinstance(values, dict):
+        raise UserError(f"config {path} holds a {type(values).__name__}", "write one object of keys and values")
+    values.pop("$schema", None)  # what editors look for; see `crepatrain validate-config --schema`
+    return {str(key): value for key, value in values.items()}
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise UserError(f"{key} stands twice in the config, as {seen[key]!r} and {value!r}", "keep one of them")
+        seen[key] = value
+    return seen
+
+
+def _other_configs(path: Path) -> str:
+    folder = path.parent
+    found = sorted(p.name for p in folder.glob("*") if p.suffix in {".json", ".yaml", ".yml"}) if folder.is_dir() else []
+    close = difflib.get_close_matches(path.name, found, n=1)
+    if close:
+        return f"did you mean {folder / close[0]}?"
+    return f"there are {', '.join(found[:5])} in {folder}" if found else "start from one in configs/"
+
+
+def parse_options(options: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
+    """`--key value`, `--key=value` or `--flag` as values, dashes or underscores in the key."""
+    values: dict[str, Any] = {}
+    rest = list(options)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            problems.append(Problem(f"{word!r} is not an option", "write --key value, after the config file"))
+            continue
+        name, given, value = word[2:].partition("=")
+        key = name.replace("-", "_")
+        if not given:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        values[key] = _option_value(key, value)
+    return values
+
+
+def _option_value(key: str, text: str) -> Any:
+    field = RunConfig.model_fields.get(key)
+    if text.lower() in {"null", "none"}:
+        return None
+    if field is not None and _plain_types(field.annotation) == {str}:
+        return text
+    if text.lower() in {"true", "false"}:
+        return text.lower() == "true"
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass
+    if field is not None and list in _plain_types(field.annotation) and "," in text:
+        return next(csv.reader([text]))
+    return text
+
+
+def _plain_types(annotation: Any) -> set[type]:
+    if annotation is None or annotation is type(None):
+        return set()
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return {type(choice) for choice in get_args(annotation)}
+    if origin is list:
+        return {list}
+    if isinstance(annotation, type):
+        return {annotation}
+    return set().union(*(_plain_types(arg) for arg in get_args(annotation)))
+
+
+def unknown_key(key: str) -> Problem:
+    """What to answer to a key that is not ours."""
+    lowered = key.lower().replace("-", "_").lstrip("_")
+    if lowered in FOREIGN_KEYS:
+        return Problem(f"{key}: unknown key", f"here it is called {FOREIGN_KEYS[lowered]}")
+    close = difflib.get_close_matches(lowered, RunConfig.model_fields, n=1, cutoff=0.7)
+    if close:
+        return Problem(f"{key}: unknown key", f"did you mean {close[0]}?")
+    return Problem(f"{key}: unknown key", "remove it; `crepatrain validate-config --schema` lists every key")
+
+
+_REMEDIES = {
+    "greater_than": "use a value above {gt}",
+    "greater_than_equal": "use {ge} or more",
+    "less_than": "use a value below {lt}",
+    "less_than_equal": "use {le} or less",
+    "int_type": "write a whole number",
+    "int_from_float": "write a whole number",
+    "float_type": "write a number",
+    "finite_number": "write a finite number",
+    "bool_type": "write true or false",
+    "string_type": 'write a text in "quotes"',
+    "list_type": "write a list",
+    "string_too_short": "write a value",
+    "string_pattern_mismatch": "use letters, digits, dot, dash and underscore",
+}
+
+
+def _explain(error: ValidationError) -> list[Problem]:
+    """One problem per key, whatever branches of a union failed under it."""
+    by_key: dict[str, list[ErrorDetails]] = {}
+    for details in error.errors():
+        by_key.setdefault(str(details["loc"][0]), []).append(details)
+    return [_explain_key(key, found) for key, found in by_key.items()]
+
+
+def _explain_key(key: str, found: list[ErrorDetails]) -> Problem:
+    first = found[0]
+    if first["type"] == "missing":
+        return Problem(f"{key} is missing", f"add it: {RunConfig.model_fields[key].description}")
+    what = f"{key}={json.dumps(first['input'], default=str)}"
+    remedies = [_remedy(details) for details in found]
+    return Problem(f"{what}: not possible here", " or ".join(dict.fromkeys(remedies)))
+
+
+def _remedy(details: ErrorDetails) -> str:
+    if details["type"] == "literal_error":
+        expected = details.get("ctx", {})["expected"]
+        choices = re.findall(r"'([^']*)'", expected)
+        close = difflib.get_close_matches(str(details["input"]).lower(), choices, n=1)
+        listed = ", ".join(choices)
+        if close:
+            return f"did you mean {close[0]}? (one of: {listed})"
+        return f"use one of: {listed}" if len(choices) > 1 else f'use "{listed}"'
+    template = _REMEDIES.get(details["type"])
+    return template.format(**details.get("ctx", {})) if template else details["msg"]

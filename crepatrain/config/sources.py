@@ -1,0 +1,179 @@
+"""The JSON files of a checkpoint or a vision encoder, from a folder, the hub's cache, the hub, or the package's own knowledge."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crepatrain.config.specs import ENCODERS, EncoderSpec, FamilySpec, released_model
+from crepatrain.errors import UserError
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a pipeline's JSON files say.
+
+    Attributes:
+        origin: folder, hub, or package where only the package's own table could be asked.
+    """
+
+    model_index: Mapping[str, Any]
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    origin: str
+
+
+def read_checkpoint(path: str, revision: str | None, spec: FamilySpec, *, online: bool) -> Checkpoint:
+    """The JSON files of a diffusers pipeline.
+
+    Args:
+        path: a local folder or a hub id.
+        revision: of a hub id.
+        online: ask the hub for files that are not in its cache. Otherwise a released model that the package knows is taken from
+            its table, and only an unknown one is asked for.
+
+    Raises:
+        UserError: it does not exist, lacks a part, can't be reached, or is of another family.
+    """
+    key = "pretrained_model_name_or_path"
+    if Path(path).is_dir():
+        _expect_parts(key, Path(path), spec)
+    else:
+        _expect_hub_id(key, path)
+        known = released_model(spec, path)
+        if known is not None and not online and not _in_hub_cache(path, "model_index.json", revision):
+            return Checkpoint({}, known.transformer, known.vae, {}, origin="package")
+    names = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+    folder = fetch(key, path, revision, list(names))
+    model_index, transformer, vae, scheduler = (_read_json(key, folder, name) for name in names)
+    found = transformer.get("_class_name", spec.transformer_class)
+    if found != spec.transformer_class:
+        raise UserError(
+            f"{key}={path}: its transformer is a {found}, and model_family={spec.name} needs a {spec.transformer_class}",
+            "set the model_family of this checkpoint, or another checkpoint",
+        )
+    reason = spec.unsupported(model_index, transformer)
+    if reason:
+        raise UserError(f"{key}={path}: {reason}, which this version can't train", f"use a {spec.title} checkpoint")
+    return Checkpoint(model_index, transformer, vae, scheduler, origin="folder" if Path(path).is_dir() else "hub")
+
+
+def read_encoder(name: str) -> EncoderSpec:
+    """E and the patch size of a vision encoder: of a known name, or from its config.json.
+
+    Raises:
+        UserError: an unknown name, or a model that is no vision transformer.
+    """
+    if name in ENCODERS:
+        return ENCODERS[name]
+    key = "crepa_encoder"
+    if not Path(name).is_dir():
+        if "/" not in name:
+            close = difflib.get_close_matches(name, ENCODERS, n=1)
+            hint = f"did you mean {close[0]}? Otherwise " if close else ""
+            raise UserError(f"{key}={name}: no such encoder", f"{hint}use one of {', '.join(ENCODERS)}, a folder or a hub id")
+        _expect_hub_id(key, name)
+    values = _read_json(key, fetch(key, name, None, ["config.json"]), "config.json")
+    width, patch = values.get("hidden_size"), values.get("patch_size")
+    if not isinstance(width, int) or not isinstance(patch, int):
+        raise UserError(
+            f"{key}={name}: its config.json has no hidden_size and patch_size, so it is not a plain vision transformer",
+            "use a DINOv2 or DINOv3 model in transformers' format",
+        )
+    return EncoderSpec(name, width, patch)
+
+
+def _expect_hub_id(key: str, path: str) -> None:
+    if not _HUB_ID.match(path) or path.startswith((".", "/", "~")):
+        raise UserError(f"{key}={path}: no such folder", "give a diffusers folder that exists, or a hub id such as owner/name")
+
+
+def _expect_parts(key: str, folder: Path, spec: FamilySpec) -> None:
+    missing = [] if (folder / "model_index.json").is_file() else ["model_index.json"]
+    missing += [f"{part}/" for part in spec.parts if not (folder / part).is_dir()]
+    for part in spec.weights:
+        if f"{part}/" not in missing and not any(any((folder / part).glob(pattern)) for pattern in _WEIGHTS):
+            missing.append(f"{part}/*.safetensors")
+    if missing:
+        raise UserError(
+            f"{key}={folder}: not a whole {spec.pipeline_class} folder, it lacks {', '.join(missing)}",
+            "download the repository whose name ends in -Diffusers, or write one with `crepatrain make-random`",
+        )
+
+
+def _read_json(key: str, folder: Path, name: str) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{key}={folder}: it has no {name}", "use a folder in diffusers' or transformers' format") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}={folder}: {name} can't be read ({error})", "download it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{key}={folder}: {name} holds a {type(values).__name__}", "download it again")
+    return values
+
+
+def _in_hub_cache(repo: str, name: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo, name, revision=revision), str)
+
+
+def fetch(key: str, path: str, revision: str | None, patterns: list[str]) -> Path:
+    """The local folder of a model: the path itself, or the hub's snapshot with the files that fit the patterns.
+
+    Raises:
+        UserError: the hub can't be reached or does not let us.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(key, path, revision):
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, etag_timeout=5))
+
+
+@contextmanager
+def _hub_errors(key: str, repo: str, revision: str | None) -> Iterator[None]:
+    """What the hub client raises, as what the user can do about it."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    what = f"{key}={repo}: "
+    try:
+        yield
+    except GatedRepoError as error:
+        raise UserError(
+            what + "the hub wants you to accept its terms", "accept them on its page, then run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            what + "the hub has no such repository, or it is private", "check the name; for a private one run `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(what + f"it has no revision {revision}", "check revision") from error
+    except LocalEntryNotFoundError as error:
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub can't be reached"
+        raise UserError(
+            what + f"it is not on this machine, and {offline}",
+            f"connect once (`hf auth login` if it is gated), or run `hf download {repo}` elsewhere and give the folder",
+        ) from error
+    except EntryNotFoundError as error:
+        raise UserError(what + "a file of it is missing", "use a repository in diffusers' or transformers' format") from error
+    except HfHubHTTPError as error:
+        raise UserError(what + f"the hub answered: {error}", "try again later") from error

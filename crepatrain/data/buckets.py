@@ -1,0 +1,136 @@
+"""Cutting clips into training windows, and windows into buckets of one size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crepatrain.data.decode import resample_frames
+from crepatrain.data.index import Clip, Refusal
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Windows that fit into one batch: their size in pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames} x {self.height} x {self.width}"
+
+
+@dataclass(frozen=True)
+class Window:
+    """One training sample: some frames of one clip, at one size."""
+
+    clip: Clip
+    frames: tuple[int, ...]
+    bucket: Bucket
+
+    @property
+    def path(self) -> Path:
+        return self.clip.path
+
+    @property
+    def name(self) -> str:
+        return f"{self.clip.path.name} frames {self.frames[0]}-{self.frames[-1]}"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A dataset cut into windows.
+
+    Attributes:
+        dropped_frames: frames, after resampling, that no window holds.
+        slower: clips below the wanted rate, taken frame by frame, with the factor by which they run faster.
+    """
+
+    windows: tuple[Window, ...]
+    refused: tuple[Refusal, ...]
+    dropped_frames: int
+    slower: tuple[tuple[Path, float], ...]
+
+    @property
+    def buckets(self) -> dict[Bucket, int]:
+        """How many windows each bucket holds, the largest bucket first."""
+        counts: dict[Bucket, int] = {}
+        for window in self.windows:
+            counts[window.bucket] = counts.get(window.bucket, 0) + 1
+        return dict(sorted(counts.items(), key=lambda item: -item[0].frames * item[0].height * item[0].width))
+
+
+def cut_clips(
+    clips: Sequence[Clip],
+    *,
+    size: tuple[int, int, int],
+    fps: float,
+    multiple: tuple[int, int],
+    aspect_buckets: bool,
+    max_windows_per_clip: int,
+) -> Cut:
+    """Consecutive windows of every clip.
+
+    Args:
+        size: (frames, height, width) of a window.
+        fps: the rate that clips are resampled to.
+        multiple: what a bucket's (height, width) must be multiples of.
+        aspect_buckets: keep each clip's aspect ratio at about the area of `size`.
+        max_windows_per_clip: spread evenly over the clip; 0 means all.
+    """
+    frames, height, width = size
+    windows: list[Window] = []
+    refused: list[Refusal] = []
+    slower: list[tuple[Path, float]] = []
+    dropped = 0
+    for clip in clips:
+        chosen = resample_frames(clip.info, fps)
+        count = len(chosen) // frames
+        if count == 0:
+            refused.append(
+                Refusal(
+                    clip.path,
+                    f"{len(chosen)} frames at {min(fps, clip.info.fps):g} fps, and num_frames={frames} are needed",
+                )
+            )
+            continue
+        if 0 < clip.info.fps < fps * 0.97 and frames > 1:
+            slower.append((clip.path, fps / clip.info.fps))
+        starts = [index * frames for index in _spread(count, max_windows_per_clip)]
+        dropped += len(chosen) - len(starts) * frames
+        sides = (
+            nearest_aspect((clip.info.height, clip.info.width), (height, width), multiple) if aspect_buckets else (height, width)
+        )
+        bucket = Bucket(frames, *sides)
+        windows += [Window(clip, tuple(chosen[start : start + frames]), bucket) for start in starts]
+    return Cut(tuple(windows), tuple(refused), dropped, tuple(slower))
+
+
+def _spread(count: int, limit: int) -> list[int]:
+    if limit == 0 or count <= limit:
+        return list(range(count))
+    if limit == 1:
+        return [count // 2]
+    return [i * (count - 1) // (limit - 1) for i in range(limit)]
+
+
+def nearest_aspect(source: tuple[int, int], area_of: tuple[int, int], multiple: tuple[int, int]) -> tuple[int, int]:
+    """The legal (height, width) nearest to the source's aspect ratio, of at most the wanted area and not under 80 % of it."""
+    area = area_of[0] * area_of[1]
+    aspect = source[0] / source[1]
+    best = area_of
+    best_error = _aspect_error(area_of, aspect)
+    for height in range(multiple[0], area // multiple[1] + 1, multiple[0]):
+        width = area // height // multiple[1] * multiple[1]
+        for candidate in (width, width - multiple[1]):
+            if candidate <= 0 or height * candidate < 0.8 * area:
+                continue
+            error = _aspect_error((height, candidate), aspect)
+            if error < best_error - 1e-9:
+                best, best_error = (height, candidate), error
+    return best
+
+
+def _aspect_error(size: tuple[int, int], aspect: float) -> float:
+    ratio = size[0] / size[1]
+    return max(ratio / aspect, aspect / ratio)

@@ -1,0 +1,71 @@
+"""The one store of everything that is computed once: latents, text, teacher features."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from crepatrain.errors import UserError
+
+# Raised whenever what an entry holds is made in another way.
+FORMAT = 1
+
+Kind = Literal["latents", "text", "teacher"]
+
+
+def entry_key(**facts: Any) -> str:
+    """The name of an entry: a digest of everything that its content depends on."""
+    canonical = json.dumps({"format": FORMAT, **facts}, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class CacheStore:
+    """Entries of tensors, each a safetensors file that is whole or not there.
+
+    Args:
+        root: folder, created with the first entry.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, kind: Kind, key: str) -> Path:
+        return self.root / kind / key[:2] / f"{key}.safetensors"
+
+    def has(self, kind: Kind, key: str) -> bool:
+        return self.path(kind, key).is_file()
+
+    def write(self, kind: Kind, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Written aside, flushed to the disk and renamed, so that a kill leaves no half entry."""
+        path = self.path(kind, key)
+        aside = path.with_name(f"{key}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside)
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except (OSError, SafetensorError) as error:
+            aside.unlink(missing_ok=True)
+            raise UserError(
+                f"cache_dir={self.root}: {path.name} can't be written ({error})", "free disk space, or set cache_dir"
+            ) from error
+
+    def read(self, kind: Kind, key: str) -> dict[str, Tensor]:
+        """The tensors of an entry, memory-mapped.
+
+        Raises:
+            UserError: it is gone or damaged.
+        """
+        path = self.path(kind, key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cache entry {path} can't be read ({error})", "delete it; the next run writes it again") from error

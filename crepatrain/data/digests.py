@@ -1,0 +1,52 @@
+"""What a file's content is, without reading it again while its size and time stay the same."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+class FileDigests:
+    """Content digests of files and folders, remembered across runs.
+
+    Args:
+        memo: the JSON file that remembers them.
+    """
+
+    def __init__(self, memo: Path) -> None:
+        self._memo = memo
+        self._known: dict[str, str] = json.loads(memo.read_text(encoding="utf-8")) if memo.is_file() else {}
+        self._changed = False
+
+    def file(self, path: Path) -> str:
+        """Of one file's content."""
+        real = path.resolve()
+        if real.parent.name == "blobs":  # the hub's cache names a file by its content
+            return real.name
+        stat = real.stat()
+        stamp = f"{real}|{stat.st_size}|{stat.st_mtime_ns}"
+        if stamp not in self._known:
+            with real.open("rb") as file:
+                self._known[stamp] = hashlib.file_digest(file, "sha256").hexdigest()
+            self._changed = True
+        return self._known[stamp]
+
+    def folder(self, path: Path) -> str:
+        """Of all JSON, text and safetensors files right inside a folder, names included."""
+        files = sorted(file for file in path.iterdir() if file.suffix in {".json", ".txt", ".model", ".safetensors"})
+        lines = [f"{file.name} {self.file(file)}" for file in files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def save(self) -> None:
+        """Remember what was learnt."""
+        if self._changed:
+            replace_text(self._memo, json.dumps(self._known))
+            self._changed = False
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file aside and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,202 @@
+"""Which clips a dataset holds, what they are, and which of them can't be used."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from crepatrain.data.decode import ClipInfo, Unreadable, probe
+from crepatrain.data.digests import FileDigests, replace_text
+from crepatrain.errors import Problem, UserError
+
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv"}
+)
+_VIDEO_KEYS = ("video", "file_name", "path", "file")
+_CAPTION_KEYS = ("caption", "text", "prompt")
+_INDEX_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """One video file with its caption.
+
+    Attributes:
+        digest: of the file's content.
+    """
+
+    path: Path
+    caption: str
+    digest: str
+    info: ClipInfo
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A file that can't be used, and why."""
+
+    path: Path
+    reason: str
+
+
+def list_clips(train_data: Path) -> list[tuple[Path, str | None]]:
+    """Video files with their captions, in a stable order; None where there is no caption.
+
+    Args:
+        train_data: a folder (searched below it too; captions in NAME.txt, metadata.jsonl or metadata.csv), or such a list.
+
+    Raises:
+        UserError: no videos, or a list that can't be read.
+    """
+    if train_data.is_file():
+        return _read_list(train_data)
+    for name in ("metadata.jsonl", "metadata.csv"):
+        if (train_data / name).is_file():
+            return _read_list(train_data / name)
+    videos = sorted(
+        path
+        for path in train_data.rglob("*")
+        if path.suffix.lower() in VIDEO_SUFFIXES and not any(part.startswith(".") for part in path.relative_to(train_data).parts)
+    )
+    if not videos:
+        raise UserError(
+            f"train_data={train_data}: no video files in it",
+            f"put clips ({', '.join(sorted(VIDEO_SUFFIXES))}) and NAME.txt captions into it",
+        )
+    return [(path, _sidecar(path)) for path in videos]
+
+
+def _sidecar(video: Path) -> str | None:
+    text = video.with_suffix(".txt")
+    if not text.is_file():
+        return None
+    try:
+        caption = text.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"caption {text} is not UTF-8", "save it as UTF-8") from None
+    return " ".join(caption.split()) or None
+
+
+def _read_list(file: Path) -> list[tuple[Path, str | None]]:
+    rows: list[dict[str, Any]] = []
+    text = file.read_text(encoding="utf-8-sig")
+    if file.suffix.lower() == ".csv":
+        rows = list(csv.DictReader(text.splitlines()))
+    else:
+        for number, line in enumerate(text.splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{file}, line {number}: not valid JSON ({error.msg})", "write one object per line") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{file}, line {number}: not an object", 'write {"video": "clip.mp4", "caption": "..."}')
+            rows.append(row)
+    found = []
+    for number, row in enumerate(rows, start=1):
+        name = next((row[key] for key in _VIDEO_KEYS if row.get(key)), None)
+        if name is None:
+            raise UserError(f"{file}, entry {number}: no video", f"give the file's name as one of {', '.join(_VIDEO_KEYS)}")
+        caption = next((str(row[key]).strip() for key in _CAPTION_KEYS if row.get(key)), "")
+        found.append((file.parent / str(name), " ".join(caption.split()) or None))
+    if not found:
+        raise UserError(f"train_data={file}: the list is empty", 'write {"video": "clip.mp4", "caption": "..."} lines')
+    return found
+
+
+def choose_captions(
+    found: Sequence[tuple[Path, str | None]], missing: Literal["error", "empty", "filename", "skip"]
+) -> tuple[list[tuple[Path, str]], list[Refusal]]:
+    """A caption for every clip, by the rule of `missing_captions`.
+
+    Raises:
+        UserError: the rule is error and a clip has none.
+    """
+    without = [path for path, caption in found if caption is None]
+    if without and missing == "error":
+        raise UserError(
+            f"{_names(without)}: no caption",
+            f"write {without[0].with_suffix('.txt').name} beside it, or set missing_captions to empty, filename or skip",
+        )
+    spoken = {"empty": lambda _: "", "filename": lambda path: " ".join(path.stem.replace("_", " ").replace("-", " ").split())}
+    chosen = [
+        (path, caption if caption is not None else spoken[missing](path))
+        for path, caption in found
+        if caption is not None or missing != "skip"
+    ]
+    return chosen, [Refusal(path, "no caption") for path in without if missing == "skip"]
+
+
+def _names(paths: Sequence[Path], limit: int = 5) -> str:
+    shown = ", ".join(path.name for path in paths[:limit])
+    return f"{shown} and {len(paths) - limit} more" if len(paths) > limit else shown
+
+
+class ClipIndex:
+    """Probes clips once: what was learnt of a file is kept under its content's digest.
+
+    Args:
+        root: folder of the index, created when something is kept.
+        digests: of the files.
+    """
+
+    def __init__(self, root: Path, digests: FileDigests) -> None:
+        self._root = root
+        self._digests = digests
+
+    def read(
+        self, captioned: Iterable[tuple[Path, str]], *, advance: Callable[[], None] = lambda: None
+    ) -> tuple[list[Clip], list[Refusal]]:
+        """Decode every clip that is not known yet, in full, so that damage is found before training.
+
+        Args:
+            advance: called after each clip.
+
+        Returns:
+            The clips that can be decoded, and the files that can't.
+        """
+
+        def look(item: tuple[Path, str]) -> Clip | Refusal:
+            path, caption = item
+            try:
+                digest = self._digests.file(path)
+                return Clip(path, caption, digest, self._info(path, digest))
+            except OSError as error:
+                return Refusal(path, error.strerror or str(error))
+            except Unreadable as error:
+                return Refusal(path, str(error))
+            finally:
+                advance()
+
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            results = list(pool.map(look, captioned))
+        self._digests.save()
+        return [r for r in results if isinstance(r, Clip)], [r for r in results if isinstance(r, Refusal)]
+
+    def _info(self, path: Path, digest: str) -> ClipInfo:
+        entry = self._root / f"{digest}-{_INDEX_FORMAT}.json"
+        if entry.is_file():
+            values = json.loads(entry.read_text(encoding="utf-8"))
+            if "refused" in values:
+                raise Unreadable(values["refused"])
+            return ClipInfo(**(values | {"timestamps": tuple(values["timestamps"])}))
+        try:
+            info = probe(path)
+        except Unreadable as error:
+            replace_text(entry, json.dumps({"refused": str(error)}))
+            raise
+        replace_text(entry, json.dumps(asdict(info)))
+        return info
+
+
+def refusal_error(refused: Sequence[Refusal]) -> UserError:
+    """Every refused file, in one error."""
+    problems = [
+        Problem(f"{refusal.path}: {refusal.reason}", "mend or remove it, or set unusable_clips to skip") for refusal in refused
+    ]
+    return UserError.of(problems)

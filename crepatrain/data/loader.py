@@ -1,0 +1,216 @@
+"""Batches in an order that is a pure function of (seed, step), with the random draws of every sample."""
+
+import hashlib
+import random
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from crepatrain.data.buckets import Bucket
+from crepatrain.data.cache import CacheStore
+from crepatrain.data.decode import Unreadable, read_frames
+from crepatrain.errors import UserError
+from crepatrain.geometry import TokenGrid
+from crepatrain.tensors import Batch, PatchFeatures
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One window as training sees it: where its tensors are in the cache.
+
+    Attributes:
+        teacher: key of the teacher's features; None where they are not cached.
+        pixels: the file and the frames that a teacher encodes in the step; None where it doesn't.
+    """
+
+    name: str
+    bucket: Bucket
+    latents: str
+    text: str
+    teacher: str | None = None
+    pixels: tuple[Path, tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A sample at its place in training: optimizer step, and slot among all samples of that step."""
+
+    sample: int
+    step: int
+    slot: int
+
+
+class StepSampler:
+    """Which samples make up an optimizer step, for every step from 0 on.
+
+    An epoch shuffles each bucket, repeats some of its samples to fill the last step, and shuffles the steps: all samples of a
+    step, over micro-batches and processes, are of one bucket.
+
+    Args:
+        buckets: of every sample.
+        unit: samples of one optimizer step, over all micro-batches and processes.
+        seed: of the order.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], unit: int, seed: int) -> None:
+        assert buckets
+        self._by_bucket: dict[Bucket, list[int]] = {}
+        for index, bucket in enumerate(buckets):
+            self._by_bucket.setdefault(bucket, []).append(index)
+        self.unit = unit
+        self.seed = seed
+        self.steps_per_epoch = sum(-(-len(indices) // unit) for indices in self._by_bucket.values())
+        self._plan: tuple[int, list[list[int]]] = (-1, [])
+
+    @property
+    def repeats_per_epoch(self) -> int:
+        """Samples that an epoch shows twice so that its steps are full."""
+        return self.steps_per_epoch * self.unit - sum(map(len, self._by_bucket.values()))
+
+    def samples(self, step: int) -> list[int]:
+        """The samples of an optimizer step, in the order of their slots."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._plan[0] != epoch:
+            self._plan = (epoch, self._shuffle(epoch))
+        return self._plan[1][position]
+
+    def _shuffle(self, epoch: int) -> list[list[int]]:
+        order = random.Random(f"{self.seed}/{epoch}")
+        steps = []
+        for bucket in sorted(self._by_bucket, key=str):
+            indices = list(self._by_bucket[bucket])
+            order.shuffle(indices)
+            short = -len(indices) % self.unit
+            indices += [indices[i % len(indices)] for i in range(short)]
+            steps += [indices[start : start + self.unit] for start in range(0, len(indices), self.unit)]
+        order.shuffle(steps)
+        return steps
+
+
+class MicroBatches:
+    """The draws of one process, micro-batch by micro-batch, without end.
+
+    Slots are numbered over a step's micro-batches, then processes, then samples, so a sample's draw does not depend on how many
+    processes or micro-batches the step is split into.
+
+    Args:
+        start: the optimizer step to begin with.
+        rank, world: of the process.
+        batch_size: samples of one micro-batch on one process.
+    """
+
+    def __init__(self, sampler: StepSampler, *, start: int, rank: int, world: int, batch_size: int) -> None:
+        assert sampler.unit % (world * batch_size) == 0
+        self._sampler = sampler
+        self._start = start
+        self._first = rank * batch_size
+        self._stride = world * batch_size
+        self._batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        step = self._start
+        while True:
+            samples = self._sampler.samples(step)
+            for base in range(self._first, self._sampler.unit, self._stride):
+                yield [Draw(samples[slot], step, slot) for slot in range(base, base + self._batch_size)]
+            step += 1
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator of its own for a key, such as (seed, step, slot)."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@dataclass(eq=False)
+class TrainingSet(Dataset[Any]):
+    """Reads samples from the cache and draws their randomness.
+
+    Attributes:
+        empty_text: key of the empty caption.
+        caption_dropout: share of samples trained with it.
+        draw_sigma: a sample's noise level, from its generator.
+        collate_text: pads texts into a batch.
+        grids: token grid of every bucket.
+        teacher_grids: (rows, columns) of the cached teacher features of every bucket.
+        needs_teacher: whether an optimizer step will ask the teacher; nothing is read for it otherwise.
+    """
+
+    samples: Sequence[Sample]
+    store: CacheStore
+    empty_text: str
+    caption_dropout: float
+    seed: int
+    fps: float
+    draw_sigma: Callable[[torch.Generator], Tensor]
+    collate_text: Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]
+    grids: Mapping[Bucket, TokenGrid]
+    teacher_grids: Mapping[Bucket, tuple[int, int]]
+    needs_teacher: Callable[[int], bool]
+
+    def __getitems__(self, draws: Sequence[Draw]) -> Batch:
+        """The batch of one micro-batch's draws."""
+        bucket = self.samples[draws[0].sample].bucket
+        assert all(self.samples[draw.sample].bucket == bucket for draw in draws)
+        latents, noise, sigma, texts, teacher, pixels = [], [], [], [], [], []
+        for draw in draws:
+            sample = self.samples[draw.sample]
+            generator = keyed_generator(self.seed, draw.step, draw.slot)
+            sigma.append(self.draw_sigma(generator))
+            dropped = torch.rand((), generator=generator).item() < self.caption_dropout
+            latents.append(self.store.read("latents", sample.latents)["latents"])
+            noise.append(torch.randn(latents[-1].shape, generator=generator))
+            texts.append(self.store.read("text", self.empty_text if dropped else sample.text))
+            if sample.teacher is not None and self.needs_teacher(draw.step):
+                teacher.append(self.store.read("teacher", sample.teacher)["values"])
+            if sample.pixels is not None and self.needs_teacher(draw.step):
+                pixels.append(_read_pixels(sample))
+        return Batch(
+            latents=torch.stack(latents),
+            noise=torch.stack(noise),
+            sigma=torch.stack(sigma),
+            text=self.collate_text(texts),
+            grid=self.grids[bucket],
+            fps=self.fps,
+            keys=tuple(self.samples[draw.sample].name for draw in draws),
+            teacher=PatchFeatures(torch.stack(teacher), self.teacher_grids[bucket]) if teacher else None,
+            pixels=torch.stack(pixels) if pixels else None,
+        )
+
+
+def _read_pixels(sample: Sample) -> Tensor:
+    assert sample.pixels is not None
+    path, frames = sample.pixels
+    try:
+        return read_frames(path, frames, (sample.bucket.height, sample.bucket.width))
+    except Unreadable as error:
+        raise UserError(f"{path}: {error}", "put the clip back as it was when the run began") from error
+
+
+def build_loader(dataset: TrainingSet, batches: MicroBatches, *, workers: int, pin_memory: bool) -> "DataLoader[Batch]":
+    """A loader that reads ahead; one item is one micro-batch."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type] - endless, so without a length
+        num_workers=workers,
+        collate_fn=_as_it_is,  # type: ignore[arg-type] - a micro-batch is collated where it is read
+        pin_memory=pin_memory,
+        prefetch_factor=2 if workers else None,
+        generator=torch.Generator().manual_seed(dataset.seed),  # else every iterator draws from the global one
+        worker_init_fn=_leave_signals_to_the_parent,
+    )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,216 @@
+"""From a plan to the modules of a run. The only place that reads the config and loads torch models for training."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from crepatrain.alignment.crepa import Crepa
+from crepatrain.alignment.encoders import VisionEncoder, load_encoder
+from crepatrain.alignment.schedule import CrepaSchedule
+from crepatrain.alignment.teachers import BackboneTeacher, CachedTeacher, LatentTeacher, PixelTeacher, Teacher
+from crepatrain.config.plan import Plan
+from crepatrain.config.sections import RunConfig
+from crepatrain.config.sources import fetch
+from crepatrain.errors import UserError
+from crepatrain.families import get_family
+from crepatrain.families.base import Family
+from crepatrain.training.diffusion import FlowMatching
+from crepatrain.training.lora import add_lora, target_modules, trainable_parameters
+from crepatrain.training.optim import build_lr_scheduler, build_optimizer
+from crepatrain.training.step import LayerSyncTerm
+
+_ENCODER_FILES = ["*.json", "*.safetensors"]
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """Of the frozen weights in training, and of autocast."""
+    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+
+
+def encoding_dtype(device: torch.device) -> torch.dtype:
+    """Of text and vision encoders: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def model_folder(plan: Plan) -> Path:
+    """The checkpoint's local folder, downloaded where it is on the hub."""
+    patterns = ["model_index.json", *(f"{part}/*" for part in plan.spec.parts)]
+    return fetch("pretrained_model_name_or_path", plan.config.pretrained_model_name_or_path, plan.config.revision, patterns)
+
+
+def encoder_folder(plan: Plan) -> Path:
+    """The vision encoder's local folder, downloaded where it is on the hub."""
+    assert plan.encoder is not None
+    return fetch("crepa_encoder", plan.encoder.repo, None, _ENCODER_FILES)
+
+
+@contextlib.contextmanager
+def loading(part: str, folder: Path) -> Iterator[None]:
+    """What diffusers and transformers raise on a damaged checkpoint, as what the user can do about it."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder / part} can't be loaded: {reason}", "download this part again") from error
+
+
+def build_process(config: RunConfig) -> FlowMatching:
+    """The diffusion objective of the config."""
+    assert config.flow_shift is not None
+    return FlowMatching(config.timestep_sampling, config.logit_mean, config.logit_std, config.flow_shift)
+
+
+def build_schedule(config: RunConfig, max_train_steps: int) -> CrepaSchedule | None:
+    """CREPA's weight over the run; None where it is off."""
+    if not config.crepa_enabled:
+        return None
+    return CrepaSchedule(
+        weight=config.crepa_lambda,
+        scheduler=config.crepa_scheduler,
+        warmup_steps=config.crepa_warmup_steps,
+        decay_steps=config.crepa_decay_steps,
+        lambda_end=config.crepa_lambda_end,
+        power=config.crepa_power,
+        cutoff_step=config.crepa_cutoff_step,
+        similarity_threshold=config.crepa_similarity_threshold,
+        similarity_ema_decay=config.crepa_similarity_ema_decay,
+        threshold_mode=config.crepa_threshold_mode,
+        probe_interval=config.crepa_probe_interval,
+        max_train_steps=max_train_steps,
+    )
+
+
+def build_crepa(plan: Plan) -> Crepa:
+    """The alignment module with a fresh projector, from torch's global generator."""
+    config = plan.config
+    return Crepa(
+        plan.geometry.width,
+        plan.encoder.width if plan.encoder else plan.geometry.width,
+        distance=config.crepa_adjacent_distance,
+        tau=config.crepa_adjacent_tau,
+        cumulative_neighbors=config.crepa_cumulative_neighbors,
+        spatial_align=config.crepa_spatial_align,
+        normalize_by_frames=config.crepa_normalize_by_frames,
+        normalize_neighbour_sum=config.crepa_normalize_neighbour_sum,
+        projector=config.crepa_projector,
+    )
+
+
+def build_encoder(plan: Plan, device: torch.device) -> VisionEncoder:
+    """The teacher's vision encoder with its weights."""
+    assert plan.encoder is not None
+    return load_encoder(
+        str(encoder_folder(plan)),
+        plan.encoder.patch,
+        frames_per_forward=plan.config.crepa_encoder_frames_batch_size,
+        device=device,
+        dtype=encoding_dtype(device),
+    )
+
+
+def build_vae(plan: Plan, family: Family, device: torch.device) -> Any:
+    """The VAE with its weights, frozen."""
+    folder = model_folder(plan)
+    with loading("vae", folder):
+        vae = family.load_vae(str(folder), getattr(torch, plan.config.vae_dtype))
+    return vae.to(device)
+
+
+def build_teacher(plan: Plan, family: Family, device: torch.device) -> Teacher:
+    """The teacher of `crepa_feature_source`, with what it needs in memory: nothing, for the default."""
+    config = plan.config
+    if config.crepa_feature_source == "cached":
+        return CachedTeacher()
+    if config.crepa_feature_source == "backbone":
+        assert config.crepa_teacher_block_index is not None
+        return BackboneTeacher(config.crepa_teacher_block_index)
+    encoder = build_encoder(plan, device)
+    if config.crepa_feature_source == "pixels":
+        return PixelTeacher(encoder, plan.encoder_size)
+    vae = build_vae(plan, family, device)
+    if config.crepa_drop_vae_encoder:
+        family.drop_vae_encoder(vae)
+    return LatentTeacher(encoder, plan.encoder_size, lambda latents: family.decode_latents(vae, latents))
+
+
+def build_layersync(config: RunConfig) -> LayerSyncTerm | None:
+    """LayerSync's part of every step; None where it is off or weighs nothing."""
+    if not config.layersync_enabled or config.layersync_lambda == 0:
+        return None
+    assert config.layersync_student_block is not None
+    assert config.layersync_teacher_block is not None
+    return LayerSyncTerm(config.layersync_student_block, config.layersync_teacher_block, config.layersync_lambda)
+
+
+def adapt(plan: Plan, transformer: Any) -> None:
+    """Freeze a transformer and put the config's adapter on it, from torch's global generator.
+
+    Raises:
+        UserError: a target that is no layer of a block, or that no adapter file can hold.
+    """
+    config = plan.config
+    assert config.lora_targets is not None
+    assert config.lora_alpha is not None
+    modules = target_modules(transformer, config.lora_targets, plan.spec)
+    family = get_family(config.model_family)
+    for module in modules:
+        family.export_name(module)
+    add_lora(transformer, modules, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
+
+
+def build_transformer(plan: Plan, family: Family, device: torch.device) -> Any:
+    """The transformer with its weights and a fresh adapter, ready to train."""
+    folder = model_folder(plan)
+    with loading("transformer", folder):
+        transformer = family.load_transformer(str(folder), compute_dtype(plan.config))
+    adapt(plan, transformer)
+    if plan.config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer.to(device).train()
+
+
+@dataclass(frozen=True, eq=False)
+class Learner:
+    """Some parameters with their optimizer and learning-rate schedule."""
+
+    parameters: Sequence[nn.Parameter]
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self) -> None:
+        """Move the weights, the schedule, and drop the gradients."""
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+
+
+def build_learner(config: RunConfig, module: nn.Module, learning_rate: float, max_train_steps: int) -> Learner:
+    """An optimizer over what of a module is trained."""
+    parameters = trainable_parameters(module)
+    optimizer = build_optimizer(config, parameters, learning_rate)
+    return Learner(parameters, optimizer, build_lr_scheduler(config, optimizer, max_train_steps))
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The precision of a step's forward."""
+    return torch.autocast(device.type, dtype=compute_dtype(config), enabled=config.mixed_precision != "no")

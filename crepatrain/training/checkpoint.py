@@ -1,0 +1,159 @@
+"""A run's checkpoints: written aside, renamed when whole, read back to the bit."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from crepatrain.errors import UserError
+
+_NAME = re.compile(r"step-(\d+)")
+_TENSOR = "__tensor__"
+_PAIRS = "__pairs__"
+
+
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], trees: Mapping[str, Any], plain: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint folder; a kill at any moment leaves either all of it or none.
+
+    Args:
+        folder: `step-N`.
+        tensors: file name -> its tensors.
+        trees: file name -> nested state with tensors in it, such as an optimizer's.
+        plain: file name -> what JSON can hold.
+
+    Raises:
+        UserError: the disk is full or can't be written to.
+    """
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        for name, content in tensors.items():
+            _save_tensors(aside / f"{name}.safetensors", content)
+        for name, tree in trees.items():
+            found: dict[str, Tensor] = {}
+            _write_json(aside / f"{name}.json", _flatten(tree, found))
+            _save_tensors(aside / f"{name}.safetensors", found)
+        for name, content in plain.items():
+            _write_json(aside / f"{name}.json", content)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {folder} can't be written ({error.strerror or error})",
+            "free disk space; earlier checkpoints are untouched",
+        ) from error
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """One tensor file of a checkpoint, on the CPU."""
+    return load_file(folder / f"{name}.safetensors")
+
+
+def read_tree(folder: Path, name: str) -> Any:
+    """One nested state of a checkpoint."""
+    return _unflatten(read_plain(folder, name), read_tensors(folder, name))
+
+
+def read_plain(folder: Path, name: str) -> Any:
+    """One JSON file of a checkpoint.
+
+    Raises:
+        UserError: it is gone or damaged.
+    """
+    path = folder / f"{name}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} can't be read ({error})", "remove this checkpoint folder to go on from the one before"
+        ) from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, the oldest first."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps behind a checkpoint."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match
+    return int(match.group(1))
+
+
+def rotate(folder: Path, limit: int | None) -> None:
+    """Keep the newest `limit` checkpoints; None keeps all."""
+    for old in checkpoints(folder)[: -limit if limit else 0]:
+        doomed = old.with_name(old.name + ".tmp")
+        old.rename(doomed)  # first out of sight: a half removed folder is never taken for a checkpoint
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def replace_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file aside and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp")
+    save_file(dict(tensors), aside, metadata=dict(metadata))
+    _flush(aside)
+    aside.replace(path)
+
+
+def replace_json(path: Path, content: Any) -> None:
+    """Write a JSON file aside and rename it."""
+    aside = path.with_name(f"{path.name}.tmp")
+    _write_json(aside, content)
+    aside.replace(path)
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    _flush(path)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _flatten(tree: Any, found: dict[str, Tensor]) -> Any:
+    """Nested dicts, lists and numbers with the tensors taken out into `found`."""
+    if isinstance(tree, Tensor):
+        name = f"t{len(found)}"
+        found[name] = tree
+        return {_TENSOR: name}
+    if isinstance(tree, Mapping):
+        if all(isinstance(key, str) for key in tree):
+            return {key: _flatten(value, found) for key, value in tree.items()}
+        return {_PAIRS: [[key, _flatten(value, found)] for key, value in tree.items()]}
+    if isinstance(tree, (list, tuple)):
+        return [_flatten(value, found) for value in tree]
+    assert tree is None or isinstance(tree, (bool, int, float, str)), type(tree)
+    return tree
+
+
+def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_unflatten(value, tensors) for value in tree]
+    if isinstance(tree, dict):
+        if _TENSOR in tree:
+            return tensors[tree[_TENSOR]]
+        if _PAIRS in tree:
+            return {key: _unflatten(value, tensors) for key, value in tree[_PAIRS]}
+        return {key: _unflatten(value, tensors) for key, value in tree.items()}
+    return tree

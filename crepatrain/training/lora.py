@@ -1,0 +1,79 @@
+"""The adapter: where it sits in a transformer, and its tensors."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from crepatrain.config.specs import FamilySpec
+from crepatrain.errors import UserError
+
+ADAPTER = "default"
+
+
+def target_modules(transformer: nn.Module, targets: Sequence[str] | Literal["all-linear"], spec: FamilySpec) -> list[str]:
+    """The full names of the Linear layers inside the blocks whose names end with one of the targets.
+
+    Raises:
+        UserError: a target that fits no layer.
+    """
+    linears = [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(f"{spec.blocks}.")
+    ]
+    if targets == "all-linear":
+        return linears
+    chosen = {target: [name for name in linears if name == target or name.endswith(f".{target}")] for target in targets}
+    for target, names in chosen.items():
+        if not names:
+            ends = sorted({name.split(".", maxsplit=2)[2] for name in linears})
+            raise UserError(f"lora_targets: {target!r} is no Linear of a block", f"use ends of {', '.join(ends)}, or all-linear")
+    wanted = {name for names in chosen.values() for name in names}
+    return [name for name in linears if name in wanted]
+
+
+def add_lora(transformer: Any, modules: Sequence[str], *, rank: int, alpha: float, dropout: float) -> None:
+    """Freeze a transformer and put an adapter on its modules, in fp32 whatever the base is."""
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        PeftLoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(modules)),  # type: ignore[arg-type]
+        adapter_name=ADAPTER,
+    )
+    for parameter in trainable_parameters(transformer):
+        parameter.data = parameter.data.float()
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """What of a module an optimizer moves."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:
+    """The adapter's own tensors, with peft's names, as a checkpoint keeps them."""
+    return get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+
+
+def load_adapter_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put an adapter's tensors back, all of them."""
+    result = set_peft_model_state_dict(transformer, dict(state), adapter_name=ADAPTER)
+    assert not result.unexpected_keys, result.unexpected_keys
+    assert not [key for key in result.missing_keys if "lora_" in key], result.missing_keys
+
+
+@torch.no_grad()
+def baked_adapter(transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per adapted module lora_A [r, in] and lora_B [out, r] with the adapter's scale inside lora_B, on the CPU."""
+    baked = {}
+    for name, module in transformer.named_modules():
+        if isinstance(module, LoraLayer):
+            down, up = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
+            assert isinstance(down, nn.Linear)
+            assert isinstance(up, nn.Linear)
+            scaled = up.weight.float() * module.scaling[ADAPTER]
+            baked[name] = (down.weight.float().cpu().contiguous(), scaled.cpu().contiguous())
+    return baked

@@ -1,0 +1,78 @@
+"""From micro-batches to one line of metrics.jsonl: what is logged is what was optimised."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crepatrain.training.step import StepLosses
+
+# One optimizer step's numbers, in the order in which they travel packed: sums over micro-batches, NaN where there is none.
+_PACKED = ("diffusion_loss", "crepa_raw", "alignment", "self_similarity", "layersync_raw")
+
+
+class StepSums:
+    """Adds up the micro-batches of one optimizer step on the device, without waiting for it."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, losses: StepLosses) -> None:
+        missing = losses.diffusion.new_full((), math.nan)
+        values = [losses.diffusion.mean()]
+        crepa = losses.crepa
+        values += [crepa.loss.mean(), crepa.alignment.mean(), crepa.self_similarity.mean()] if crepa else [missing] * 3
+        values.append(missing if losses.layersync is None else losses.layersync.mean())
+        packed = torch.stack([value.float() for value in values])
+        self._sum = packed if self._sum is None else self._sum + packed
+        self._count += 1
+
+    def packed(self) -> Tensor:
+        """[5], means over the micro-batches."""
+        assert self._sum is not None
+        return self._sum / self._count
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """One optimizer step, as plain numbers: means over micro-batches and processes; None where nothing was measured."""
+
+    diffusion_loss: float
+    crepa_raw: float | None
+    alignment: float | None
+    self_similarity: float | None
+    layersync_raw: float | None
+
+    @classmethod
+    def of(cls, packed: list[float], *, crepa: bool, layersync: bool) -> "StepNumbers":
+        values = dict(zip(_PACKED, packed, strict=True))
+        measured = {"diffusion_loss"} | ({"crepa_raw", "alignment", "self_similarity"} if crepa else set())
+        measured |= {"layersync_raw"} if layersync else set()
+        return cls(**{name: value if name in measured else None for name, value in values.items()})  # type: ignore[arg-type]
+
+    def total(self, crepa_weight: float, layersync_weight: float) -> float:
+        """The loss that was optimised."""
+        return self.diffusion_loss + crepa_weight * (self.crepa_raw or 0.0) + layersync_weight * (self.layersync_raw or 0.0)
+
+
+@dataclass
+class Window:
+    """Means over the optimizer steps since the last logged line."""
+
+    _sums: dict[str, float] = field(default_factory=dict)
+    _counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, **values: float | None) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, Any]:
+        """The means, and an empty window again."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means

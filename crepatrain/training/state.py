@@ -1,0 +1,34 @@
+"""Everything of a run that a resume needs beside tensors, in one object."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from crepatrain.alignment.schedule import CrepaSchedule
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. The data order and every random draw are pure functions of the step, so nothing else of them is kept.
+
+    Attributes:
+        step: optimizer steps done.
+        samples_seen: samples of those steps.
+        schedule: CREPA's, whose EMA and latch survive here; None where CREPA is off.
+    """
+
+    step: int = 0
+    samples_seen: int = 0
+    schedule: CrepaSchedule | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "schedule": self.schedule.state_dict() if self.schedule else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.samples_seen = state["samples_seen"]
+        if self.schedule:
+            self.schedule.load_state_dict(state["schedule"])
