@@ -42,8 +42,7 @@ def write_random_pipeline(
         _write_model(kind, config, folder / name, generator, torch.float32 if name == "vae" else dtype)
     for name, part in parts.saved.items():
         progress(name)
-        if isinstance(part, torch.nn.Module):
-            _randomize(part, generator)
+        _randomize(part, generator)
         part.save_pretrained(folder / name)
     index: dict[str, Any] = {"_class_name": family.spec.pipeline_class, "_diffusers_version": diffusers.__version__}
     index |= {name: ["diffusers", kind.__name__] for name, (kind, _) in parts.models.items()}
@@ -95,9 +94,11 @@ def _write_model(
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
+def _randomize(part: Any, generator: torch.Generator) -> None:
+    if not isinstance(part, torch.nn.Module):
+        return
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in part.named_parameters():
             parameter.copy_(_random_tensor(name, parameter.shape, generator))
 
 

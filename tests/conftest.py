@@ -1,0 +1,93 @@
+"""A tiny real checkpoint, real clips, and a config that trains on them in seconds."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_and_apart(tmp_path_factory: pytest.TempPathFactory):
+    """No test reads or writes the user's own caches, and none reaches for the network."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("xdg"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Wan pipeline folder with `encoder/` beside its parts."""
+    from crepatrain.families import get_family
+    from crepatrain.families.random import write_random_pipeline
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "wan"
+    write_random_pipeline(get_family("wan"), folder)
+    return folder
+
+
+def render_clip(path: Path, *, frames: int = 20, height: int = 96, width: int = 144, fps: int = 16, seed: int = 0) -> None:
+    """A moving textured square, as H.264."""
+    generator = np.random.default_rng(seed)
+    background = generator.integers(0, 255, (height, width, 3), dtype=np.uint8)
+    square = generator.integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for index in range(frames):
+            picture = background.copy()
+            left, top = (index * 3) % (width - 24), (index * 2) % (height - 24)
+            picture[top : top + 24, left : left + 24] = square
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three short captioned clips."""
+    folder = tmp_path_factory.mktemp("clips")
+    for index in range(3):
+        render_clip(folder / f"clip-{index}.mp4", seed=index)
+        (folder / f"clip-{index}.txt").write_text(f"a square moves, number {index}\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def values(wan: Path, clips: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A config that trains the tiny Wan with CREPA for a few steps; its caches are shared by all tests."""
+    return {
+        "model_family": "wan",
+        "pretrained_model_name_or_path": str(wan),
+        "train_data": str(clips),
+        "output_dir": str(tmp_path / "run"),
+        "cache_dir": str(tmp_path_factory.getbasetemp() / "cache"),
+        "height": 64,
+        "width": 96,
+        "num_frames": 9,
+        "max_train_steps": 3,
+        "mixed_precision": "no",
+        "dataloader_num_workers": 0,
+        "lora_rank": 4,
+        "learning_rate": 1e-3,
+        "crepa_enabled": True,
+        "crepa_encoder": str(wan / "encoder"),
+        "crepa_encoder_image_size": "grid",
+    }
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, values: dict[str, Any]) -> Callable[..., Path]:
+    """Writes the config with changes; a key changed to `...` is left out."""
+
+    def write(**changes: Any) -> Path:
+        merged = {key: value for key, value in (values | changes).items() if value is not ...}
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(merged), encoding="utf-8")
+        return path
+
+    return write
