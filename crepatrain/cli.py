@@ -144,6 +144,14 @@ def make_random(
     command(family, folder, size, seed, _screen)
 
 
+@app.command("make-clips")
+def make_clips(folder: Annotated[Path, typer.Argument(help="where to write the clips")]) -> None:
+    """Write a handful of short captioned clips to try the trainer on."""
+    from crepatrain.commands.demo_clips import make_clips as command
+
+    command(folder, _screen)
+
+
 @app.command()
 def families() -> None:
     """What is known of each family."""

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from crepatrain.errors import Problem
 
-_PLAIN_SECONDS = 5.0
+_PLAIN_SECONDS = 10.0
 _HOW_TO_READ = (
     "crepa_loss is negative: weight x -alignment, so it also shrinks with the weight; "
     "alignment and self-similarity should rise and then level off"
@@ -154,7 +154,8 @@ class TrainingView:
         self._numbers = line
         now = time.monotonic()
         done = int(line["step"])
-        if not self._live and (now - self._last_line > _PLAIN_SECONDS or done == self._total or done == self._first + 1):
+        tenth = done * 10 // self._total > (done - 1) * 10 // self._total
+        if not self._live and (now - self._last_line > _PLAIN_SECONDS or tenth or done == self._first + 1):
             self._last_line = now
             numbers = "  ".join(
                 f"{name} {_number(line.get(key), form)}" for name, key, form in _COLUMNS if line.get(key) is not None

@@ -28,7 +28,7 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.console import Screen
 from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, build_loader, keyed_generator
-from crepatrain.errors import DivergedError
+from crepatrain.errors import DivergedError, UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.tensors import Batch
@@ -43,6 +43,9 @@ from crepatrain.training.state import TrainState
 from crepatrain.training.step import CrepaTerm, training_loss
 
 _GIB = 1 << 30
+_SMALLER = (
+    "set gradient_checkpointing, or lower num_frames, height and width, train_batch_size or lora_rank; checkpoints are kept"
+)
 
 
 @dataclass(eq=False)
@@ -87,38 +90,42 @@ def fit(plan: Plan, screen: Screen) -> None:
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     folder = RunFolder(plan.config)
     with StopSignal() as stop:
-        resume = folder.open()
+        resume = folder.look()
+        with accelerator.main_process_first():
+            dataset = look_at_clips(plan, screen)
+            prepared = fill_caches(plan, dataset, screen, accelerator.device, stop)
         step = int(read_plain(resume, "state")["step"]) if resume else 0
-        folder.status("running", step)
+        folder.claim(step)
+        run = None
         try:
-            run = _prepare(plan, screen, accelerator, folder, resume, stop)
+            run = _build(plan, screen, accelerator, folder, dataset, prepared, resume)
             _train(run, screen, stop)
         except Stopped as stopped:
-            folder.status("stopped", _step_now(folder, step), str(stopped))
+            folder.status("stopped", run.state.step if run else step, str(stopped))
             raise
+        except torch.OutOfMemoryError as error:
+            reached = run.state.step if run else step
+            folder.status("failed", reached, "out of GPU memory")
+            raise UserError(f"out of GPU memory at step {reached + 1}", _SMALLER) from error
         except BaseException as error:
-            folder.status(
-                "failed", _step_now(folder, step), f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            )
+            folder.status("failed", run.state.step if run else step, f"{type(error).__name__}: {error}".splitlines()[0])
             raise
         folder.status("completed", run.state.step)
     _closing_table(run, screen)
 
 
-def _step_now(folder: RunFolder, otherwise: int) -> int:
-    lines = folder.first_and_last()
-    return max(int(lines[1]["step"]), otherwise) if lines else otherwise
-
-
-def _prepare(
-    plan: Plan, screen: Screen, accelerator: Accelerator, folder: RunFolder, resume: Path | None, stop: StopSignal
+def _build(
+    plan: Plan,
+    screen: Screen,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    dataset: Dataset,
+    prepared: Prepared,
+    resume: Path | None,
 ) -> Run:
-    """Caches first, then the modules, then what a checkpoint says of them."""
+    """The modules, and what a checkpoint says of them."""
     config = plan.config
     device = accelerator.device
-    with accelerator.main_process_first():
-        dataset = look_at_clips(plan, screen)
-        prepared = fill_caches(plan, dataset, screen, device, stop)
     sampler = build_sampler(plan, dataset, accelerator.num_processes)
     total = total_steps(plan, sampler)
     state = TrainState(schedule=build.build_schedule(config, total))
@@ -132,7 +139,6 @@ def _prepare(
     if resume:
         folder.check_fingerprint(read_plain(resume, "fingerprint"), fingerprint)
         state.load_state_dict(read_plain(resume, "state"))
-    folder.forget_after(state.step)
 
     screen.say(f"loading the transformer of {config.pretrained_model_name_or_path}")
     family = get_family(config.model_family)

@@ -27,8 +27,8 @@ class RunFolder:
         self._config_file = self.root / "config.json"
         self._config = config
 
-    def open(self) -> Path | None:
-        """Claim the folder for this run; nothing is written before it is known to be its own.
+    def look(self) -> Path | None:
+        """Make sure that the folder is this run's, or nobody's. Writes nothing.
 
         Returns:
             The checkpoint to go on from; None: begin at step 0.
@@ -37,10 +37,14 @@ class RunFolder:
             UserError: the folder holds another run, or there is no such checkpoint.
         """
         self._expect_same_run()
-        resume = self._checkpoint()
+        return self._checkpoint()
+
+    def claim(self, step: int) -> None:
+        """Make the folder this run's, from `step` on."""
         self.root.mkdir(parents=True, exist_ok=True)
         replace_json(self._config_file, self._config.model_dump())
-        return resume
+        self._forget_after(step)
+        self.status("running", step)
 
     def _expect_same_run(self) -> None:
         if not self._config_file.is_file():
@@ -50,6 +54,8 @@ class RunFolder:
                     f"output_dir={self.root}: it is not empty and holds no run ({', '.join(strangers[:5])})", "give a new folder"
                 )
             return
+        if not self.metrics.is_file() and not checkpoints(self.checkpoints):
+            return  # it ended before its first step: there is nothing to lose
         try:
             before = json.loads(self._config_file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -102,7 +108,7 @@ class RunFolder:
         if changed:
             raise UserError.of(changed)
 
-    def forget_after(self, step: int) -> None:
+    def _forget_after(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that will be logged again."""
         if not self.metrics.is_file():
             return

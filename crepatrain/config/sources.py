@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def read_checkpoint(path: str, revision: str | None, spec: FamilySpec, *, online
         if known is not None and not online and not _in_hub_cache(path, "model_index.json", revision):
             return Checkpoint({}, known.transformer, known.vae, {}, origin="package")
     names = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-    folder = fetch(key, path, revision, list(names))
+    folder = fetch(key, path, revision, names)
     model_index, transformer, vae, scheduler = (_read_json(key, folder, name) for name in names)
     found = transformer.get("_class_name", spec.transformer_class)
     if found != spec.transformer_class:
@@ -81,7 +82,7 @@ def read_encoder(name: str) -> EncoderSpec:
             hint = f"did you mean {close[0]}? Otherwise " if close else ""
             raise UserError(f"{key}={name}: no such encoder", f"{hint}use one of {', '.join(ENCODERS)}, a folder or a hub id")
         _expect_hub_id(key, name)
-    values = _read_json(key, fetch(key, name, None, ["config.json"]), "config.json")
+    values = _read_json(key, fetch(key, name, None, ("config.json",)), "config.json")
     width, patch = values.get("hidden_size"), values.get("patch_size")
     if not isinstance(width, int) or not isinstance(patch, int):
         raise UserError(
@@ -127,7 +128,8 @@ def _in_hub_cache(repo: str, name: str, revision: str | None) -> bool:
     return isinstance(try_to_load_from_cache(repo, name, revision=revision), str)
 
 
-def fetch(key: str, path: str, revision: str | None, patterns: list[str]) -> Path:
+@cache
+def fetch(key: str, path: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     """The local folder of a model: the path itself, or the hub's snapshot with the files that fit the patterns.
 
     Raises:
@@ -138,7 +140,7 @@ def fetch(key: str, path: str, revision: str | None, patterns: list[str]) -> Pat
     from huggingface_hub import snapshot_download
 
     with _hub_errors(key, path, revision):
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, etag_timeout=5))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns), etag_timeout=5))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from crepatrain.training.lora import add_lora, target_modules, trainable_paramet
 from crepatrain.training.optim import build_lr_scheduler, build_optimizer
 from crepatrain.training.step import LayerSyncTerm
 
-_ENCODER_FILES = ["*.json", "*.safetensors"]
+_ENCODER_FILES = ("*.json", "*.safetensors")
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -41,7 +41,7 @@ def encoding_dtype(device: torch.device) -> torch.dtype:
 
 def model_folder(plan: Plan) -> Path:
     """The checkpoint's local folder, downloaded where it is on the hub."""
-    patterns = ["model_index.json", *(f"{part}/*" for part in plan.spec.parts)]
+    patterns = ("model_index.json", *(f"{part}/*" for part in plan.spec.parts))
     return fetch("pretrained_model_name_or_path", plan.config.pretrained_model_name_or_path, plan.config.revision, patterns)
 
 
