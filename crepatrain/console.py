@@ -38,8 +38,10 @@ class Screen:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
-        self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=quiet, highlight=False)
+        self.errors = Console(stderr=True, highlight=False)
+        for console in (self.console, self.errors):
+            console.soft_wrap = not console.is_terminal  # a log keeps its lines whole, a window breaks them between words
 
     def say(self, text: str = "") -> None:
         """A line."""

@@ -424,12 +424,13 @@ def _restore(run: Run, checkpoint: Path) -> None:
 
 
 def _closing_table(run: Run, screen: Screen) -> None:
-    lines = run.folder.first_and_last()
-    if lines is None:
+    lines = run.folder.lines()
+    if not lines:
         return
-    first, last = lines
+    tenth = max(len(lines) // 10, 1)  # one step alone says more of its noise level than of the training
+    parts = (lines[:tenth], lines[-tenth:])
     rows = [
-        (name, _shown(first.get(key)), _shown(last.get(key)))
+        (name, *(_mean(part, key) for part in parts))
         for name, key in (
             ("loss", "loss"),
             ("diffusion loss", "diffusion_loss"),
@@ -437,9 +438,10 @@ def _closing_table(run: Run, screen: Screen) -> None:
             ("alignment", "crepa_alignment_score"),
             ("self-similarity", "crepa_similarity_self"),
         )
-        if first.get(key) is not None or last.get(key) is not None
+        if any(line.get(key) is not None for part in parts for line in part)
     ]
-    screen.table("training", ("", f"step {first['step']}", f"step {last['step']}"), rows)
+    spans = [f"steps {part[0]['step']}-{part[-1]['step']}" if tenth > 1 else f"step {part[0]['step']}" for part in parts]
+    screen.table("training, first -> last", ("mean of", *spans), rows)
     root = run.folder.root
     screen.rows(
         "result",
@@ -452,5 +454,6 @@ def _closing_table(run: Run, screen: Screen) -> None:
     )
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _mean(lines: Sequence[dict[str, Any]], key: str) -> str:
+    values = [line[key] for line in lines if line.get(key) is not None]
+    return f"{sum(values) / len(values):.4f}" if values else "-"

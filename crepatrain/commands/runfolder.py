@@ -128,12 +128,11 @@ class RunFolder:
         """Say where the run stands."""
         replace_json(self.root / "status.json", {"status": status, "step": step, "reason": reason})
 
-    def first_and_last(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The first and the last line of metrics.jsonl."""
+    def lines(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds."""
         if not self.metrics.is_file():
-            return None
-        lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        return (json.loads(lines[0]), json.loads(lines[-1])) if lines else None
+            return []
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
 
 def _may_change(key: str) -> bool:
