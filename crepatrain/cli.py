@@ -92,7 +92,8 @@ def cache(context: typer.Context, config: ConfigFile) -> None:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with StopSignal() as stop:
-            prepared = precompute.fill_caches(plan, preflight.look_at_clips(plan, _screen), _screen, device, stop)
+            dataset = preflight.look_at_clips(plan, _screen)
+            prepared = precompute.fill_caches(plan, dataset, _screen, device, stop, teacher=plan.config.crepa_enabled)
         _screen.say(f"the caches of {len(prepared.samples)} windows are full, in {prepared.store.root}")
 
     _stoppable(work)

@@ -48,8 +48,13 @@ class Prepared:
     digest: str
 
 
-def fill_caches(plan: Plan, dataset: Dataset, screen: Screen, device: torch.device, stop: StopSignal) -> Prepared:
+def fill_caches(
+    plan: Plan, dataset: Dataset, screen: Screen, device: torch.device, stop: StopSignal, *, teacher: bool
+) -> Prepared:
     """Compute what is missing; what is there is never written again.
+
+    Args:
+        teacher: whether CREPA's teacher will be asked.
 
     Raises:
         UserError: a model that can't be loaded, a clip that can't be decoded any more, a full disk.
@@ -60,12 +65,12 @@ def fill_caches(plan: Plan, dataset: Dataset, screen: Screen, device: torch.devi
     captions = sorted({window.clip.caption for window in dataset.cut.windows} | {""})
     text_keys = _text_keys(plan, dataset, device, captions)
     latents_keys = _latents_keys(plan, dataset)
-    teacher_keys = _teacher_keys(plan, dataset, device)
+    source = plan.config.crepa_feature_source if teacher else None
+    teacher_keys = _teacher_keys(plan, dataset, device) if source == "cached" else {}
     dataset.digests.save()
     _fill_text(plan, store, text_keys, screen, device, stop)
     _fill_video(plan, dataset, store, latents_keys, teacher_keys, screen, device, stop)
 
-    from_pixels = plan.config.crepa_enabled and plan.config.crepa_feature_source == "pixels"
     samples = tuple(
         Sample(
             name=window.name,
@@ -73,7 +78,7 @@ def fill_caches(plan: Plan, dataset: Dataset, screen: Screen, device: torch.devi
             latents=latents_keys[window],
             text=text_keys[window.clip.caption],
             teacher=teacher_keys.get(window),
-            pixels=(window.path, _teacher_frames(dataset, window)) if from_pixels else None,
+            pixels=(window.path, _teacher_frames(dataset, window)) if source == "pixels" else None,
         )
         for window in dataset.cut.windows
     )
@@ -109,9 +114,6 @@ def _latents_keys(plan: Plan, dataset: Dataset) -> dict[Window, str]:
 
 
 def _teacher_keys(plan: Plan, dataset: Dataset, device: torch.device) -> dict[Window, str]:
-    """Empty where features are not cached."""
-    if not plan.config.crepa_enabled or plan.config.crepa_feature_source != "cached":
-        return {}
     encoder = dataset.digests.folder(encoder_folder(plan))
     return {
         window: entry_key(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crepatrain.config.sections import RunConfig
-from crepatrain.errors import Problem, UserError
+from crepatrain.errors import UserError
 from crepatrain.training.checkpoint import checkpoints, replace_json, step_of
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -89,25 +89,6 @@ class RunFolder:
             f"resume_from_checkpoint={wanted}: no such checkpoint in {self.checkpoints}", f"use latest, or one of: {names}"
         )
 
-    def check_fingerprint(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        """Compare what a checkpoint was made from with what there is now.
-
-        Raises:
-            UserError: the base weights, the clips or the samples of a step have changed.
-        """
-        names = {
-            "transformer": "the base transformer's weights",
-            "samples": "the clips or captions",
-            "unit": "the number of samples of a step",
-        }
-        changed = [
-            Problem(f"{name} changed since this run's checkpoint", "give a new output_dir")
-            for key, name in names.items()
-            if before[key] != now[key]
-        ]
-        if changed:
-            raise UserError.of(changed)
-
     def _forget_after(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that will be logged again."""
         if not self.metrics.is_file():
@@ -133,6 +114,22 @@ class RunFolder:
         if not self.metrics.is_file():
             return []
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def expect_same_fingerprint(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compare what a checkpoint was made from with what there is now.
+
+    Raises:
+        UserError: something of it has changed.
+    """
+    names = {
+        "transformer": "the base transformer's weights",
+        "samples": "the clips or captions",
+        "unit": "the number of samples of a step",
+    }
+    changed = [name for key, name in names.items() if before[key] != now[key]]
+    if changed:
+        raise UserError(f"{' and '.join(changed)} changed since this run's checkpoint", "put them back, or give a new output_dir")
 
 
 def _may_change(key: str) -> bool:

@@ -20,6 +20,11 @@ class TrainState:
     samples_seen: int = 0
     schedule: CrepaSchedule | None = None
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether CREPA will measure anything from this step on; if not, nothing needs to be loaded for it."""
+        return self.schedule is not None and not self.schedule.is_over(self.step)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,

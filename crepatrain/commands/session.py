@@ -1,0 +1,234 @@
+"""One run in memory: put together from a plan, taken up from a checkpoint, saved to one."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import peft
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import crepatrain
+from crepatrain.alignment.crepa import Crepa
+from crepatrain.alignment.teachers import Teacher
+from crepatrain.commands.export import write_adapter
+from crepatrain.commands.precompute import Prepared
+from crepatrain.commands.preflight import Dataset, build_sampler, total_steps
+from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder, expect_same_fingerprint
+from crepatrain.config.plan import Plan
+from crepatrain.config.sections import RunConfig
+from crepatrain.console import Screen
+from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, build_loader
+from crepatrain.families import get_family
+from crepatrain.families.base import Family
+from crepatrain.tensors import Batch
+from crepatrain.training import build
+from crepatrain.training.build import Learner
+from crepatrain.training.checkpoint import read_plain, read_tensors, read_tree, rotate, write_checkpoint
+from crepatrain.training.diffusion import FlowMatching
+from crepatrain.training.lora import adapter_state, load_adapter_state
+from crepatrain.training.metrics import Window
+from crepatrain.training.state import TrainState
+from crepatrain.training.step import LayerSyncTerm
+
+
+@dataclass(eq=False)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        resume: the checkpoint to go on from; None: from the beginning.
+        fingerprint: what the run is made from, beside its config; complete once the samples are known.
+        total: optimizer steps of the whole run.
+    """
+
+    sampler: StepSampler
+    state: TrainState
+    resume: Path | None
+    fingerprint: dict[str, Any]
+    total: int
+
+    def expect_same_data(self, prepared: Prepared) -> None:
+        """Take the samples into the fingerprint, and compare it with the checkpoint's.
+
+        Raises:
+            UserError: what the run was made from has changed since.
+        """
+        self.fingerprint["samples"] = prepared.digest
+        if self.resume:
+            expect_same_fingerprint(read_plain(self.resume, "fingerprint"), self.fingerprint)
+
+
+def prepare_start(plan: Plan, dataset: Dataset, world: int, resume: Path | None) -> Start:
+    """What can be known of a run's beginning before any model is loaded."""
+    sampler = build_sampler(plan, dataset, world)
+    total = total_steps(plan, sampler)
+    state = TrainState(schedule=build.build_schedule(plan.config, total))
+    if resume:
+        state.load_state_dict(read_plain(resume, "state"))
+    fingerprint = {
+        "transformer": dataset.digests.folder(build.model_folder(plan) / "transformer"),
+        "unit": sampler.unit,
+        "versions": {module.__name__: str(module.__version__) for module in (crepatrain, torch, diffusers, peft, accelerate)},
+    }
+    return Start(sampler, state, resume, fingerprint, total)
+
+
+@dataclass(eq=False)
+class Run:
+    """Everything that one run holds.
+
+    Attributes:
+        transformer, crepa: as the forward calls them, wrapped where there are several processes; crepa is None where it is off.
+        adapted, blocks, projector: of the bare modules.
+        teacher: None where CREPA is off, or over for good.
+        learners: the transformer's, and the projector's where there is one.
+        open_batches: opens the endless stream of micro-batches at an optimizer step.
+    """
+
+    config: RunConfig
+    family: Family
+    process: FlowMatching
+    accelerator: Accelerator
+    folder: RunFolder
+    fingerprint: dict[str, Any]
+    transformer: nn.Module
+    adapted: nn.Module
+    blocks: nn.ModuleList
+    crepa: nn.Module | None
+    projector: Crepa | None
+    teacher: Teacher | None
+    layersync: LayerSyncTerm | None
+    learners: dict[str, Learner]
+    state: TrainState
+    sampler: StepSampler
+    open_batches: Callable[[int], Iterator[Batch]]
+    total: int
+    window: Window = field(default_factory=Window)
+
+
+def build_run(
+    plan: Plan,
+    screen: Screen,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    dataset: Dataset,
+    prepared: Prepared,
+    start: Start,
+) -> Run:
+    """Load the modules, and put a checkpoint's tensors into them."""
+    config, state, device = plan.config, start.state, accelerator.device
+    screen.say(f"loading the transformer of {config.pretrained_model_name_or_path}")
+    family = get_family(config.model_family)
+    torch.manual_seed(config.seed)
+    adapted = build.build_transformer(plan, family, device)
+    learners = {"transformer": build.build_learner(config, adapted, config.learning_rate, start.total)}
+    projector = None
+    if state.schedule:
+        torch.manual_seed(config.seed + 1)  # the projector's own: the adapter begins the same with and without CREPA
+        projector = build.build_crepa(plan).to(device)
+        assert config.crepa_projector_lr is not None
+        learners["projector"] = build.build_learner(config, projector, config.crepa_projector_lr, start.total)
+    if start.resume:
+        _restore(start.resume, adapted, projector, learners)
+        screen.say(f"going on from {start.resume} at step {state.step} of {start.total}")
+    return Run(
+        config=config,
+        family=family,
+        process=build.build_process(config),
+        accelerator=accelerator,
+        folder=folder,
+        fingerprint=start.fingerprint,
+        transformer=accelerator.prepare_model(adapted),
+        adapted=adapted,
+        blocks=family.blocks(adapted),
+        crepa=accelerator.prepare_model(projector) if projector else None,
+        projector=projector,
+        teacher=build.build_teacher(plan, family, device) if state.asks_teacher else None,
+        layersync=build.build_layersync(config),
+        learners=learners,
+        state=state,
+        sampler=start.sampler,
+        open_batches=_batch_source(plan, dataset, prepared, start, accelerator),
+        total=start.total,
+    )
+
+
+def _batch_source(
+    plan: Plan, dataset: Dataset, prepared: Prepared, start: Start, accelerator: Accelerator
+) -> Callable[[int], Iterator[Batch]]:
+    """What opens a stream of micro-batches at a step.
+
+    A stream reads features for the steps whose score is needed, as far as is known when it is opened; so it is opened anew when
+    CREPA is cut off or comes back.
+    """
+    config = plan.config
+    family = get_family(config.model_family)
+    process = build.build_process(config)
+    fps = config.fps
+    assert fps is not None
+
+    def open_batches(step: int) -> Iterator[Batch]:
+        schedule = copy.deepcopy(start.state.schedule)
+        training_set = TrainingSet(
+            samples=prepared.samples,
+            store=prepared.store,
+            empty_text=prepared.empty_text,
+            caption_dropout=config.caption_dropout,
+            seed=config.seed,
+            fps=fps,
+            draw_sigma=process.draw_sigma,
+            collate_text=family.collate_text,
+            grids=dataset.grids,
+            teacher_grids=prepared.teacher_grids,
+            needs_teacher=schedule.needs_score if schedule else _never,
+        )
+        batches = MicroBatches(
+            start.sampler,
+            start=step,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            batch_size=config.train_batch_size,
+        )
+        cuda = accelerator.device.type == "cuda"
+        return iter(build_loader(training_set, batches, workers=config.dataloader_num_workers, pin_memory=cuda))
+
+    return open_batches
+
+
+def _never(_step: int) -> bool:
+    return False
+
+
+def save(run: Run) -> None:
+    """A checkpoint, its small adapter, and the run's last adapter."""
+    if run.accelerator.is_main_process:
+        step = run.state.step
+        tensors = {"adapter": adapter_state(run.adapted)}
+        if run.projector:
+            tensors["projector"] = run.projector.state_dict()
+        write_checkpoint(
+            run.folder.checkpoints / f"step-{step:06d}",
+            tensors,
+            trees={f"{name}_learner": learner.state_dict() for name, learner in run.learners.items()},
+            plain={"state": run.state.state_dict(), "fingerprint": run.fingerprint},
+        )
+        rotate(run.folder.checkpoints, run.config.checkpoints_total_limit)
+        small = run.folder.adapters / f"{run.config.output_name}-{step:06d}.safetensors"
+        for path in (small, run.folder.root / ADAPTER_FILE):
+            write_adapter(path, run.family, run.adapted, step)
+        run.folder.status("running", step)
+    run.accelerator.wait_for_everyone()
+
+
+def _restore(checkpoint: Path, adapted: nn.Module, projector: Crepa | None, learners: dict[str, Learner]) -> None:
+    load_adapter_state(adapted, read_tensors(checkpoint, "adapter"))
+    if projector:
+        projector.load_state_dict(read_tensors(checkpoint, "projector"))
+    for name, learner in learners.items():
+        learner.load_state_dict(read_tree(checkpoint, f"{name}_learner"))
