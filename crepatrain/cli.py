@@ -13,6 +13,7 @@ import crepatrain
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.specs import FAMILIES
+from crepatrain.config.summary import summarize
 from crepatrain.console import Screen
 from crepatrain.errors import DivergedError, Problem, UserError
 
@@ -107,11 +108,13 @@ def validate_config(
 ) -> None:
     """Check a config and say in words what it will do. Loads neither torch nor weights."""
     if schema:
-        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+        described = RunConfig.model_json_schema()
+        described["properties"]["$schema"] = {"type": "string"}  # where a config names this very schema
+        typer.echo(json.dumps(described, indent=2))
         return
     if config is None:
         raise UserError("no config file was given", "run crepatrain validate-config config.json")
-    plan = read_plan(config, context.args, online=False)
+    plan = _plan(config, context.args, online=False)
     _summary(plan)
     _screen.say("the config is valid")
 
@@ -174,12 +177,14 @@ def families() -> None:
     )
 
 
-def _plan(config: Path, options: list[str]) -> Plan:
-    return read_plan(config, options)
+def _plan(config: Path, options: list[str], *, online: bool = True) -> Plan:
+    if str(config).startswith("--"):
+        raise UserError(f"{config} stands before the config file", "write options after the config file")
+    return read_plan(config, options, online=online)
 
 
 def _summary(plan: Plan) -> None:
-    _screen.rows(f"crepatrain {crepatrain.__version__}", plan.summary())
+    _screen.rows(f"crepatrain {crepatrain.__version__}", summarize(plan))
     for warning in plan.warnings:
         _screen.note(warning)
 

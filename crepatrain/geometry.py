@@ -61,6 +61,11 @@ class Geometry:
     width: int
     causal: bool = True
 
+    def __post_init__(self) -> None:
+        sizes = (self.temporal_stride, self.spatial_stride, *self.patch, self.latent_channels, self.depth, self.width)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"a geometry is made of whole numbers above 0, not of {sizes}")
+
     @property
     def size_multiple(self) -> tuple[int, int]:
         """Pixels that (height, width) must be a multiple of."""
@@ -78,7 +83,7 @@ class Geometry:
         if frames < 1 or (frames - lead) % self.temporal_stride:
             return False
         latent_frames = (frames - lead) // self.temporal_stride + lead
-        return latent_frames >= self.patch[0] and latent_frames % self.patch[0] == 0
+        return latent_frames % self.patch[0] == 0
 
     def nearest_frames(self, frames: int) -> tuple[int, ...]:
         """The legal frame counts right below and right above, where they exist."""

@@ -31,7 +31,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def render_clip(path: Path, *, frames: int = 20, height: int = 96, width: int = 144, fps: int = 16, seed: int = 0) -> None:
+def render_clip(path: Path, *, frames: int = 20, height: int = 96, width: int = 160, fps: int = 16, seed: int = 0) -> None:
     """A moving textured square, as H.264."""
     generator = np.random.default_rng(seed)
     background = generator.integers(0, 255, (height, width, 3), dtype=np.uint8)

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from crepatrain.alignment.chunked import summed_scores
 from crepatrain.alignment.grids import blend, common_grid, match_frames, resample
 from crepatrain.alignment.projector import ConvProjector, LinearProjector, standardize_teacher, unit
 from crepatrain.geometry import TokenGrid
@@ -80,35 +81,49 @@ class Crepa(nn.Module):
             grid: of the tokens.
         """
         with torch.autocast(tokens.device.type, enabled=False):
-            dtype = next(self.projector.parameters()).dtype
-            student = tokens.to(dtype).unflatten(1, (grid.t, grid.patches))
-            student, features = match_frames(student, teacher.values.detach().to(dtype))
-            student, features = self._meet(student, (grid.h, grid.w), features, teacher.grid)
-            return self._compare(unit(student), unit(features))
+            student = tokens.unflatten(1, (grid.t, grid.patches))
+            student, features = match_frames(student, teacher.values.detach())
+            count = student.shape[1]
+            weights = self._weights(count)
+            onto = common_grid((grid.h, grid.w), teacher.grid)
 
-    def _meet(
-        self, student: Tensor, student_grid: tuple[int, int], features: Tensor, teacher_grid: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """Student [B, T, P, D] and teacher [B, T, Q, E] -> both [B, T, M, E], not yet unit-normalised."""
-        if not self.spatial_align:
-            assert isinstance(self.projector, LinearProjector)
-            return self.projector(student.mean(dim=2, keepdim=True)), features.mean(dim=2, keepdim=True)
-        onto = common_grid(student_grid, teacher_grid)
+            def score(chunk: Tensor, sample: int, frames: range) -> tuple[Tensor, Tensor]:
+                with torch.no_grad():
+                    blended, own = self._teacher(features[sample], weights, frames, teacher.grid, onto)
+                projected = unit(self._project(chunk, (grid.h, grid.w), onto))
+                patches = projected.shape[2]
+                with torch.no_grad():
+                    similarity = (projected * own).sum(dim=-1).sum() / patches
+                return (projected * blended).sum(dim=-1).sum() / patches, similarity
+
+            aligned, similar = summed_scores(student, score, list(self.projector.parameters()))
+        alignment = aligned / count
+        return CrepaOutput(-(alignment if self.normalize_by_frames else aligned), alignment.detach(), similar / count)
+
+    def _weights(self, frames: int) -> list[dict[int, float]]:
+        rows = neighbour_weights(frames, distance=self.distance, tau=self.tau, cumulative=self.cumulative_neighbors)
+        if not self.normalize_neighbour_sum:
+            return rows
+        return [{k: weight / sum(row.values()) for k, weight in row.items()} for row in rows]
+
+    def _project(self, student: Tensor, grid: tuple[int, int], onto: tuple[int, int]) -> Tensor:
+        """Hidden states [1, n, P, D] on their own grid -> [1, n, M, E] on the grid where both meet."""
+        student = student.to(next(self.projector.parameters()).dtype)
         if isinstance(self.projector, ConvProjector):
-            projected = resample(self.projector(student, student_grid), student_grid, onto)
-            features = standardize_teacher(features)
-        else:
-            # A bilinear resample commutes with the Linear, not with the LayerNorm: between the two it moves the fewest numbers.
-            projected = self.projector.linear(resample(self.projector.norm(student), student_grid, onto))
-        return projected, resample(features, teacher_grid, onto)
+            return resample(self.projector(student, grid), grid, onto)
+        if not self.spatial_align:
+            return self.projector(student.mean(dim=2, keepdim=True))
+        # A bilinear resample commutes with the Linear, not with the LayerNorm: between the two it moves the fewest numbers.
+        return self.projector.linear(resample(self.projector.norm(student), grid, onto))
 
-    def _compare(self, student: Tensor, teacher: Tensor) -> CrepaOutput:
-        """Unit vectors [B, T, M, E] of both sides -> the loss and the scores."""
-        weights = neighbour_weights(student.shape[1], distance=self.distance, tau=self.tau, cumulative=self.cumulative_neighbors)
-        if self.normalize_neighbour_sum:
-            weights = [{k: weight / sum(row.values()) for k, weight in row.items()} for row in weights]
-        align = (student * blend(teacher, weights)).sum(dim=-1).mean(dim=2)  # [B, T]
-        with torch.no_grad():
-            self_similarity = (student * teacher).sum(dim=-1).mean(dim=(1, 2))
-        loss = -(align.mean(dim=1) if self.normalize_by_frames else align.sum(dim=1))
-        return CrepaOutput(loss, align.detach().mean(dim=1), self_similarity)
+    def _teacher(
+        self, features: Tensor, weights: list[dict[int, float]], frames: range, grid: tuple[int, int], onto: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Features [T, Q, E] of a sample -> of some frames their neighbours, blended, and their own, unit [1, n, M, E]."""
+        seen = sorted({k for f in frames for k in weights[f]})
+        values = torch.stack([features[k] for k in seen]).unsqueeze(0).to(next(self.projector.parameters()).dtype)
+        if isinstance(self.projector, ConvProjector):
+            values = standardize_teacher(values)
+        values = resample(values, grid, onto) if self.spatial_align else values.mean(dim=2, keepdim=True)
+        rows = dict(zip(seen, unit(values).unbind(dim=1), strict=True))
+        return torch.stack([blend(rows, weights[f]) for f in frames], dim=1), torch.stack([rows[f] for f in frames], dim=1)

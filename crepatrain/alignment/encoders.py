@@ -46,7 +46,8 @@ class VisionEncoder(nn.Module):
         """
         b, n = frames.shape[:2]
         chunks = frames.flatten(0, 1).split(self.frames_per_forward)
-        tokens = torch.cat([self._encode(chunk, size) for chunk in chunks])
+        with torch.autocast(frames.device.type, enabled=False):  # a step's autocast is not the teacher's precision
+            tokens = torch.cat([self._encode(chunk, size) for chunk in chunks])
         grid = (size[0] // self.patch, size[1] // self.patch)
         return PatchFeatures(tokens.unflatten(0, (b, n)), grid)
 

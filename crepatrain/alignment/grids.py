@@ -1,6 +1,7 @@
 """Bringing the student's and the teacher's grids together, in time and in space."""
 
-import torch
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,13 +39,13 @@ def common_grid(student: tuple[int, int], teacher: tuple[int, int]) -> tuple[int
     return teacher if student[0] * student[1] > teacher[0] * teacher[1] else student
 
 
-def blend(unit: Tensor, weights: list[dict[int, float]]) -> Tensor:
-    """The teacher [B, T, P, E] summed over each frame's neighbours with their weights: b[f] = sum over k of w(f, k) * unit[k].
+def blend(rows: Mapping[int, Tensor], weights: Mapping[int, float]) -> Tensor:
+    """A frame's neighbours summed with their weights.
 
     The neighbour sum of Eq. 6 is linear in the teacher, so align(f) is one dot product with this.
     """
-    matrix = torch.zeros(len(weights), len(weights), dtype=unit.dtype)
-    for f, row in enumerate(weights):
-        for k, weight in row.items():
-            matrix[f, k] = weight
-    return torch.einsum("fk,bkpe->bfpe", matrix.to(unit.device, non_blocking=True), unit)
+    total = None
+    for k, weight in weights.items():
+        total = rows[k] * weight if total is None else total.add(rows[k], alpha=weight)
+    assert total is not None
+    return total

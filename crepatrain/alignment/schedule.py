@@ -65,8 +65,10 @@ class CrepaSchedule:
 
     def is_over(self, step: int) -> bool:
         """Whether CREPA can never again have a weight, from this step on."""
-        faded = self.scheduler != "constant" and self.lambda_end == 0 and step >= self.warmup_steps + self.decay_steps
-        return self.peak == 0 == self.lambda_end or faded or self._latched or self._past_cutoff_step(step)
+        decays = self.scheduler != "constant"
+        faded = decays and self.lambda_end == 0 and step >= self.warmup_steps + self.decay_steps
+        never = self.peak == 0 and not (decays and self.lambda_end > 0)
+        return never or faded or self._latched or self._past_cutoff_step(step)
 
     def weight(self, step: int) -> float:
         """The weight of the alignment loss at an optimizer step."""

@@ -75,7 +75,8 @@ class LatentTeacher:
 
     @torch.no_grad()
     def features(self, batch: Batch, tokens: Mapping[int, Tensor]) -> PatchFeatures:  # noqa: ARG002 - the protocol's
-        pixels = self.decode(batch.latents)[:, :, list(batch.grid.teacher_frames)]
+        with torch.autocast(batch.latents.device.type, enabled=False):  # nor the VAE's
+            pixels = self.decode(batch.latents)[:, :, list(batch.grid.teacher_frames)]
         frames = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).transpose(1, 2)
         return self.encoder(frames, self.size(batch.grid))
 

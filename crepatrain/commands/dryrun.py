@@ -1,6 +1,7 @@
 """Everything that can be said of a run without its weights."""
 
 from crepatrain.commands import preflight
+from crepatrain.commands.runfolder import RunFolder
 from crepatrain.config.plan import Plan
 from crepatrain.console import Screen
 from crepatrain.families import get_family
@@ -14,6 +15,7 @@ def dry_run(plan: Plan, screen: Screen) -> None:
     Raises:
         UserError: what `fit` would refuse before it loads weights.
     """
+    RunFolder(plan.config).look()
     dataset = preflight.look_at_clips(plan, screen)
     transformer = get_family(plan.config.model_family).empty_transformer(plan.checkpoint.transformer)
     build.adapt(plan, transformer)

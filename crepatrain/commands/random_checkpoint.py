@@ -24,6 +24,10 @@ def make_random(family: str, folder: Path, size: str | None, seed: int, screen: 
         raise UserError(f"--size {size}: unknown", _did_you_mean(size, list(released)))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: there is something already", "give a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: it can't be made ({error.strerror})", "give another folder") from error
     quiet_libraries()
     write_random_pipeline(
         get_family(family),

@@ -25,6 +25,7 @@ class RunFolder:
         self.adapters = self.root / "adapters"
         self.metrics = self.root / "metrics.jsonl"
         self._config_file = self.root / "config.json"
+        self._status_file = self.root / "status.json"
         self._config = config
 
     def look(self) -> Path | None:
@@ -41,13 +42,17 @@ class RunFolder:
 
     def claim(self, step: int) -> None:
         """Make the folder this run's, from `step` on."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir={self.root}: it can't be made ({error.strerror})", "give another folder") from error
+        self.status("running", step)
         replace_json(self._config_file, self._config.model_dump())
         self._forget_after(step)
-        self.status("running", step)
 
     def _expect_same_run(self) -> None:
-        if not self._config_file.is_file():
+        before = self._config_before()
+        if before is None:
             strangers = sorted(path.name for path in self.root.iterdir()) if self.root.is_dir() else []
             if strangers:
                 raise UserError(
@@ -56,10 +61,6 @@ class RunFolder:
             return
         if not self.metrics.is_file() and not checkpoints(self.checkpoints):
             return  # it ended before its first step: there is nothing to lose
-        try:
-            before = json.loads(self._config_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{self._config_file} can't be read ({error})", "give a new output_dir") from None
         now = self._config.model_dump()
         changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key) and not _may_change(key)]
         if changed:
@@ -68,6 +69,16 @@ class RunFolder:
                 f"output_dir={self.root} holds a different run ({listed})",
                 "give a new output_dir, or the same values to continue it",
             )
+
+    def _config_before(self) -> dict[str, Any] | None:
+        """The config of the run that the folder holds; None if it holds none, or somebody else's config.json."""
+        if not self._config_file.is_file():
+            return None
+        try:
+            before = json.loads(self._config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._config_file} can't be read ({error})", "give a new output_dir") from None
+        return before if isinstance(before, dict) and {"model_family", "output_dir"} <= before.keys() else None
 
     def _checkpoint(self) -> Path | None:
         wanted = self._config.resume_from_checkpoint
@@ -107,7 +118,7 @@ class RunFolder:
 
     def status(self, status: Literal["running", "completed", "stopped", "failed"], step: int, reason: str = "") -> None:
         """Say where the run stands."""
-        replace_json(self.root / "status.json", {"status": status, "step": step, "reason": reason})
+        replace_json(self._status_file, {"status": status, "step": step, "reason": reason})
 
     def lines(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds."""

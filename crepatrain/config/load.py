@@ -1,6 +1,5 @@
 """From a config file and command-line options to a RunConfig, or to every problem in them at once."""
 
-import csv
 import difflib
 import json
 import re
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from crepatrain.config.sections import RunConfig
+from crepatrain.config.specs import FAMILIES
 from crepatrain.errors import Problem, UserError
 
 # What SimpleTuner, musubi-tuner, diffusers' scripts, finetrainers, ai-toolkit and diffusion-pipe call the same thing.
@@ -108,8 +108,23 @@ FOREIGN_KEYS: Mapping[str, str] = {
 }
 
 
+# Stand in for required keys that are missing or wrong, so that the others can still be checked against each other.
+_STAND_INS: Mapping[str, Any] = {
+    "model_family": next(iter(FAMILIES)),
+    "pretrained_model_name_or_path": "unknown",
+    "train_data": ".",
+    "output_dir": "output",
+}
+
+
 class _YamlLoader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-4 as a number, as everybody who writes it means it."""
+    """Safe YAML that reads 1e-4 as a number, as everybody who writes it means it, and refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _no_repeats(
+            [(self.construct_object(key, deep=True), self.construct_object(value, deep=True)) for key, value in node.value]
+        )
+        return super().construct_mapping(node, deep=deep)
 
 
 _YamlLoader.add_implicit_resolver(
@@ -131,44 +146,44 @@ def read_values(path: Path, options: Sequence[str], problems: list[Problem]) -> 
     return values
 
 
-def parse(values: Mapping[str, Any], problems: list[Problem]) -> tuple[RunConfig | None, set[str]]:
+def parse(values: Mapping[str, Any], problems: list[Problem]) -> tuple[RunConfig, frozenset[str]]:
     """A config of what can be understood, so that it can be checked further, and the keys that could not.
 
     Args:
         problems: everything that is wrong with the values is added to it.
 
     Returns:
-        The config (None if a required key is missing or wrong), and the keys that were left out of it.
+        The config, in which defaults or stand-ins take the place of what is wrong or missing; and the keys where they do.
     """
     known = {key: value for key, value in values.items() if key in RunConfig.model_fields}
     problems += [unknown_key(key) for key in values if key not in known]
     try:
-        return RunConfig.model_validate(known), set()
+        return RunConfig.model_validate(known), frozenset()
     except ValidationError as error:
         problems += _explain(error)
-        wrong = {str(details["loc"][0]) for details in error.errors()}
-    try:
-        return RunConfig.model_validate({key: value for key, value in known.items() if key not in wrong}), wrong
-    except ValidationError:
-        return None, wrong
+        wrong = frozenset(str(details["loc"][0]) for details in error.errors())
+    rest = {key: value for key, value in known.items() if key not in wrong}
+    return RunConfig.model_validate({key: value for key, value in _STAND_INS.items() if key in wrong} | rest), wrong
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise UserError(f"config {path} is a folder", "give a .json or .yaml file, such as its config.json")
+    if path.suffix.lower() not in {".json", ".yaml", ".yml"}:
+        raise UserError(f"config {path} is neither JSON nor YAML by its name", "give a .json, .yaml or .yml file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist", _other_configs(path)) from None
     except UnicodeDecodeError:
         raise UserError(f"config {path} is not text", "give a .json or .yaml file in UTF-8") from None
-    except OSError as error:
-        raise UserError(f"config {path} can't be read: {error.strerror}", "mend the file's permissions") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"config {path} can't be read: {error}", "mend its name or permissions") from None
     try:
-        if path.suffix.lower() in {".yaml", ".yml"}:
-            values = yaml.load(text, Loader=_YamlLoader)  # noqa: S506 - a SafeLoader, with one more number format
-        else:
+        if path.suffix.lower() == ".json":
             values = json.loads(text, object_pairs_hook=_no_repeats)
+        else:
+            values = yaml.load(text, Loader=_YamlLoader)  # noqa: S506 - a SafeLoader, made stricter
     except json.JSONDecodeError as error:
         raise UserError(
             f"config {path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})",
@@ -176,6 +191,10 @@ def _read_file(path: Path) -> dict[str, Any]:
         ) from None
     except yaml.YAMLError as error:
         raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}", "mend that line") from None
+    except (RecursionError, ValueError, TypeError) as error:
+        raise UserError(f"config {path} can't be read: {error}", "write one flat object of keys and plain values") from None
+    if values is None:
+        raise UserError(f"config {path} is empty", "write one object of keys and values, or start from one in configs/")
     if not isinstance(values, dict):
         raise UserError(f"config {path} holds a {type(values).__name__}", "write one object of keys and values")
     values.pop("$schema", None)  # what editors look for; see `crepatrain validate-config --schema`
@@ -211,10 +230,20 @@ def parse_options(options: Sequence[str], problems: list[Problem]) -> dict[str, 
             continue
         name, given, value = word[2:].partition("=")
         key = name.replace("-", "_")
-        if not given:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        if not given and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        elif not given and _is_switch(key):
+            value = "true"
+        elif not given:
+            problems.append(Problem(f"--{name} has no value", f"write --{name} VALUE"))
+            continue
         values[key] = _option_value(key, value)
     return values
+
+
+def _is_switch(key: str) -> bool:
+    field = RunConfig.model_fields.get(key)
+    return field is not None and _plain_types(field.annotation) == {bool}
 
 
 def _option_value(key: str, text: str) -> Any:
@@ -229,8 +258,8 @@ def _option_value(key: str, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         pass
-    if field is not None and list in _plain_types(field.annotation) and "," in text:
-        return next(csv.reader([text]))
+    if field is not None and list in _plain_types(field.annotation) and text not in _choices(field.annotation):
+        return [name.strip() for name in text.split(",")]
     return text
 
 
@@ -247,6 +276,12 @@ def _plain_types(annotation: Any) -> set[type]:
     return set().union(*(_plain_types(arg) for arg in get_args(annotation)))
 
 
+def _choices(annotation: Any) -> set[Any]:
+    if get_origin(annotation) is Literal:
+        return set(get_args(annotation))
+    return set().union(*(_choices(arg) for arg in get_args(annotation)))
+
+
 def unknown_key(key: str) -> Problem:
     """What to answer to a key that is not ours."""
     lowered = key.lower().replace("-", "_").lstrip("_")
@@ -258,20 +293,23 @@ def unknown_key(key: str) -> Problem:
     return Problem(f"{key}: unknown key", "remove it; `crepatrain validate-config --schema` lists every key")
 
 
-_REMEDIES = {
-    "greater_than": "use a value above {gt}",
-    "greater_than_equal": "use {ge} or more",
-    "less_than": "use a value below {lt}",
-    "less_than_equal": "use {le} or less",
-    "int_type": "write a whole number",
-    "int_from_float": "write a whole number",
-    "float_type": "write a number",
-    "finite_number": "write a finite number",
-    "bool_type": "write true or false",
-    "string_type": 'write a text in "quotes"',
-    "list_type": "write a list",
-    "string_too_short": "write a value",
-    "string_pattern_mismatch": "use letters, digits, dot, dash and underscore",
+# Of pydantic's error types: what is wrong, and the remedy.
+_WRONG: Mapping[str, tuple[str, str]] = {
+    "greater_than": ("out of range", "use a value above {gt}"),
+    "greater_than_equal": ("out of range", "use {ge} or more"),
+    "less_than": ("out of range", "use a value below {lt}"),
+    "less_than_equal": ("out of range", "use {le} or less"),
+    "finite_number": ("out of range", "write a finite number"),
+    "int_type": ("wrong type", "write a whole number"),
+    "int_from_float": ("wrong type", "write a whole number"),
+    "float_type": ("wrong type", "write a number"),
+    "bool_type": ("wrong type", "write true or false"),
+    "string_type": ("wrong type", 'write a text in "quotes"'),
+    "list_type": ("wrong type", "write a list"),
+    "too_short": ("an empty list", "write a list with a name in it, or leave the key out"),
+    "string_too_short": ("empty", "write a value"),
+    "string_pattern_mismatch": ("not a file name", "use letters, digits, dot, dash and underscore"),
+    "impossible_path": ("no system has such a path", "give a shorter path"),
 }
 
 
@@ -284,22 +322,21 @@ def _explain(error: ValidationError) -> list[Problem]:
 
 
 def _explain_key(key: str, found: list[ErrorDetails]) -> Problem:
-    first = found[0]
-    if first["type"] == "missing":
+    if found[0]["type"] == "missing":
         return Problem(f"{key} is missing", f"add it: {RunConfig.model_fields[key].description}")
-    what = f"{key}={json.dumps(first['input'], default=str)}"
-    remedies = [_remedy(details) for details in found]
-    return Problem(f"{what}: not possible here", " or ".join(dict.fromkeys(remedies)))
+    told = [_reason_and_remedy(details) for details in found]
+    reason = told[0][0] if len({reason for reason, _ in told}) == 1 else "not possible here"
+    value = json.dumps(found[0]["input"], default=str)
+    return Problem(f"{key}={value}: {reason}", ", or ".join(dict.fromkeys(remedy for _, remedy in told)))
 
 
-def _remedy(details: ErrorDetails) -> str:
+def _reason_and_remedy(details: ErrorDetails) -> tuple[str, str]:
+    context = details.get("ctx", {})
     if details["type"] == "literal_error":
-        expected = details.get("ctx", {})["expected"]
-        choices = re.findall(r"'([^']*)'", expected)
+        choices = re.findall(r"'([^']*)'", context["expected"])
         close = difflib.get_close_matches(str(details["input"]).lower(), choices, n=1)
-        listed = ", ".join(choices)
-        if close:
-            return f"did you mean {close[0]}? (one of: {listed})"
-        return f"use one of: {listed}" if len(choices) > 1 else f'use "{listed}"'
-    template = _REMEDIES.get(details["type"])
-    return template.format(**details.get("ctx", {})) if template else details["msg"]
+        listed = f"one of: {', '.join(choices)}" if len(choices) > 1 else f'"{choices[0]}"'
+        return "unknown", f"did you mean {close[0]}? Use {listed}" if close else f"use {listed}"
+    reason, remedy = _WRONG.get(details["type"], ("not possible here", details["msg"]))
+    numbers = {name: f"{value:g}" for name, value in context.items() if isinstance(value, (int, float))}
+    return reason, remedy.format(**numbers)

@@ -3,6 +3,7 @@
 A section is what one part of the program asks for; RunConfig is all of them, flat.
 """
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
@@ -23,6 +24,17 @@ def _known_family(name: str) -> str:
 FamilyName = Annotated[str, AfterValidator(_known_family), WithJsonSchema({"type": "string", "enum": list(FAMILIES)})]
 
 
+def _possible_path(text: str) -> str:
+    """A path that the system can take, with ~ expanded."""
+    expanded = os.path.expanduser(text)  # noqa: PTH111 - a hub id is no path, and stays as it is
+    if "\0" in expanded or len(expanded) > 4000 or any(len(os.fsencode(part)) > 255 for part in expanded.split("/")):
+        raise PydanticCustomError("impossible_path", "no system has such a path")
+    return expanded
+
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_possible_path)]
+
+
 class Section(BaseModel):
     """One part of the config: unknown keys are errors, values are taken as they are written, never coerced."""
 
@@ -33,7 +45,7 @@ class ModelConfig(Section):
     """Which model is trained, and where it comes from."""
 
     model_family: FamilyName = Field(description="DiT family: see `crepatrain families`")
-    pretrained_model_name_or_path: str = Field(min_length=1, description="diffusers pipeline folder or hub id")
+    pretrained_model_name_or_path: PathText = Field(description="diffusers pipeline folder or hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     model_type: Literal["lora"] = Field("lora", description="what is trained: an adapter")
 
@@ -44,17 +56,18 @@ class LoraConfig(Section):
     lora_rank: int = Field(32, ge=1, le=4096, description="rank r of every adapted layer")
     lora_alpha: float | None = Field(None, gt=0, description="the adapter is scaled by lora_alpha / lora_rank; null: lora_rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    lora_targets: list[str] | Literal["all-linear"] | None = Field(
-        None, description="ends of the names of the adapted layers, or all-linear: every Linear of the blocks; null: the family's"
+    lora_targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | Literal["all-linear"] | None = (
+        Field(
+            None,
+            description="ends of the names of the adapted layers, or all-linear: every Linear of the blocks; null: the family's",
+        )
     )
 
 
 class DataConfig(Section):
     """The clips and how they are cut."""
 
-    train_data: str = Field(
-        min_length=1, description="folder of videos with NAME.txt captions, or a .jsonl/.csv of video and caption"
-    )
+    train_data: PathText = Field(description="folder of videos with NAME.txt captions, or a .jsonl/.csv of video and caption")
     height: int | None = Field(None, ge=16, le=4096, description="pixels; null: the family's")
     width: int | None = Field(None, ge=16, le=4096, description="pixels; null: the family's")
     num_frames: int | None = Field(None, ge=1, le=2048, description="pixel frames of one training window; null: the family's")
@@ -72,7 +85,7 @@ class DataConfig(Section):
         "error", description="what to do with a clip that is unreadable or too short"
     )
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples trained with the empty caption")
-    cache_dir: str | None = Field(
+    cache_dir: PathText | None = Field(
         None,
         description="latents, text and teacher features; null: ~/.cache/crepatrain",
         json_schema_extra=_MAY_CHANGE,
@@ -115,7 +128,7 @@ class OptimConfig(Section):
 class LoopConfig(Section):
     """The loop: how long, how large, where to."""
 
-    output_dir: str = Field(min_length=1, description="the run's folder")
+    output_dir: PathText = Field(description="the run's folder")
     output_name: str = Field(
         "adapter",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
@@ -168,9 +181,7 @@ class CrepaConfig(Section):
     )
     crepa_use_backbone_features: bool = Field(False, description='the same as crepa_feature_source: "backbone"')
     crepa_teacher_block_index: int | None = Field(None, ge=0, description="of backbone; deeper than crepa_block_index")
-    crepa_encoder: str = Field(
-        "dinov2_vitg14", min_length=1, description="dinov2_vit{s,b,l,g}14[_reg], or a ViT's folder or hub id"
-    )
+    crepa_encoder: PathText = Field("dinov2_vitg14", description="dinov2_vit{s,b,l,g}14[_reg], or a ViT's folder or hub id")
     crepa_encoder_image_size: Annotated[int, Field(ge=14, le=4096)] | Literal["grid"] = Field(
         518, description="n: frames squashed to n x n; grid: one encoder patch per token, aspect kept"
     )

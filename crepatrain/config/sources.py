@@ -31,6 +31,11 @@ class Checkpoint:
     scheduler: Mapping[str, Any]
     origin: str
 
+    @property
+    def flow_shift(self) -> float:
+        """The static shift of the scheduler that the model is sampled with."""
+        return float(self.scheduler.get("flow_shift") or self.scheduler.get("shift") or 1.0)
+
 
 def read_checkpoint(path: str, revision: str | None, spec: FamilySpec, *, online: bool) -> Checkpoint:
     """The JSON files of a diffusers pipeline.
@@ -48,12 +53,18 @@ def read_checkpoint(path: str, revision: str | None, spec: FamilySpec, *, online
     if Path(path).is_dir():
         _expect_parts(key, Path(path), spec)
     else:
-        _expect_hub_id(key, path)
+        _expect_hub_id(key, path, "diffusers")
         known = released_model(spec, path)
         if known is not None and not online and not _in_hub_cache(path, "model_index.json", revision):
-            return Checkpoint({}, known.transformer, known.vae, {}, origin="package")
+            return Checkpoint({}, known.transformer, known.vae, {"flow_shift": known.flow_shift}, origin="package")
     names = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-    folder = fetch(key, path, revision, names)
+    try:
+        folder = fetch(key, path, revision, names)
+    except UserError as error:
+        close = difflib.get_close_matches(path, [model.repo for model in spec.released.values()], n=1, cutoff=0.8)
+        if not close or close[0] == path:
+            raise
+        raise UserError(error.problems[0].what, f"did you mean {close[0]}?") from error
     model_index, transformer, vae, scheduler = (_read_json(key, folder, name) for name in names)
     found = transformer.get("_class_name", spec.transformer_class)
     if found != spec.transformer_class:
@@ -61,10 +72,24 @@ def read_checkpoint(path: str, revision: str | None, spec: FamilySpec, *, online
             f"{key}={path}: its transformer is a {found}, and model_family={spec.name} needs a {spec.transformer_class}",
             "set the model_family of this checkpoint, or another checkpoint",
         )
-    reason = spec.unsupported(model_index, transformer)
+    with readable(path, spec):
+        reason = spec.unsupported(model_index, transformer)
     if reason:
         raise UserError(f"{key}={path}: {reason}, which this version can't train", f"use a {spec.title} checkpoint")
     return Checkpoint(model_index, transformer, vae, scheduler, origin="folder" if Path(path).is_dir() else "hub")
+
+
+@contextmanager
+def readable(path: str, spec: FamilySpec) -> Iterator[None]:
+    """What reading a strange config.json raises, as what the user can do about it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"pretrained_model_name_or_path={path}: a config.json of its parts is not that of a {spec.title} model "
+            f"({type(error).__name__}: {error})",
+            "download it again",
+        ) from error
 
 
 def read_encoder(name: str) -> EncoderSpec:
@@ -81,7 +106,7 @@ def read_encoder(name: str) -> EncoderSpec:
             close = difflib.get_close_matches(name, ENCODERS, n=1)
             hint = f"did you mean {close[0]}? Otherwise " if close else ""
             raise UserError(f"{key}={name}: no such encoder", f"{hint}use one of {', '.join(ENCODERS)}, a folder or a hub id")
-        _expect_hub_id(key, name)
+        _expect_hub_id(key, name, "transformers")
     values = _read_json(key, fetch(key, name, None, ("config.json",)), "config.json")
     width, patch = values.get("hidden_size"), values.get("patch_size")
     if not isinstance(width, int) or not isinstance(patch, int):
@@ -89,12 +114,14 @@ def read_encoder(name: str) -> EncoderSpec:
             f"{key}={name}: its config.json has no hidden_size and patch_size, so it is not a plain vision transformer",
             "use a DINOv2 or DINOv3 model in transformers' format",
         )
+    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
+        raise UserError(f"{key}={name}: it lacks *.safetensors", "copy the whole model folder")
     return EncoderSpec(name, width, patch)
 
 
-def _expect_hub_id(key: str, path: str) -> None:
-    if not _HUB_ID.match(path) or path.startswith((".", "/", "~")):
-        raise UserError(f"{key}={path}: no such folder", "give a diffusers folder that exists, or a hub id such as owner/name")
+def _expect_hub_id(key: str, path: str, kind: str) -> None:
+    if not _HUB_ID.match(path):
+        raise UserError(f"{key}={path}: no such folder", f"give a {kind} folder that exists, or a hub id such as owner/name")
 
 
 def _expect_parts(key: str, folder: Path, spec: FamilySpec) -> None:

@@ -12,12 +12,13 @@ JSON = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ReleasedModel:
-    """A released checkpoint: where it is and the shapes of its parts, as its config.json files give them."""
+    """A released checkpoint: where it is, and what its config.json files say."""
 
     repo: str
     transformer: JSON
     vae: JSON
     text_width: int
+    flow_shift: float
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _wan_geometry(transformer: JSON, vae: JSON) -> Geometry:
 
 
 def _wan_unsupported(model_index: JSON, transformer: JSON) -> str | None:
-    if model_index.get("transformer_2", [None])[0] is not None or model_index.get("boundary_ratio") is not None:
+    if any(model_index.get("transformer_2") or ()) or model_index.get("boundary_ratio") is not None:
         return "it is a Wan 2.2 A14B model with two experts"
     if model_index.get("expand_timesteps"):
         return "it is a Wan 2.2 TI2V model with a timestep per token"
@@ -125,10 +126,10 @@ WAN = FamilySpec(
     released=MappingProxyType(
         {
             "wan2.1-1.3b": ReleasedModel(
-                "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _wan_transformer(12, 8960, 30), _WAN_VAE, text_width=4096
+                "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _wan_transformer(12, 8960, 30), _WAN_VAE, text_width=4096, flow_shift=3.0
             ),
             "wan2.1-14b": ReleasedModel(
-                "Wan-AI/Wan2.1-T2V-14B-Diffusers", _wan_transformer(40, 13824, 40), _WAN_VAE, text_width=4096
+                "Wan-AI/Wan2.1-T2V-14B-Diffusers", _wan_transformer(40, 13824, 40), _WAN_VAE, text_width=4096, flow_shift=3.0
             ),
         }
     ),

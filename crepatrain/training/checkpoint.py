@@ -4,10 +4,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,17 +48,30 @@ def write_checkpoint(
             _write_json(aside / f"{name}.json", content)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(
-            f"checkpoint {folder} can't be written ({error.strerror or error})",
-            "free disk space; earlier checkpoints are untouched",
-        ) from error
+        raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} can't be written ({error})", "free disk space; earlier checkpoints are untouched")
+
+
+def _cannot_read(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} can't be read ({error})", "remove this checkpoint folder to go on from the one before")
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """One tensor file of a checkpoint, on the CPU."""
-    return load_file(folder / f"{name}.safetensors")
+    """One tensor file of a checkpoint, on the CPU.
+
+    Raises:
+        UserError: it is gone or damaged.
+    """
+    path = folder / f"{name}.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _cannot_read(path, error) from error
 
 
 def read_tree(folder: Path, name: str) -> Any:
@@ -102,18 +117,28 @@ def rotate(folder: Path, limit: int | None) -> None:
 
 def replace_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file aside and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp")
-    save_file(dict(tensors), aside, metadata=dict(metadata))
-    _flush(aside)
-    aside.replace(path)
+    with _aside(path) as aside:
+        save_file(dict(tensors), aside, metadata=dict(metadata))
+        _flush(aside)
 
 
 def replace_json(path: Path, content: Any) -> None:
     """Write a JSON file aside and rename it."""
+    with _aside(path) as aside:
+        _write_json(aside, content)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A file to write to, which takes the place of `path` when it is whole."""
     aside = path.with_name(f"{path.name}.tmp")
-    _write_json(aside, content)
-    aside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+# Of 1 - sigma and of sigma, in fp32: rounding alone must not reach clean latents or pure noise.
+_SMALLEST = torch.finfo(torch.float32).eps
+
 
 @dataclass(frozen=True)
 class FlowMatching:
@@ -25,11 +28,12 @@ class FlowMatching:
     def draw_sigma(self, generator: torch.Generator) -> Tensor:
         """The noise level of one sample, a scalar in (0, 1)."""
         if self.sampling == "logit_normal":
-            return torch.sigmoid(self.logit_mean + self.logit_std * torch.randn((), generator=generator))
-        uniform = torch.rand((), generator=generator).clamp(min=torch.finfo(torch.float32).eps)
-        if self.sampling == "uniform":
-            return uniform
-        return self.shift * uniform / (1 + (self.shift - 1) * uniform)
+            sigma = torch.sigmoid(self.logit_mean + self.logit_std * torch.randn((), generator=generator))
+        else:
+            sigma = torch.rand((), generator=generator)
+            if self.sampling == "shifted":
+                sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        return sigma.clamp(_SMALLEST, 1 - _SMALLEST)
 
     def add_noise(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Latents and noise [B, ...], sigma [B] -> noisy latents [B, ...]."""

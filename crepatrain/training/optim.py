@@ -39,6 +39,8 @@ def build_lr_scheduler(config: OptimConfig, optimizer: Optimizer, max_train_step
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """Clip to a norm (0: never) and give the norm from before, a scalar on the device."""
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    if not with_gradient:  # a projector whose weight is 0
+        return parameters[0].new_zeros(())
     if max_norm > 0:
         return nn.utils.clip_grad_norm_(with_gradient, max_norm)
     return nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])

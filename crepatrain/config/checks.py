@@ -1,0 +1,222 @@
+"""What can be wrong with a config beyond each value's own range: its keys against each other, the disk, and the checkpoint."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from crepatrain.config.sections import CrepaConfig, LayerSyncConfig, RunConfig
+from crepatrain.config.specs import EncoderSpec
+from crepatrain.errors import Problem, UserError
+from crepatrain.geometry import Geometry, TokenGrid
+from crepatrain.neighbours import reachable_maximum
+
+_OPTIMIZER_PACKAGES = {"adamw8bit": ("bitsandbytes", "8bit"), "prodigy": ("prodigyopt", "prodigy")}
+
+
+def wanted_size(config: RunConfig) -> tuple[int, int, int]:
+    """(frames, height, width) of a resolved config."""
+    assert config.num_frames is not None
+    assert config.height is not None
+    assert config.width is not None
+    return config.num_frames, config.height, config.width
+
+
+def maximum_score(config: CrepaConfig, token_frames: int) -> float:
+    """The largest value that the score of `crepa_threshold_metric` can reach on clips of this many token frames."""
+    if config.crepa_threshold_metric == "self":
+        return 1.0
+    return reachable_maximum(
+        token_frames,
+        distance=config.crepa_adjacent_distance,
+        tau=config.crepa_adjacent_tau,
+        cumulative=config.crepa_cumulative_neighbors,
+        normalize_neighbour_sum=config.crepa_normalize_neighbour_sum,
+    )
+
+
+def check_paths(config: RunConfig) -> list[Problem]:
+    """The dataset is there, and what is written can be written."""
+    problems = []
+    train_data = Path(config.train_data)
+    if not train_data.exists():
+        problems.append(
+            Problem(f"train_data={train_data}: it does not exist", "give a folder of clips, or a .jsonl or .csv list")
+        )
+    elif train_data.is_dir() and not any(train_data.iterdir()):
+        problems.append(Problem(f"train_data={train_data}: the folder is empty", "put video files and NAME.txt captions into it"))
+    elif train_data.is_file() and train_data.suffix.lower() not in {".jsonl", ".csv"}:
+        problems.append(
+            Problem(f"train_data={train_data}: neither a folder nor a .jsonl or .csv list", "give the folder of the clips")
+        )
+    if Path(config.output_dir).resolve() == train_data.resolve():
+        problems.append(Problem(f"output_dir={config.output_dir}: it is train_data too", "give a folder of its own"))
+    for key in ("output_dir", "cache_dir"):
+        path = Path(getattr(config, key))
+        if path.exists() and not path.is_dir():
+            problems.append(Problem(f"{key}={path}: it is a file", "give a folder"))
+            continue
+        existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            problems.append(
+                Problem(f"{key}={path}: {existing} can't be written to", "give another folder, or mend its permissions")
+            )
+    return problems
+
+
+def check_length(config: RunConfig) -> list[Problem]:
+    """A run's length is said once."""
+    steps, epochs = config.max_train_steps, config.num_train_epochs
+    if (steps is None) != (epochs is None):
+        return []
+    which = f"both are set, to {steps} and {epochs}" if steps else "neither is set"
+    return [Problem(f"max_train_steps, num_train_epochs: {which}", "set one of them")]
+
+
+def check_optimizer(config: RunConfig) -> list[Problem]:
+    """The optimizer's package is installed."""
+    package, extra = _OPTIMIZER_PACKAGES.get(config.optimizer, ("", ""))
+    if not package or find_spec(package) is not None:
+        return []
+    return [Problem(f"optimizer={config.optimizer}: {package} is not installed", f'run pip install "crepatrain[{extra}]"')]
+
+
+def check_source(said: RunConfig) -> list[Problem]:
+    """Of the config as it was written: the two spellings of the backbone source must not disagree."""
+    backbone = said.crepa_feature_source == "backbone"
+    both = {"crepa_feature_source", "crepa_use_backbone_features"} <= said.model_fields_set
+    if not both or backbone == said.crepa_use_backbone_features:
+        return []
+    flag = str(said.crepa_use_backbone_features).lower()
+    return [
+        Problem(
+            f"crepa_feature_source={said.crepa_feature_source}, crepa_use_backbone_features={flag}: they disagree",
+            "keep crepa_feature_source alone",
+        )
+    ]
+
+
+def check_encoder_size(config: RunConfig, encoder: EncoderSpec) -> list[Problem]:
+    """The encoder's input is whole patches."""
+    size = config.crepa_encoder_image_size
+    if size == "grid" or size % encoder.patch == 0:
+        return []
+    below = size // encoder.patch * encoder.patch
+    legal = [str(n) for n in (below, below + encoder.patch) if n]
+    return [
+        Problem(
+            f"crepa_encoder_image_size={size}: {config.crepa_encoder} takes multiples of {encoder.patch}",
+            f"use {' or '.join(legal)}, or grid",
+        )
+    ]
+
+
+def check_size(config: RunConfig, geometry: Geometry) -> list[Problem]:
+    """Each of the three numbers by itself, so that all that are wrong are told."""
+    frames, height, width = wanted_size(config)
+    rows, columns = geometry.size_multiple
+    legal = frames if geometry.legal_frames(frames) else geometry.nearest_frames(frames)[-1]
+    problems: list[Problem] = []
+    for size in ((frames, rows, columns), (legal, height, columns), (legal, rows, width)):
+        try:
+            geometry.latent_shape(*size)
+        except UserError as error:
+            problems += error.problems
+    return problems
+
+
+def check_blocks(config: RunConfig, depth: int) -> list[Problem]:
+    """Blocks exist, and a teacher block is deeper than its student's."""
+    problems = []
+    if config.crepa_enabled:
+        if config.crepa_projector == "conv" and not config.crepa_spatial_align:
+            problems.append(
+                Problem(
+                    "crepa_projector=conv, crepa_spatial_align=false: a convolution needs the patches",
+                    "set crepa_spatial_align to true, or crepa_projector to linear",
+                )
+            )
+        problems += _check_block("crepa_block_index", config.crepa_block_index, depth)
+        if config.crepa_feature_source == "backbone":
+            pair = ("crepa_block_index", "crepa_teacher_block_index")
+            problems += _check_deeper(config, *pair, depth, because="crepa_feature_source=backbone needs it")
+    if config.layersync_enabled:
+        problems += _check_block("layersync_student_block", config.layersync_student_block, depth)
+        pair = ("layersync_student_block", "layersync_teacher_block")
+        problems += _check_deeper(config, *pair, depth, because="layersync_enabled needs it")
+    return problems
+
+
+def _check_block(key: str, block: int | None, depth: int) -> list[Problem]:
+    use = f"use 0 to {depth - 1}"
+    if block is None:
+        return [Problem(f"{key} is missing", use)]
+    if block >= depth:
+        return [Problem(f"{key}={block}: the transformer has {depth} blocks, counted from 0", use)]
+    return []
+
+
+def _check_deeper(config: RunConfig, student_key: str, teacher_key: str, depth: int, because: str) -> list[Problem]:
+    student: int | None = getattr(config, student_key)
+    teacher: int | None = getattr(config, teacher_key)
+    if student is None or student >= depth:  # told already
+        student = -1
+    lowest, last = student + 1, depth - 1
+    if lowest > last:
+        use = f"lower {student_key}, it is the last block"
+    else:
+        use = f"use {last}" if lowest == last else f"use {lowest} to {last}"
+    if teacher is None:
+        return [Problem(f"{teacher_key} is missing, and {because}", use)]
+    if teacher > last:
+        return [Problem(f"{teacher_key}={teacher}: the transformer has {depth} blocks, counted from 0", use)]
+    if teacher < lowest:
+        return [Problem(f"{teacher_key}={teacher} is not deeper than {student_key}={student}", use)]
+    return []
+
+
+def check_threshold(config: RunConfig, geometry: Geometry) -> list[Problem]:
+    """The threshold can be reached."""
+    frames = wanted_size(config)[0]
+    threshold = config.crepa_similarity_threshold
+    if not config.crepa_enabled or threshold is None or not geometry.legal_frames(frames):
+        return []
+    token_frames = geometry.token_grid(frames, *geometry.size_multiple).t
+    maximum = maximum_score(config, token_frames)
+    if threshold <= maximum:
+        return []
+    where = (
+        "self-similarity"
+        if config.crepa_threshold_metric == "self"
+        else f"distance {config.crepa_adjacent_distance}, tau {config.crepa_adjacent_tau:g}, {token_frames} token frames"
+    )
+    return [
+        Problem(
+            f"crepa_similarity_threshold={threshold:g}: the score can't exceed {maximum:.3f} ({where})",
+            f"use {maximum:.3f} or less",
+        )
+    ]
+
+
+def warnings(config: RunConfig, said: RunConfig, grid: TokenGrid) -> list[str]:
+    """What has no effect, or another one than written.
+
+    Args:
+        config: with its defaults filled in.
+        said: as it was written.
+        grid: at the config's size.
+    """
+    told = []
+    for section, switch in ((CrepaConfig, "crepa_enabled"), (LayerSyncConfig, "layersync_enabled")):
+        fields = section.model_fields
+        changed = [key for key in fields if key in said.model_fields_set and getattr(said, key) != fields[key].default]
+        if changed and not getattr(config, switch):
+            told.append(f"{', '.join(changed)}: without effect, as {switch} is false")
+    if config.crepa_enabled and config.crepa_adjacent_distance > grid.t - 1:
+        told.append(
+            f"crepa_adjacent_distance={config.crepa_adjacent_distance} is taken as {grid.t - 1}: clips have {grid.t} token frames"
+        )
+    if config.crepa_enabled and config.crepa_drop_vae_encoder and config.crepa_feature_source != "latents":
+        told.append("crepa_drop_vae_encoder: without effect, as only crepa_feature_source=latents keeps a VAE in training")
+    if config.lr_scheduler == "constant" and config.lr_warmup_steps:
+        told.append("lr_warmup_steps: without effect with lr_scheduler=constant; use constant_with_warmup")
+    return told

@@ -1,0 +1,114 @@
+"""A plan in words."""
+
+from crepatrain.config.checks import maximum_score
+from crepatrain.config.plan import Plan
+from crepatrain.config.sections import RunConfig
+
+
+def summarize(plan: Plan) -> list[tuple[str, str]]:
+    """What will happen, as (topic, words)."""
+    config, grid, geometry = plan.config, plan.grid, plan.geometry
+    frames, height, width = plan.size
+    known = " (not on this machine yet; checked against its known shapes)" if plan.checkpoint.origin == "package" else ""
+    precision = "bf16, adapter and projector fp32" if config.mixed_precision == "bf16" else "fp32"
+    rows = [
+        ("model", f"{plan.spec.title}, {config.pretrained_model_name_or_path}{known}"),
+        ("adapter", f"LoRA rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {_targets(config)}"),
+        ("clips", f"{config.train_data}: {frames} frames of {height} x {width} at {config.fps:g} fps"),
+        ("tokens", f"{grid} = {grid.tokens} a clip, in {geometry.depth} blocks of width {geometry.width}"),
+        ("steps", _steps(config)),
+        ("optimizer", _optimizer(config)),
+        ("precision", f"{precision}; gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}"),
+    ]
+    if config.crepa_enabled:
+        rows += _crepa(plan)
+    else:
+        rows.append(("CREPA", "off; set crepa_enabled to true"))
+    if config.layersync_enabled:
+        student, teacher = config.layersync_student_block, config.layersync_teacher_block
+        rows.append(("LayerSync", f"block {student} follows block {teacher}, weight {config.layersync_lambda:g}"))
+    return [*rows, ("output", config.output_dir)]
+
+
+def _crepa(plan: Plan) -> list[tuple[str, str]]:
+    config = plan.config
+    last = plan.geometry.depth - 1
+    return [
+        ("CREPA", f"block {config.crepa_block_index} of 0 to {last} learns from {_teacher(plan)}, {_meeting(plan)}"),
+        ("neighbours", _neighbours(plan)),
+        ("weight", _schedule(config)),
+        ("cutoff", _cutoff(plan)),
+    ]
+
+
+def _teacher(plan: Plan) -> str:
+    if plan.encoder is None:
+        return f"block {plan.config.crepa_teacher_block_index} of the same transformer"
+    size = "x".join(map(str, plan.encoder_size(plan.grid)))
+    rows, columns = plan.teacher_grid(plan.grid)
+    source = plan.config.crepa_feature_source
+    return f"{plan.config.crepa_encoder} at {size} ({source}): {rows} x {columns} patches a frame"
+
+
+def _meeting(plan: Plan) -> str:
+    rows, columns = plan.teacher_grid(plan.grid)
+    if not plan.config.crepa_spatial_align:
+        return "frame means only"
+    if (rows, columns) == (plan.grid.h, plan.grid.w):
+        return "patch on patch"
+    finer, coarser = ("teacher", "student") if rows * columns >= plan.grid.patches else ("student", "teacher")
+    return f"the {finer}'s grid resampled onto the {coarser}'s"
+
+
+def _neighbours(plan: Plan) -> str:
+    config = plan.config
+    distance = min(config.crepa_adjacent_distance, plan.grid.t - 1)
+    if distance == 0:
+        return "none: each frame with its own features"
+    which = f"the frames 1 to {distance} away" if config.crepa_cumulative_neighbors else f"the two frames {distance} away"
+    return f"{which}, weighing exp(-distance / {config.crepa_adjacent_tau:g})"
+
+
+def _cutoff(plan: Plan) -> str:
+    config = plan.config
+    maximum = maximum_score(config, plan.grid.t)
+    threshold = config.crepa_similarity_threshold
+    parts = [f"off from step {config.crepa_cutoff_step}"] if config.crepa_cutoff_step else []
+    if threshold is not None:
+        of_self = config.crepa_threshold_metric == "self"
+        parts.append(
+            f"off ({config.crepa_threshold_mode}) when the EMA of the {'self-similarity' if of_self else 'alignment score'} "
+            f"reaches {threshold:g}"
+        )
+        if not of_self:
+            parts[-1] += f", a mean cosine of about {threshold / maximum:.2f}"
+    return f"{'; '.join(parts) or 'none'} (the score's maximum here is {maximum:.3f})"
+
+
+def _targets(config: RunConfig) -> str:
+    assert config.lora_targets is not None
+    return "every Linear of the blocks" if config.lora_targets == "all-linear" else ", ".join(config.lora_targets)
+
+
+def _steps(config: RunConfig) -> str:
+    length = f"{config.max_train_steps} optimizer steps" if config.max_train_steps else f"{config.num_train_epochs} epochs"
+    clips = f"{config.train_batch_size} x {config.gradient_accumulation_steps} clips"
+    return f"{length} of {clips}, a checkpoint every {config.checkpointing_steps}"
+
+
+def _optimizer(config: RunConfig) -> str:
+    warmup = f" after {config.lr_warmup_steps} warm-up steps" if config.lr_warmup_steps else ""
+    return f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.lr_scheduler}{warmup}"
+
+
+def _schedule(config: RunConfig) -> str:
+    start, end = config.crepa_lambda, config.crepa_lambda_end
+    warmup = config.crepa_warmup_steps
+    text = f"{start:g}" if not warmup else f"0 to {start:g} in {warmup} steps"
+    if config.crepa_scheduler == "constant":
+        return text
+    power = f" of power {config.crepa_power:g}" if config.crepa_scheduler == "polynomial" else ""
+    until = "by the end of the run"
+    if config.crepa_decay_steps:
+        until = f"in {config.crepa_decay_steps} steps (step {warmup + config.crepa_decay_steps})"
+    return f"{text}, then {config.crepa_scheduler}{power} to {end:g} {until}"

@@ -1,0 +1,803 @@
+"""Whole runs of the tiny Wan, from clips to an adapter."""
+
+import gc
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from crepatrain import cli
+from crepatrain.commands.fit import fit
+from crepatrain.commands.stopping import Stopped
+from crepatrain.config.plan import read_plan
+from crepatrain.console import Screen
+from crepatrain.errors import DivergedError, UserError
+
+Write = Callable[..., Path]
+
+KEYS = {
+    "step",
+    "loss",
+    "diffusion_loss",
+    "crepa_loss",
+    "crepa_alignment_score",
+    "crepa_similarity_self",
+    "crepa_weight",
+    "crepa_cutoff",
+    "crepa_alignment_score_ema",
+    "learning_rate",
+    "grad_norm",
+    "step_seconds",
+    "samples_per_second",
+    "peak_memory_gib",
+}
+TIMES = {"step_seconds", "samples_per_second", "peak_memory_gib"}
+MEASURED = ("crepa_loss", "crepa_alignment_score", "crepa_similarity_self")
+ADAPTER = "pytorch_lora_weights.safetensors"
+# What could break a resume: dropout of captions and adapter, a warm-up, an EMA, several buckets of randomness.
+RESTLESS = {
+    "lora_dropout": 0.2,
+    "caption_dropout": 0.5,
+    "crepa_warmup_steps": 2,
+    "lr_warmup_steps": 4,
+    "crepa_similarity_threshold": 1.2,
+    "crepa_similarity_ema_decay": 0.9,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The modules are tiny: several threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Watching(Screen):
+    """A quiet screen that calls back after every optimizer step."""
+
+    def __init__(self, after_step: Callable[[int], None]) -> None:
+        super().__init__(quiet=True)
+        self.after_step = after_step
+
+    @contextmanager
+    def training(self, done: int, total: int):
+        with super().training(done, total) as view:
+            shown = view.step
+
+            def step(done: int) -> None:
+                shown(done)
+                self.after_step(done)
+
+            view.step = step
+            yield view
+
+
+def nothing(_step: int) -> None:
+    pass
+
+
+def train(write: Write, *, after_step: Callable[[int], None] = nothing, **changes: Any) -> Path:
+    plan = read_plan(write(**changes))
+    fit(plan, Watching(after_step))
+    return Path(plan.config.output_dir)
+
+
+def interrupted(write: Write, *, at: int, **changes: Any) -> Path:
+    """A run that gets a SIGINT during the step after `at`."""
+
+    def interrupt(step: int) -> None:
+        if step == at:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Stopped):
+        train(write, after_step=interrupt, **changes)
+    return Path(read_plan(write(**changes)).config.output_dir)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines(folder)]
+
+
+def column(folder: Path, key: str) -> list[Any]:
+    return [line[key] for line in lines(folder)]
+
+
+def status(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "status.json").read_text(encoding="utf-8"))
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / ADAPTER)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def expect_same_run(left: Path, right: Path) -> None:
+    """Every number and every tensor, to the bit."""
+    assert timeless(left) == timeless(right)
+    assert same_tensors(adapter(left), adapter(right))
+    last = [max(names(folder / "checkpoints")) for folder in (left, right)]
+    assert last[0] == last[1]
+    for file in ("adapter", "projector", "transformer_learner", "projector_learner"):
+        tensors = [load_file(folder / "checkpoints" / last[0] / f"{file}.safetensors") for folder in (left, right)]
+        assert same_tensors(*tensors), file
+    states = [(folder / "checkpoints" / last[0] / "state.json").read_text(encoding="utf-8") for folder in (left, right)]
+    assert states[0] == states[1]
+
+
+def alive(*kinds: str) -> list[Any]:
+    """The instances of these classes that are in memory."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if type(thing).__name__ in kinds]
+
+
+def kinds_of(things: list[Any], *, but: set[int]) -> set[str]:
+    return {type(thing).__name__ for thing in things if id(thing) not in but}
+
+
+# What a run writes
+
+
+@pytest.fixture(scope="module")
+def finished(wan: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps on all clips at once."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("finished")
+    config = {
+        "model_family": "wan",
+        "pretrained_model_name_or_path": str(wan),
+        "train_data": str(clips),
+        "output_dir": str(root / "run"),
+        "output_name": "squares",
+        "cache_dir": str(root / "cache"),
+        "height": 64,
+        "width": 96,
+        "num_frames": 9,
+        "max_train_steps": 12,
+        "checkpointing_steps": 5,
+        "mixed_precision": "no",
+        "dataloader_num_workers": 0,
+        "train_batch_size": 3,
+        "lora_rank": 4,
+        "learning_rate": 5e-3,
+        "crepa_enabled": True,
+        "crepa_encoder": str(wan / "encoder"),
+        "crepa_encoder_image_size": "grid",
+    }
+    (root / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    fit(read_plan(root / "config.json"), Screen(quiet=True))
+    torch.set_num_threads(before)
+    return root / "run"
+
+
+def test_every_line_has_every_key_and_adds_up(finished: Path):
+    assert column(finished, "step") == list(range(1, 13))
+    for line in lines(finished):
+        assert set(line) == KEYS
+        assert line["peak_memory_gib"] is None
+        numbers = [value for key, value in line.items() if key not in {"peak_memory_gib", "crepa_cutoff"}]
+        assert all(math.isfinite(number) for number in numbers)
+        assert line["loss"] == pytest.approx(line["diffusion_loss"] + line["crepa_loss"], abs=1e-6)
+        assert line["crepa_loss"] == pytest.approx(-line["crepa_weight"] * line["crepa_alignment_score"], abs=1e-6)
+        assert line["crepa_weight"] == 0.5
+        assert line["crepa_cutoff"] is False
+        assert line["learning_rate"] == 5e-3
+        assert line["step_seconds"] > 0
+        assert line["samples_per_second"] == pytest.approx(3 / line["step_seconds"])
+    assert "NaN" not in (finished / "metrics.jsonl").read_text(encoding="utf-8")
+
+
+def test_the_ema_is_that_of_the_scores(finished: Path):
+    scores = column(finished, "crepa_alignment_score")
+    ema = scores[0]
+    for score, logged in zip(scores, column(finished, "crepa_alignment_score_ema"), strict=True):
+        ema = 0.99 * ema + 0.01 * score if logged != scores[0] else ema
+        assert logged == pytest.approx(ema)
+
+
+def test_self_similarity_rises(finished: Path):
+    for key in ("crepa_similarity_self", "crepa_alignment_score"):
+        values = column(finished, key)
+        assert sum(values[-4:]) / 4 > sum(values[:4]) / 4 + 0.02
+
+
+def test_the_folder_is_laid_out_as_designed(finished: Path):
+    assert names(finished) == ["adapters", "checkpoints", "config.json", "metrics.jsonl", ADAPTER, "status.json"]
+    assert names(finished / "checkpoints") == ["step-000005", "step-000010", "step-000012"]
+    assert names(finished / "adapters") == [f"squares-{step:06d}.safetensors" for step in (5, 10, 12)]
+    inside = names(finished / "checkpoints" / "step-000012")
+    for name in ("adapter.safetensors", "projector.safetensors", "state.json", "fingerprint.json"):
+        assert name in inside
+    assert status(finished)["status"] == "completed"
+    assert status(finished)["step"] == 12
+    config = json.loads((finished / "config.json").read_text(encoding="utf-8"))
+    assert config["fps"] == 16.0
+    assert config["crepa_block_index"] == 8
+    assert config["lora_alpha"] == 4.0
+    assert config["crepa_adjacent_tau"] == 1.0
+
+
+def test_the_exported_adapter_is_the_last_and_holds_no_projector(finished: Path):
+    last = adapter(finished)
+    assert same_tensors(last, load_file(finished / "adapters" / "squares-000012.safetensors"))
+    assert not same_tensors(last, load_file(finished / "adapters" / "squares-000005.safetensors"))
+    assert all(name.startswith("diffusion_model.blocks.") and ".lora_" in name for name in last)
+    assert any(tensor.abs().max() > 0 for name, tensor in last.items() if "lora_B" in name)
+    assert {tensor.dtype for tensor in last.values()} == {torch.float32}
+
+
+def test_a_complete_run_is_left_alone(config_file: Write):
+    folder = train(config_file, max_train_steps=1)
+    before = snapshot(folder)
+    train(config_file, max_train_steps=1)
+    assert snapshot(folder) == before
+
+
+# Going on
+
+
+def test_a_run_in_two_parts_is_the_run_in_one(config_file: Write, tmp_path: Path):
+    whole = train(config_file, output_dir=str(tmp_path / "whole"), max_train_steps=6, checkpointing_steps=3, **RESTLESS)
+    parts = train(config_file, output_dir=str(tmp_path / "parts"), max_train_steps=3, checkpointing_steps=3, **RESTLESS)
+    assert column(parts, "step") == [1, 2, 3]
+    train(config_file, output_dir=str(tmp_path / "parts"), max_train_steps=6, checkpointing_steps=3, **RESTLESS)
+    assert column(parts, "step") == [1, 2, 3, 4, 5, 6]
+    expect_same_run(whole, parts)
+
+
+def test_a_stopped_run_is_saved_and_goes_on_to_the_bit(config_file: Write, tmp_path: Path):
+    whole = train(config_file, output_dir=str(tmp_path / "whole"), max_train_steps=5, **RESTLESS)
+    parts = interrupted(config_file, at=2, output_dir=str(tmp_path / "parts"), max_train_steps=5, **RESTLESS)
+    assert status(parts)["status"] == "stopped"
+    assert status(parts)["step"] == 3
+    assert names(parts / "checkpoints") == ["step-000003"]
+    assert names(parts / "adapters") == ["adapter-000003.safetensors"]
+    assert (parts / ADAPTER).is_file()
+    train(config_file, output_dir=str(tmp_path / "parts"), max_train_steps=5, **RESTLESS)
+    assert status(parts)["status"] == "completed"
+    expect_same_run(whole, parts)
+
+
+def forget(folder: Path, *, after: int) -> None:
+    """As if the machine had died: checkpoints behind a step never came to be, metrics went on."""
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > after:
+            shutil.rmtree(checkpoint)
+    (folder / "metrics.jsonl").open("a", encoding="utf-8").write('{"step": 99, "lo')
+
+
+def test_a_run_that_died_repeats_no_line(config_file: Write, tmp_path: Path):
+    changes = {"max_train_steps": 5, "checkpointing_steps": 2, **RESTLESS}
+    whole = train(config_file, output_dir=str(tmp_path / "whole"), **changes)
+    parts = tmp_path / "parts"
+    shutil.copytree(whole, parts)
+    forget(parts, after=2)
+    train(config_file, output_dir=str(parts), **changes)
+    assert column(parts, "step") == [1, 2, 3, 4, 5]
+    expect_same_run(whole, parts)
+
+
+def test_a_run_that_died_within_a_logging_window_logs_the_whole_window(config_file: Write, tmp_path: Path):
+    changes = {"max_train_steps": 6, "checkpointing_steps": 3, "logging_steps": 2}
+    whole = train(config_file, output_dir=str(tmp_path / "whole"), **changes)
+    parts = tmp_path / "parts"
+    shutil.copytree(whole, parts)
+    forget(parts, after=3)
+    train(config_file, output_dir=str(parts), **changes)
+    assert column(parts, "step") == [2, 4, 6]
+    expect_same_run(whole, parts)
+
+
+def test_an_older_checkpoint_can_be_gone_on_from(config_file: Write, tmp_path: Path):
+    """What came after it is forgotten, checkpoints too: a later `latest` must not jump to them."""
+    changes = {"max_train_steps": 6, "checkpointing_steps": 2}
+    whole = train(config_file, output_dir=str(tmp_path / "whole"), max_train_steps=8, checkpointing_steps=2)
+    parts = train(config_file, output_dir=str(tmp_path / "parts"), **changes)
+    interrupted(config_file, at=3, output_dir=str(parts), resume_from_checkpoint="step-000002", **changes)
+    assert column(parts, "step") == [1, 2, 3, 4]
+    train(config_file, output_dir=str(parts), max_train_steps=8, checkpointing_steps=2)
+    assert column(parts, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
+    expect_same_run(whole, parts)
+
+
+def test_a_checkpoint_that_is_not_there_is_told(config_file: Write):
+    folder = train(config_file, max_train_steps=2, checkpointing_steps=1)
+    before = snapshot(folder)
+    with pytest.raises(UserError) as error:
+        train(config_file, resume_from_checkpoint="step-000009")
+    assert "step-000009" in str(error.value)
+    assert "step-000001, step-000002" in str(error.value)
+    with pytest.raises(UserError, match=r"resume_from_checkpoint is null"):
+        train(config_file, resume_from_checkpoint=None)
+    assert snapshot(folder) == before
+
+
+def test_a_different_run_is_refused_with_its_differences(config_file: Write):
+    folder = train(config_file, max_train_steps=1)
+    before = snapshot(folder)
+    with pytest.raises(UserError) as error:
+        train(config_file, learning_rate=2e-3, crepa_lambda=0.25, max_train_steps=9)
+    text = str(error.value)
+    assert str(folder) in text
+    assert "learning_rate: 0.001 there, 0.002 here" in text
+    assert "crepa_lambda: 0.5 there, 0.25 here" in text
+    assert "max_train_steps" not in text
+    assert snapshot(folder) == before
+
+
+def test_other_captions_are_a_different_run(config_file: Write, clips: Path, tmp_path: Path):
+    own = tmp_path / "clips"
+    shutil.copytree(clips, own)
+    folder = train(config_file, train_data=str(own), max_train_steps=1)
+    (own / "clip-1.txt").write_text("something else", encoding="utf-8")
+    before = snapshot(folder)
+    with pytest.raises(UserError, match=r"clips or captions changed"):
+        train(config_file, train_data=str(own), max_train_steps=2)
+    assert snapshot(folder) == before
+
+
+def test_a_folder_of_something_else_is_refused(config_file: Write, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work", encoding="utf-8")
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(UserError, match=r"thesis\.tex"):
+        train(config_file)
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_a_mistake_before_the_first_step_does_not_claim_the_folder(config_file: Write, clips: Path, tmp_path: Path):
+    own = tmp_path / "clips"
+    shutil.copytree(clips, own)
+    (own / "clip-1.txt").unlink()
+    with pytest.raises(UserError, match=r"clip-1\.mp4: no caption"):
+        train(config_file, train_data=str(own))
+    with pytest.raises(UserError, match=r"num_frames=81 are needed"):
+        train(config_file, train_data=str(own), missing_captions="skip", num_frames=81)
+    folder = train(config_file, train_data=str(own), missing_captions="empty", max_train_steps=1)
+    assert status(folder)["status"] == "completed"
+
+
+# Processes that end for real
+
+
+def start(config: Path, log: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "crepatrain", "fit", str(config)]
+    with log.open("wb") as file:  # no pipe: the workers of a killed run hold it open for a while
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def wait_until(process: subprocess.Popen[bytes], happened: Callable[[], bool], log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not happened():
+        assert time.monotonic() < deadline, log.read_text(encoding="utf-8")
+        assert process.poll() is None, log.read_text(encoding="utf-8")
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_process_that_is_ended_goes_on_to_the_bit(config_file: Write, tmp_path: Path, number: signal.Signals):
+    changes = {"checkpointing_steps": 4, "dataloader_num_workers": 1, **RESTLESS}
+    parts, log = tmp_path / "parts", tmp_path / "log"
+    process = start(config_file(output_dir=str(parts), max_train_steps=100_000, **changes), log)
+    wait_until(process, (parts / "checkpoints" / "step-000004").is_dir, log)
+    time.sleep(0.1)
+    process.send_signal(number)
+    process.wait(timeout=60)
+    output = log.read_text(encoding="utf-8")
+    if number == signal.SIGINT:
+        assert process.returncode == 3, output
+        assert "stopped" in output
+        assert "Traceback" not in output
+        assert status(parts)["status"] == "stopped"
+        done = status(parts)["step"]
+        assert (parts / "checkpoints" / f"step-{done:06d}").is_dir()
+        assert (parts / "adapters" / f"adapter-{done:06d}.safetensors").is_file()
+        assert same_tensors(adapter(parts), load_file(parts / "adapters" / f"adapter-{done:06d}.safetensors"))
+    else:
+        assert process.returncode == -signal.SIGKILL
+        assert status(parts)["status"] == "running"
+    total = max(int(name.removeprefix("step-")) for name in names(parts / "checkpoints") if not name.endswith(".tmp")) + 7
+    train(config_file, output_dir=str(parts), max_train_steps=total, **changes)
+    whole = train(config_file, output_dir=str(tmp_path / "whole"), max_train_steps=total, **changes)
+    assert column(parts, "step") == list(range(1, total + 1))
+    expect_same_run(whole, parts)
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["crepatrain", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_the_command_line_trains_and_ends_with_0(
+    config_file: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    path = config_file(max_train_steps=1)
+    assert run_cli(monkeypatch, "fit", str(path), "--crepa_lambda", "0.25", "--max-train-steps=2") == 0
+    output = capsys.readouterr().out
+    assert "step 2/2" in output
+    assert ADAPTER in output.replace("\n", "").replace(" ", "")
+    assert column(path.parent / "run", "crepa_weight") == [0.25, 0.25]
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize(("kind", "bad"), [("latents", math.inf), ("teacher", math.nan)])
+def test_a_run_that_diverges_stops_before_the_weights_change(
+    config_file: Write,
+    clips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    bad: float,
+):
+    own, cache = tmp_path / "clips", tmp_path / "cache"
+    shutil.copytree(clips, own)
+    held_back = own / "clip-2.mp4"
+    held_back.rename(tmp_path / "clip-2.mp4")
+    common = {"train_data": str(own), "cache_dir": str(cache), "checkpointing_steps": 1}
+    train(config_file, output_dir=str(tmp_path / "first"), max_train_steps=1, **common)
+    fine = set((cache / kind).rglob("*.safetensors"))
+    (tmp_path / "clip-2.mp4").rename(held_back)
+    train(config_file, output_dir=str(tmp_path / "second"), max_train_steps=1, **common)
+    for path in set((cache / kind).rglob("*.safetensors")) - fine:
+        save_file({name: torch.full_like(tensor, bad) for name, tensor in load_file(path).items()}, path)
+
+    config = config_file(max_train_steps=20, **common)
+    assert run_cli(monkeypatch, "fit", str(config)) == 4
+    message = capsys.readouterr().err.replace("\n", " ")
+    run = tmp_path / "run"
+    done = len(lines(run)) if (run / "metrics.jsonl").is_file() else 0
+    assert f"step {done + 1}:" in message
+    assert "clip-2.mp4 frames" in message
+    assert "clip-0.mp4" not in message
+    assert "weights were not changed" in message
+    assert "Traceback" not in message
+    assert status(run)["status"] == "failed"
+    assert status(run)["step"] == done
+    assert "clip-2.mp4" in status(run)["reason"]
+    if done:
+        assert f"step-{done:06d}" in message
+        assert same_tensors(adapter(run), load_file(run / "adapters" / f"adapter-{done:06d}.safetensors"))
+        assert max(names(run / "checkpoints")) == f"step-{done:06d}"
+        assert all(tensor.isfinite().all() for tensor in adapter(run).values())
+    else:
+        assert "no checkpoint yet" in message
+
+
+def test_the_weights_in_memory_are_those_before_the_step(config_file: Write, tmp_path: Path):
+    """Diverged on the only clip's first step: going on from its cleaned cache gives the run that never failed."""
+    cache = tmp_path / "cache"
+    common = {"cache_dir": str(cache), "train_batch_size": 6, "checkpointing_steps": 2}
+    whole = train(config_file, output_dir=str(tmp_path / "whole"), max_train_steps=4, **common)
+    train(config_file, max_train_steps=2, **common)
+    poisoned = next(iter((cache / "latents").rglob("*.safetensors")))
+    good = poisoned.read_bytes()
+    save_file({"latents": torch.full_like(load_file(poisoned)["latents"], math.inf)}, poisoned)
+    with pytest.raises(DivergedError, match=r"step 3:"):
+        train(config_file, max_train_steps=4, **common)
+    poisoned.write_bytes(good)
+    expect_same_run(whole, train(config_file, max_train_steps=4, **common))
+
+
+def test_a_damaged_cache_entry_is_the_users_to_mend(
+    config_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Read by a worker process, as by default."""
+    cache = tmp_path / "cache"
+    train(config_file, cache_dir=str(cache), max_train_steps=1, train_batch_size=6)
+    damaged = next(iter((cache / "latents").rglob("*.safetensors")))
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    config = config_file(cache_dir=str(cache), max_train_steps=2, train_batch_size=6, dataloader_num_workers=1)
+    assert run_cli(monkeypatch, "fit", str(config)) == 2
+    message = capsys.readouterr().err.replace("\n", "")
+    assert damaged.name in message
+    assert "delete it" in message
+
+
+# CREPA over a run
+
+
+CUT = {"crepa_similarity_threshold": -0.9, "crepa_similarity_ema_decay": 0.0}
+
+
+def test_a_run_that_was_cut_off_stays_cut_off(config_file: Write, wan: Path, tmp_path: Path):
+    """And neither features nor encoder are read any more."""
+    encoder, cache = tmp_path / "encoder", tmp_path / "cache"
+    shutil.copytree(wan / "encoder", encoder)
+    common = {"crepa_encoder": str(encoder), "cache_dir": str(cache), "checkpointing_steps": 1, **CUT}
+    folder = train(config_file, max_train_steps=3, **common)
+    assert column(folder, "crepa_cutoff") == [False, True, True]
+    assert column(folder, "crepa_weight") == [0.5, 0.0, 0.0]
+    shutil.rmtree(cache / "teacher")
+    for weights in encoder.glob("*.safetensors"):
+        weights.write_bytes(b"no weights")
+    train(config_file, max_train_steps=5, **common)
+    after = lines(folder)
+    assert column(folder, "step") == [1, 2, 3, 4, 5]
+    assert not (cache / "teacher").exists()
+    for line in after[1:]:
+        assert line["crepa_cutoff"] is True
+        assert line["crepa_weight"] == 0.0
+        assert [line[key] for key in MEASURED] == [None] * 3
+        assert line["loss"] == line["diffusion_loss"]
+        assert line["crepa_alignment_score_ema"] == after[0]["crepa_alignment_score"]
+    saved = [load_file(folder / "checkpoints" / f"step-{step:06d}" / "projector.safetensors") for step in (3, 5)]
+    assert same_tensors(*saved)
+
+
+def test_the_projector_is_frozen_once_crepa_is_cut_off(config_file: Write):
+    folder = train(config_file, max_train_steps=3, checkpointing_steps=1, **CUT)
+    saved = [load_file(folder / "checkpoints" / f"step-{step:06d}" / "projector.safetensors") for step in (1, 2, 3)]
+    assert same_tensors(saved[0], saved[1])
+    assert same_tensors(saved[1], saved[2])
+    adapters = [load_file(folder / "adapters" / f"adapter-{step:06d}.safetensors") for step in (1, 3)]
+    assert not same_tensors(*adapters)
+
+
+def test_a_recoverable_cutoff_probes(config_file: Write):
+    changes = {"crepa_threshold_mode": "recoverable", "crepa_probe_interval": 2, "checkpointing_steps": 1, **CUT}
+    folder = train(config_file, max_train_steps=6, **changes)
+    assert column(folder, "crepa_cutoff") == [False, True, True, True, True, True]
+    assert column(folder, "crepa_weight") == [0.5, 0, 0, 0, 0, 0]
+    measured = [line["crepa_alignment_score"] is not None for line in lines(folder)]
+    assert measured == [True, False, True, False, True, False]
+    for line in lines(folder)[1:]:
+        assert line["loss"] == line["diffusion_loss"]
+        assert not line["crepa_loss"]
+    assert not (folder / "checkpoints" / "step-000001").exists()
+    saved = [load_file(folder / "checkpoints" / f"step-{step:06d}" / "projector.safetensors") for step in (4, 5, 6)]
+    assert same_tensors(saved[0], saved[2])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_recoverable_cutoff_comes_back(config_file: Write, tmp_path: Path, workers: int):
+    for seed in range(10):
+        free = train(config_file, output_dir=str(tmp_path / f"free-{seed}"), seed=seed, max_train_steps=2)
+        first, second = column(free, "crepa_alignment_score")
+        if second < first:
+            break
+    assert second < first
+    folder = train(
+        config_file,
+        seed=seed,
+        crepa_similarity_threshold=(first + second) / 2,
+        crepa_similarity_ema_decay=0.0,
+        crepa_threshold_mode="recoverable",
+        crepa_probe_interval=1,
+        dataloader_num_workers=workers,
+        max_train_steps=3,
+    )
+    assert column(folder, "crepa_alignment_score")[:2] == pytest.approx([first, second])
+    assert column(folder, "crepa_weight") == [0.5, 0.0, 0.5]
+    assert column(folder, "crepa_cutoff") == [False, True, False]
+
+
+def test_the_first_step_of_a_warm_up_measures_nothing(config_file: Write):
+    folder = train(config_file, crepa_warmup_steps=2, max_train_steps=4)
+    assert column(folder, "crepa_weight") == [0.0, 0.25, 0.5, 0.5]
+    first, second = lines(folder)[:2]
+    assert [first[key] for key in (*MEASURED, "crepa_alignment_score_ema")] == [None] * 4
+    assert first["loss"] == first["diffusion_loss"]
+    assert first["crepa_cutoff"] is False
+    assert second["crepa_alignment_score"] == second["crepa_alignment_score_ema"]
+
+
+def test_a_cutoff_step_frees_the_teacher(config_file: Write):
+    before = alive("Dinov2Model")
+    seen: dict[int, set[str]] = {}
+
+    def look(step: int) -> None:
+        seen[step] = kinds_of(alive("Dinov2Model"), but=set(map(id, before)))
+
+    folder = train(config_file, after_step=look, crepa_feature_source="pixels", crepa_cutoff_step=2, max_train_steps=4)
+    assert column(folder, "crepa_cutoff") == [False, False, True, True]
+    assert column(folder, "crepa_weight") == [0.5, 0.5, 0.0, 0.0]
+    assert seen[1] == {"Dinov2Model"}
+    assert seen[3] == set()
+
+
+def test_without_crepa_nothing_of_it_is_said(config_file: Write):
+    folder = train(config_file, crepa_enabled=False, max_train_steps=2)
+    for line in lines(folder):
+        assert all(line.get(key) is None for key in KEYS if key.startswith("crepa"))
+        assert line["loss"] == line["diffusion_loss"]
+    assert "projector.safetensors" not in names(folder / "checkpoints" / "step-000002")
+
+
+def test_crepa_changes_neither_data_nor_noise(config_file: Write, tmp_path: Path):
+    losses = [
+        column(train(config_file, output_dir=str(tmp_path / str(on)), crepa_enabled=on, max_train_steps=2), "diffusion_loss")
+        for on in (True, False)
+    ]
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1] != losses[1][1]
+
+
+# Ways to the same numbers
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [line[key] for line in lines(folder) for key in ("loss", "diffusion_loss", "crepa_loss", "crepa_alignment_score")]
+
+
+def test_accumulation_is_a_larger_batch(config_file: Write, tmp_path: Path):
+    runs = [
+        train(config_file, output_dir=str(tmp_path / name), train_batch_size=batch, gradient_accumulation_steps=accumulation)
+        for name, batch, accumulation in (("batch", 2, 1), ("accumulated", 1, 2))
+    ]
+    assert losses_of(runs[0]) == pytest.approx(losses_of(runs[1]), abs=1e-5)
+    assert column(runs[0], "grad_norm") == pytest.approx(column(runs[1], "grad_norm"), rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(config_file: Write, tmp_path: Path):
+    runs = [
+        train(config_file, output_dir=str(tmp_path / str(on)), gradient_checkpointing=on, lora_dropout=0.2)
+        for on in (True, False)
+    ]
+    assert losses_of(runs[0]) == pytest.approx(losses_of(runs[1]), abs=1e-6)
+    left, right = map(adapter, runs)
+    assert all(torch.allclose(left[name], right[name], atol=1e-5) for name in left)
+
+
+def test_workers_change_nothing(config_file: Write, tmp_path: Path):
+    runs = [train(config_file, output_dir=str(tmp_path / str(count)), dataloader_num_workers=count) for count in (0, 2)]
+    expect_same_run(*runs)
+
+
+def test_features_from_the_cache_are_those_of_the_pixels(config_file: Write, tmp_path: Path):
+    runs = [
+        train(config_file, output_dir=str(tmp_path / source), crepa_feature_source=source, max_train_steps=2)
+        for source in ("cached", "pixels")
+    ]
+    for key in ("crepa_alignment_score", "crepa_similarity_self"):
+        assert column(runs[0], key) == pytest.approx(column(runs[1], key), abs=2e-3)
+        assert column(runs[0], key)[0] == pytest.approx(column(runs[1], key)[0], abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"crepa_feature_source": "pixels"},
+        {"crepa_feature_source": "latents"},
+        {"crepa_feature_source": "latents", "crepa_drop_vae_encoder": True},
+        {"crepa_feature_source": "backbone", "crepa_block_index": 3, "crepa_teacher_block_index": 9},
+        {"crepa_projector": "conv"},
+        {"crepa_projector": "conv", "crepa_encoder_image_size": 70},
+        {"crepa_encoder_image_size": 56},
+        {"crepa_spatial_align": False},
+        {"crepa_normalize_by_frames": False},
+        {"crepa_adjacent_distance": 5, "crepa_cumulative_neighbors": True},
+        {"crepa_threshold_metric": "self", "crepa_similarity_threshold": 0.9},
+        {"mixed_precision": "bf16"},
+        {"mixed_precision": "bf16", "gradient_checkpointing": False, "crepa_feature_source": "pixels"},
+        {"vae_dtype": "bfloat16"},
+        {"optimizer": "adafactor"},
+        {"timestep_sampling": "shifted"},
+        {"lora_targets": "all-linear", "lora_alpha": 16.0},
+        {"aspect_buckets": True, "train_batch_size": 2},
+        {"num_frames": 1, "crepa_adjacent_distance": 0},
+    ],
+    ids=lambda changes: " ".join(f"{key}={value}" for key, value in changes.items()),
+)
+def test_every_way_trains(config_file: Write, changes: dict[str, Any]):
+    folder = train(config_file, max_train_steps=2, **changes)
+    for line in lines(folder):
+        assert set(line) == KEYS
+        if changes.get("crepa_normalize_by_frames", True):
+            assert line["crepa_loss"] == pytest.approx(-0.5 * line["crepa_alignment_score"], abs=1e-5)
+        assert line["loss"] == pytest.approx(line["diffusion_loss"] + line["crepa_loss"], abs=1e-6)
+        assert line["crepa_similarity_self"] != 0
+        assert line["grad_norm"] > 0
+    projector = load_file(folder / "checkpoints" / "step-000002" / "projector.safetensors")
+    assert {tensor.dtype for tensor in projector.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in adapter(folder).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("crepa", [True, False])
+def test_layersync_adds_its_loss(config_file: Write, crepa: bool):
+    folder = train(config_file, crepa_enabled=crepa, layersync_enabled=True, layersync_student_block=2, layersync_teacher_block=7)
+    for line in lines(folder):
+        assert set(line) == KEYS | {"layersync_loss"}
+        assert -0.2 <= line["layersync_loss"] < 0.2
+        expected = line["diffusion_loss"] + (line["crepa_loss"] or 0) + line["layersync_loss"]
+        assert line["loss"] == pytest.approx(expected, abs=1e-6)
+
+
+# The loop
+
+
+def test_epochs_are_counted_in_windows(config_file: Write):
+    """Three clips of two windows each."""
+    folder = train(config_file, max_train_steps=..., num_train_epochs=2, train_batch_size=2, gradient_accumulation_steps=2)
+    assert column(folder, "step") == [1, 2, 3, 4]
+    assert status(folder) == {"status": "completed", "step": 4, "reason": ""}
+
+
+def test_a_line_over_several_steps_holds_means(config_file: Write, tmp_path: Path):
+    changes = {"max_train_steps": 5, "crepa_warmup_steps": 4}
+    single = lines(train(config_file, output_dir=str(tmp_path / "single"), **changes))
+    paired = lines(train(config_file, output_dir=str(tmp_path / "paired"), logging_steps=2, **changes))
+    assert [line["step"] for line in paired] == [2, 4, 5]
+    for line, steps in zip(paired, (single[:2], single[2:4], single[4:]), strict=True):
+        for key in ("loss", "diffusion_loss", "grad_norm"):
+            assert line[key] == pytest.approx(sum(step[key] for step in steps) / len(steps))
+        assert line["crepa_loss"] == pytest.approx(sum(step["crepa_loss"] or 0 for step in steps) / len(steps))
+        scores = [step["crepa_alignment_score"] for step in steps if step["crepa_alignment_score"] is not None]
+        assert line["crepa_alignment_score"] == pytest.approx(sum(scores) / len(scores))
+        assert line["crepa_weight"] == steps[-1]["crepa_weight"]
+        assert line["crepa_alignment_score_ema"] == steps[-1]["crepa_alignment_score_ema"]
+        assert line["loss"] == pytest.approx(line["diffusion_loss"] + line["crepa_loss"], abs=1e-6)
+
+
+def test_old_checkpoints_are_rotated_and_adapters_are_kept(config_file: Write):
+    folder = train(config_file, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert names(folder / "checkpoints") == ["step-000003", "step-000004"]
+    assert names(folder / "adapters") == [f"adapter-{step:06d}.safetensors" for step in (1, 2, 3, 4)]
+
+
+def test_neither_vae_nor_encoders_are_in_memory_while_training(config_file: Write, tmp_path: Path):
+    kinds = ("UMT5EncoderModel", "AutoencoderKLWan", "Dinov2Model", "WanPipeline", "WanTransformer3DModel")
+    before = alive(*kinds)
+    found: set[str] = set()
+
+    def look(_step: int) -> None:
+        found.update(kinds_of(alive(*kinds), but=set(map(id, before))))
+
+    train(config_file, after_step=look, cache_dir=str(tmp_path / "fresh"), max_train_steps=2)
+    assert found == {"WanTransformer3DModel"}
+
+
+def test_the_base_weights_are_untouched(config_file: Write, wan: Path):
+    others = alive("WanTransformer3DModel")
+    files = sorted((wan / "transformer").glob("*.safetensors"))
+    before = [file.read_bytes() for file in files]
+    expected = load_file(files[0])
+    compared: list[int] = []
+
+    def compare(step: int) -> None:
+        if step < 3:
+            return
+        (transformer,) = [thing for thing in alive("WanTransformer3DModel") if all(thing is not other for other in others)]
+        state = {name.replace(".base_layer", ""): tensor for name, tensor in transformer.state_dict().items()}
+        base = {name: tensor for name, tensor in state.items() if "lora_" not in name}
+        assert same_tensors(base, expected)
+        assert not any(parameter.grad is not None for parameter in transformer.parameters())
+        compared.append(len(base))
+
+    train(config_file, after_step=compare, max_train_steps=3, learning_rate=1e-2, adam_weight_decay=0.5)
+    assert compared == [len(expected)]
+    assert [file.read_bytes() for file in files] == before

@@ -1,0 +1,516 @@
+"""A config against its checkpoint: every wrong one is refused with what, value and remedy; a good one is told in words."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from crepatrain.config.plan import Plan, read_plan
+from crepatrain.config.summary import summarize
+from crepatrain.errors import Problem, UserError
+
+TINY_DEPTH = 10
+BACKBONE = {"crepa_feature_source": "backbone"}
+CONV = {"crepa_projector": "conv", "crepa_spatial_align": False}
+LAYERSYNC = {"layersync_enabled": True}
+
+
+@pytest.fixture
+def plan(config_file) -> Callable[..., Plan]:
+    return lambda **changes: read_plan(config_file(**changes), online=False)
+
+
+@pytest.fixture
+def problems(config_file) -> Callable[..., list[Problem]]:
+    def read(*options: str, **changes: Any) -> list[Problem]:
+        with pytest.raises(UserError) as caught:
+            read_plan(config_file(**changes), options, online=False)
+        return caught.value.problems
+
+    return read
+
+
+@pytest.fixture
+def checkpoint(wan, tmp_path) -> Path:
+    """A copy of the tiny Wan, to be spoilt; its weights are links."""
+    return Path(shutil.copytree(wan, tmp_path / "spoilt", copy_function=lambda a, b: Path(b).symlink_to(a)))
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    values = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.unlink()
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}), encoding="utf-8")
+
+
+def summary(plan: Plan) -> dict[str, str]:
+    return dict(summarize(plan))
+
+
+# One wrong thing, one message
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "fix"),
+    [
+        # sizes: of the family
+        ({"num_frames": 50}, ["num_frames=50", "4k+1"], ["49", "53"]),
+        ({"num_frames": 80}, ["num_frames=80"], ["77", "81"]),
+        ({"num_frames": 2}, ["num_frames=2"], ["1 or 5"]),
+        ({"height": 100}, ["height=100", "16"], ["96", "112"]),
+        ({"width": 100}, ["width=100", "16"], ["96", "112"]),
+        ({"height": 17}, ["height=17"], ["16 or 32"]),
+        ({"width": 4095}, ["width=4095"], ["4080", "4096"]),
+        # blocks
+        ({"crepa_block_index": 10}, ["crepa_block_index=10", "10 blocks"], ["0 to 9"]),
+        ({"crepa_block_index": 99}, ["crepa_block_index=99", "10 blocks"], ["0 to 9"]),
+        ({"crepa_block_index": -1}, ["crepa_block_index=-1"], ["0"]),
+        (BACKBONE, ["crepa_teacher_block_index", "missing"], ["9"]),
+        ({"crepa_use_backbone_features": True}, ["crepa_teacher_block_index", "missing"], ["9"]),
+        (BACKBONE | {"crepa_teacher_block_index": 8}, ["crepa_teacher_block_index=8", "crepa_block_index=8"], ["9"]),
+        (BACKBONE | {"crepa_block_index": 5, "crepa_teacher_block_index": 3}, ["=3", "not deeper", "=5"], ["6 to 9"]),
+        (BACKBONE | {"crepa_teacher_block_index": 10}, ["crepa_teacher_block_index=10", "10 blocks"], ["9"]),
+        (BACKBONE | {"crepa_block_index": 9, "crepa_teacher_block_index": 9}, ["not deeper"], ["lower crepa_block_index"]),
+        (LAYERSYNC | {"layersync_teacher_block": 3}, ["layersync_student_block", "missing"], ["0"]),
+        (LAYERSYNC | {"layersync_student_block": 3}, ["layersync_teacher_block", "missing"], ["9"]),
+        (LAYERSYNC | {"layersync_student_block": 4, "layersync_teacher_block": 4}, ["not deeper"], ["5 to 9"]),
+        (LAYERSYNC | {"layersync_student_block": 4, "layersync_teacher_block": 40}, ["=40", "10 blocks"], ["9"]),
+        # spellings of the teacher's source
+        (
+            {"crepa_use_backbone_features": True, "crepa_feature_source": "cached", "crepa_teacher_block_index": 9},
+            ["crepa_feature_source=cached", "crepa_use_backbone_features=true", "disagree"],
+            ["crepa_feature_source"],
+        ),
+        (
+            {"crepa_use_backbone_features": False, "crepa_teacher_block_index": 9} | BACKBONE,
+            ["crepa_feature_source=backbone", "crepa_use_backbone_features=false", "disagree"],
+            ["crepa_feature_source"],
+        ),
+        # the score: 9 frames are 3 token frames, so 1 + 4/3 * 1/e
+        ({"crepa_similarity_threshold": 1.7}, ["crepa_similarity_threshold=1.7", "1.491"], ["1.491"]),
+        ({"crepa_similarity_threshold": 1.5, "crepa_adjacent_tau": 0.5}, ["=1.5", "1.180"], ["1.180"]),
+        ({"crepa_similarity_threshold": 1.1, "crepa_adjacent_distance": 0}, ["=1.1", "1.000"], ["1.000"]),
+        ({"crepa_similarity_threshold": 1.1, "crepa_threshold_metric": "self"}, ["=1.1", "1.000"], ["1.000"]),
+        ({"crepa_similarity_threshold": 1.1, "crepa_normalize_neighbour_sum": True}, ["=1.1", "1.000"], ["1.000"]),
+        ({"crepa_similarity_threshold": 1.1, "num_frames": 1}, ["=1.1", "1.000"], ["1.000"]),
+        # the encoder
+        ({"crepa_encoder": "dinov2_vitb15"}, ["crepa_encoder=dinov2_vitb15"], ["did you mean dinov2_vitb14?"]),
+        ({"crepa_encoder": "resnet"}, ["crepa_encoder=resnet"], ["dinov2_vitg14", "folder", "hub id"]),
+        ({"crepa_encoder": "/nowhere/dino"}, ["crepa_encoder=/nowhere/dino", "no such folder"], ["folder", "owner/name"]),
+        ({"crepa_encoder": "./nowhere"}, ["crepa_encoder=./nowhere", "no such folder"], ["folder"]),
+        ({"crepa_encoder_image_size": 520}, ["crepa_encoder_image_size=520", "14"], ["518", "532", "grid"]),
+        ({"crepa_encoder_image_size": 15}, ["crepa_encoder_image_size=15", "14"], ["14", "28"]),
+        (CONV, ["crepa_projector=conv", "crepa_spatial_align=false"], ["set"]),
+        # the checkpoint
+        ({"pretrained_model_name_or_path": "/nowhere/wan"}, ["=/nowhere/wan", "no such folder"], ["folder", "owner/name"]),
+        ({"pretrained_model_name_or_path": "wan"}, ["pretrained_model_name_or_path=wan", "no such folder"], ["owner/name"]),
+        (
+            {"pretrained_model_name_or_path": "some/thing"},
+            ["=some/thing", "not on this machine"],
+            ["hf auth login", "hf download"],
+        ),
+        # paths
+        ({"train_data": "/nowhere/clips"}, ["train_data=/nowhere/clips", "not exist"], ["folder of clips"]),
+        ({"train_data": __file__}, [f"train_data={__file__}"], ["folder"]),
+        ({"output_dir": __file__}, [f"output_dir={__file__}", "it is a file"], ["folder"]),
+        ({"output_dir": f"{__file__}/run"}, [f"output_dir={__file__}/run"], ["folder"]),
+        ({"cache_dir": __file__}, [f"cache_dir={__file__}", "it is a file"], ["folder"]),
+        # length
+        ({"num_train_epochs": 2}, ["max_train_steps", "num_train_epochs", "both"], ["one of them"]),
+        ({"max_train_steps": ...}, ["max_train_steps", "num_train_epochs", "neither"], ["one of them"]),
+        ({"max_train_steps": 0}, ["max_train_steps=0"], ["1 or more"]),
+    ],
+)
+def test_one_wrong_value_is_one_message(problems, changes, what, fix):
+    found = problems(**changes)
+    assert len(found) == 1
+    for word in what:
+        assert word in found[0].what
+    for word in fix:
+        assert word in found[0].fix
+
+
+def test_a_boundary_is_legal(plan):
+    assert plan(crepa_block_index=TINY_DEPTH - 1).config.crepa_block_index == 9
+    assert plan(num_frames=1).grid.t == 1
+    assert plan(height=16, width=16).grid.patches == 1
+    assert plan(crepa_similarity_threshold=1.49).config.crepa_similarity_threshold == 1.49
+    assert plan(crepa_encoder_image_size=14).teacher_grid(plan().grid) == (1, 1)
+    assert plan(crepa_feature_source="backbone", crepa_teacher_block_index=9).encoder is None
+    assert plan(crepa_use_backbone_features=True, crepa_teacher_block_index=9, crepa_feature_source="backbone").encoder is None
+
+
+def test_an_empty_dataset_is_refused(problems, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    [problem] = problems(train_data=str(empty))
+    assert problem.what == f"train_data={empty}: the folder is empty"
+    assert "NAME.txt" in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "package", "extra"), [("adamw8bit", "bitsandbytes", "8bit"), ("prodigy", "prodigyopt", "prodigy")]
+)
+def test_a_missing_optimizer_package_is_named_with_its_extra(problems, monkeypatch, optimizer, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)  # Python's own way to say: not installed
+    [problem] = problems(optimizer=optimizer)
+    assert problem.what == f"optimizer={optimizer}: {package} is not installed"
+    assert f"[{extra}]" in problem.fix
+
+
+@pytest.mark.parametrize("key", ["output_dir", "cache_dir"])
+def test_a_folder_that_can_not_be_written_to_is_refused(problems, monkeypatch, tmp_path, key):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    # Permissions don't stop root, as whom CI may run.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != locked)
+    [problem] = problems(**{key: str(locked / "deep" / "run")})
+    assert problem.what == f"{key}={locked}/deep/run: {locked} can't be written to"
+    assert "permissions" in problem.fix
+
+
+@pytest.mark.parametrize("key", ["output_dir", "cache_dir", "train_data", "pretrained_model_name_or_path", "crepa_encoder"])
+def test_a_path_that_no_system_takes_is_refused(problems, key):
+    [problem] = problems(**{key: "x" * 300})
+    assert problem.what.startswith(f"{key}=")
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    ("gone", "named"),
+    [
+        ("model_index.json", "model_index.json"),
+        ("transformer", "transformer/"),
+        ("vae", "vae/"),
+        ("text_encoder", "text_encoder/"),
+        ("tokenizer", "tokenizer/"),
+        ("scheduler", "scheduler/"),
+        ("transformer/config.json", "transformer/config.json"),
+        ("vae/config.json", "vae/config.json"),
+        ("scheduler/scheduler_config.json", "scheduler/scheduler_config.json"),
+        ("transformer/diffusion_pytorch_model.safetensors", "transformer/*.safetensors"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae/*.safetensors"),
+    ],
+)
+def test_a_checkpoint_without_a_part_is_refused(problems, checkpoint, gone, named):
+    path = checkpoint / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    [problem] = problems(pretrained_model_name_or_path=str(checkpoint))
+    assert problem.what.startswith(f"pretrained_model_name_or_path={checkpoint}: ")
+    assert named in problem.what
+
+
+def test_every_missing_part_is_told_at_once(problems, clips):
+    [problem] = problems(pretrained_model_name_or_path=str(clips))
+    for part in ("model_index.json", "transformer/", "vae/", "text_encoder/", "tokenizer/", "scheduler/"):
+        assert part in problem.what
+    assert "-Diffusers" in problem.fix
+    assert "make-random" in problem.fix
+
+
+@pytest.mark.parametrize(
+    "file", ["model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
+)
+@pytest.mark.parametrize("text", ["{", "[]", "\ud800"])
+def test_a_checkpoint_with_a_broken_file_is_refused(problems, checkpoint, file, text):
+    (checkpoint / file).unlink()
+    (checkpoint / file).write_bytes(text.encode("utf-16", "surrogatepass") if text == "\ud800" else text.encode())
+    [problem] = problems(pretrained_model_name_or_path=str(checkpoint))
+    assert f"={checkpoint}: {file} " in problem.what
+    assert problem.fix == "download it again"
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("transformer/config.json", "num_layers", ...),
+        ("transformer/config.json", "num_layers", "ten"),
+        ("transformer/config.json", "in_channels", ...),
+        ("transformer/config.json", "patch_size", 2),
+        ("transformer/config.json", "attention_head_dim", None),
+        ("vae/config.json", "z_dim", ...),
+    ],
+)
+def test_a_checkpoint_with_a_strange_config_is_refused(problems, checkpoint, file, key, value):
+    rewrite(checkpoint / file, **{key: value})
+    [problem] = problems(pretrained_model_name_or_path=str(checkpoint))
+    assert problem.what.startswith(f"pretrained_model_name_or_path={checkpoint}")
+    if value is ...:
+        assert key in problem.what
+
+
+def test_another_familys_checkpoint_is_refused(problems, checkpoint):
+    rewrite(checkpoint / "transformer/config.json", _class_name="LTXVideoTransformer3DModel")
+    [problem] = problems(pretrained_model_name_or_path=str(checkpoint))
+    for word in ("pretrained_model_name_or_path", "LTXVideoTransformer3DModel", "model_family=wan", "WanTransformer3DModel"):
+        assert word in problem.what
+    assert "model_family" in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "word"),
+    [
+        ("transformer/config.json", {"in_channels": 36}, "image-to-video"),
+        ("transformer/config.json", {"image_dim": 1280}, "image-to-video"),
+        ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "A14B"),
+        ("model_index.json", {"boundary_ratio": 0.875}, "A14B"),
+        ("model_index.json", {"expand_timesteps": True}, "TI2V"),
+    ],
+)
+def test_a_wan_that_can_not_be_trained_yet_is_refused(problems, checkpoint, file, changes, word):
+    rewrite(checkpoint / file, **changes)
+    [problem] = problems(pretrained_model_name_or_path=str(checkpoint))
+    assert str(checkpoint) in problem.what
+    assert word in problem.what
+    assert "Wan 2.1 text-to-video" in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("error", "what", "fix"),
+    [
+        ("GatedRepoError", "terms", "hf auth login"),
+        ("RepositoryNotFoundError", "no such repository", "hf auth login"),
+        ("RevisionNotFoundError", "revision dev", "revision"),
+        ("LocalEntryNotFoundError", "not on this machine", "hf download"),
+        ("HfHubHTTPError", "answered", "later"),
+    ],
+)
+def test_a_hub_that_does_not_let_us_is_told_which_way(problems, monkeypatch, error, what, fix):
+    import huggingface_hub
+
+    kind = getattr(huggingface_hub.errors, error)
+
+    def snapshot_download(*_args, **_kwargs):
+        answer = SimpleNamespace(headers={}, request=None, status_code=403)
+        raise kind("no", response=answer) if issubclass(kind, huggingface_hub.errors.HfHubHTTPError) else kind("no")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    [problem] = problems(pretrained_model_name_or_path="some/thing", revision="dev")
+    assert problem.what.startswith("pretrained_model_name_or_path=some/thing: ")
+    assert what in problem.what
+    assert fix in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("repo", "depth", "width"), [("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 30, 1536), ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 40, 5120)]
+)
+def test_a_released_model_is_known_offline(plan, problems, repo, depth, width):
+    released = {"pretrained_model_name_or_path": repo, "height": 480, "width": 832, "num_frames": 81}
+    found = plan(**released)
+    assert (found.geometry.depth, found.geometry.width) == (depth, width)
+    assert (found.grid.t, found.grid.h, found.grid.w) == (21, 30, 52)
+    assert found.grid.teacher_frames == tuple(range(0, 81, 4))
+    assert "not on this machine yet" in summary(found)["model"]
+    [problem] = problems(**released | {"crepa_block_index": depth})
+    assert f"0 to {depth - 1}" in problem.fix
+
+
+def test_a_released_encoder_is_known_offline(plan):
+    found = plan(crepa_encoder="dinov2_vitg14", crepa_encoder_image_size=518)
+    assert found.encoder is not None
+    assert (found.encoder.width, found.encoder.patch) == (1536, 14)
+    assert found.teacher_grid(found.grid) == (37, 37)
+    assert "37 x 37" in summary(found)["CREPA"]
+
+
+def test_an_encoder_that_is_no_vision_transformer_is_refused(problems, wan):
+    [problem] = problems(crepa_encoder=str(wan / "text_encoder"))
+    assert f"crepa_encoder={wan / 'text_encoder'}" in problem.what
+    assert "DINOv2" in problem.fix
+    [problem] = problems(crepa_encoder=str(wan))
+    assert "config.json" in problem.what
+
+
+def test_an_encoder_without_weights_is_refused(problems, wan, tmp_path):
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    shutil.copy(wan / "encoder" / "config.json", encoder)
+    [problem] = problems(crepa_encoder=str(encoder))
+    assert f"crepa_encoder={encoder}" in problem.what
+    assert "safetensors" in problem.what
+
+
+def test_no_encoder_is_asked_for_where_none_is_used(plan):
+    assert plan(crepa_enabled=False, crepa_encoder="resnet").encoder is None
+    assert plan(crepa_feature_source="backbone", crepa_teacher_block_index=9, crepa_encoder="resnet").encoder is None
+
+
+# Several at once
+
+
+def keys_of(found: list[Problem]) -> set[str]:
+    return {problem.what.split("=")[0].split(":")[0].split(" ")[0] for problem in found}
+
+
+def test_every_problem_is_in_one_report(problems):
+    found = problems(
+        num_frames=50,
+        height=100,
+        width=90,
+        crepa_block_index=10,
+        crepa_encoder_image_size=520,
+        train_data="/nowhere",
+        output_dir=__file__,
+        num_train_epochs=1,
+    )
+    assert len(found) == 8
+    assert keys_of(found) == {
+        "num_frames",
+        "height",
+        "width",
+        "crepa_block_index",
+        "crepa_encoder_image_size",
+        "train_data",
+        "output_dir",
+        "max_train_steps,",
+    }
+
+
+def test_a_misspelt_key_does_not_hide_the_rest(problems):
+    found = problems("--crepa_shceduler", "cosine", "stray", crepa_lamda=0.3, network_dim=8, num_frames=50, learning_rate="1e-4")
+    text = "\n".join(map(str, found))
+    assert len(found) == 6
+    for words in (
+        "'stray' is not an option",
+        "did you mean crepa_scheduler?",
+        "did you mean crepa_lambda?",
+        "here it is called lora_rank",
+        'learning_rate="1e-4"',
+        "num_frames=50",
+    ):
+        assert words in text
+
+
+def test_a_wrong_value_does_not_hide_the_rest(problems):
+    found = problems(seed="x", height=100, train_data="/nowhere/seed")
+    assert keys_of(found) == {"seed", "height", "train_data"}, "a path that happens to hold a wrong key's name is still told"
+
+
+def test_a_threshold_is_checked_beside_a_wrong_height(problems):
+    assert keys_of(problems(height=100, crepa_similarity_threshold=1.7)) == {"height", "crepa_similarity_threshold"}
+
+
+@pytest.mark.parametrize("key", ["train_data", "output_dir", "pretrained_model_name_or_path"])
+def test_a_missing_required_key_does_not_hide_the_rest(problems, key):
+    found = problems(**{key: ..., f"{key[:-1]}": "x", "max_train_steps": ..., "crepa_encoder_image_size": 520})
+    assert keys_of(found) == {key, key[:-1], "max_train_steps,", "crepa_encoder_image_size"}
+
+
+def test_a_wrong_value_is_not_told_twice(problems):
+    assert len(problems(crepa_block_index="8", crepa_feature_source="backbone", crepa_teacher_block_index=9)) == 1
+    assert len(problems(num_frames="50")) == 1
+    assert len(problems(max_train_steps="many")) == 1
+    assert len(problems(crepa_encoder_image_size="big")) == 1
+
+
+# What is not wrong, but worth saying
+
+
+def test_a_clean_config_has_no_warnings(plan):
+    assert plan().warnings == ()
+
+
+def test_crepa_keys_without_crepa_are_told(plan):
+    [warning] = plan(crepa_enabled=..., crepa_encoder=..., crepa_encoder_image_size=..., crepa_lambda=0.3).warnings
+    assert "crepa_lambda" in warning
+    assert "crepa_enabled" in warning
+    [warning] = plan(layersync_student_block=1).warnings
+    assert "layersync_student_block" in warning
+    assert "layersync_enabled" in warning
+
+
+@pytest.mark.parametrize(("frames", "distance", "capped"), [(9, 2, None), (9, 3, 2), (9, 50, 2), (1, 1, 0)])
+def test_a_distance_beyond_the_clip_is_capped_and_told_once(plan, frames, distance, capped):
+    found = plan(num_frames=frames, crepa_adjacent_distance=distance)
+    told = [warning for warning in found.warnings if "crepa_adjacent_distance" in warning]
+    if capped is None:
+        assert not told
+    else:
+        assert len(told) == 1
+        assert f"crepa_adjacent_distance={distance}" in told[0]
+        assert f"as {capped}" in told[0]
+
+
+def test_keys_without_effect_are_told(plan):
+    [warning] = plan(crepa_drop_vae_encoder=True).warnings
+    assert "crepa_drop_vae_encoder" in warning
+    [warning] = plan(lr_scheduler="constant", lr_warmup_steps=5).warnings
+    assert "lr_warmup_steps" in warning
+    assert "constant_with_warmup" in warning
+
+
+# In words
+
+
+def test_the_summary_says_what_will_happen(plan, wan, clips):
+    rows = summary(plan())
+    assert str(wan) in rows["model"]
+    assert "Wan 2.1" in rows["model"]
+    assert str(clips) in rows["clips"]
+    assert "9 frames of 64 x 96 at 16 fps" in rows["clips"]
+    assert "3 x 4 x 6 = 72" in rows["tokens"]
+    assert "3 optimizer steps" in rows["steps"]
+    assert "rank 4" in rows["adapter"]
+    assert "0.001" in rows["optimizer"]
+
+
+def test_the_summary_tells_block_and_teacher(plan, wan):
+    words = summary(plan())["CREPA"]
+    assert "block 8 of 0 to 9" in words
+    assert f"{wan / 'encoder'} at 56x84" in words
+    assert "4 x 6 patches" in words
+    assert "patch on patch" in words
+    words = summary(plan(crepa_block_index=2, crepa_feature_source="backbone", crepa_teacher_block_index=7))["CREPA"]
+    assert "block 2 of 0 to 9 learns from block 7 of the same transformer" in words
+    words = summary(plan(crepa_encoder_image_size=518))["CREPA"]
+    assert "518x518" in words
+    assert "37 x 37" in words
+    assert "the teacher's grid resampled onto the student's" in words
+    assert "frame means" in summary(plan(crepa_spatial_align=False))["CREPA"]
+    assert "off" in summary(plan(crepa_enabled=False))["CREPA"]
+
+
+def test_the_summary_tells_the_neighbours(plan):
+    assert "two frames 1 away" in summary(plan())["neighbours"]
+    assert "exp(-distance / 2)" in summary(plan(crepa_adjacent_tau=2))["neighbours"]
+    assert "frames 1 to 2 away" in summary(plan(crepa_adjacent_distance=2, crepa_cumulative_neighbors=True))["neighbours"]
+    assert summary(plan(crepa_adjacent_distance=0))["neighbours"].startswith("none")
+
+
+def test_the_summary_tells_the_schedule(plan):
+    assert summary(plan())["weight"] == "0.5"
+    schedule = {"crepa_scheduler": "cosine", "crepa_warmup_steps": 100, "crepa_lambda_end": 0.1}
+    assert summary(plan(**schedule))["weight"] == "0 to 0.5 in 100 steps, then cosine to 0.1 by the end of the run"
+    assert "in 5000 steps (step 5100)" in summary(plan(**schedule, crepa_decay_steps=5000))["weight"]
+    assert "polynomial of power 2" in summary(plan(crepa_scheduler="polynomial", crepa_power=2))["weight"]
+
+
+def test_the_summary_tells_the_cutoff_beside_the_reachable_maximum(plan):
+    assert summary(plan())["cutoff"] == "none (the score's maximum here is 1.491)"
+    assert "off from step 2000" in summary(plan(crepa_cutoff_step=2000))["cutoff"]
+    words = summary(plan(crepa_similarity_threshold=0.85))["cutoff"]
+    for word in ("permanent", "alignment", "0.85", "mean cosine of about 0.57", "1.491"):
+        assert word in words
+    words = summary(plan(crepa_similarity_threshold=0.85, crepa_threshold_metric="self", crepa_threshold_mode="recoverable"))
+    for word in ("recoverable", "self-similarity", "0.85", "1.000"):
+        assert word in words["cutoff"]
+
+
+def test_at_the_reference_size_a_threshold_of_0_85_is_a_cosine_of_about_a_half(plan):
+    repo = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    size = {"height": 480, "width": 832, "num_frames": 81}
+    words = summary(plan(pretrained_model_name_or_path=repo, crepa_similarity_threshold=0.85, **size))["cutoff"]
+    assert "mean cosine of about 0.50" in words
+    assert "1.701" in words
+
+
+def test_the_summary_tells_layersync(plan):
+    rows = summary(plan(layersync_enabled=True, layersync_student_block=2, layersync_teacher_block=7))
+    assert rows["LayerSync"] == "block 2 follows block 7, weight 0.2"
+    assert "LayerSync" not in summary(plan())

@@ -1,0 +1,213 @@
+"""The sections: one home for every key and default, all told to the user."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+from pydantic import model_validator
+
+from crepatrain.config.load import parse
+from crepatrain.config.plan import make_plan, read_plan
+from crepatrain.config.sections import SECTIONS, RunConfig, Section
+from crepatrain.config.specs import FAMILIES
+from crepatrain.config.summary import summarize
+
+# ../shared/reference/video-crepa.txt with METHOD.md, sections 3, 4 and 6.
+REFERENCE_DEFAULTS = {
+    "crepa_enabled": False,
+    "crepa_lambda": 0.5,
+    "crepa_adjacent_distance": 1,
+    "crepa_adjacent_tau": 1.0,
+    "crepa_encoder": "dinov2_vitg14",
+    "crepa_encoder_image_size": 518,
+    "crepa_spatial_align": True,
+    "crepa_normalize_by_frames": True,
+    "crepa_drop_vae_encoder": False,
+    "crepa_cumulative_neighbors": False,
+    "crepa_use_backbone_features": False,
+    "crepa_teacher_block_index": None,
+    "crepa_scheduler": "constant",
+    "crepa_warmup_steps": 0,
+    "crepa_decay_steps": 0,
+    "crepa_lambda_end": 0.0,
+    "crepa_cutoff_step": 0,
+    "crepa_similarity_threshold": None,
+    "crepa_similarity_ema_decay": 0.99,
+    "crepa_threshold_mode": "permanent",
+}
+# METHOD.md's own.
+METHOD_DEFAULTS = {
+    "crepa_normalize_neighbour_sum": False,
+    "crepa_projector": "linear",
+    "crepa_projector_lr": None,
+    "crepa_feature_source": "cached",
+    "crepa_threshold_metric": "alignment",
+    "crepa_probe_interval": 10,
+    "layersync_enabled": False,
+    "layersync_student_block": None,
+    "layersync_teacher_block": None,
+    "layersync_lambda": 0.2,
+}
+DESIGN_KEYS = [
+    "model_family",
+    "pretrained_model_name_or_path",
+    "revision",
+    "model_type",
+    "lora_rank",
+    "lora_alpha",
+    "train_data",
+    "height",
+    "width",
+    "num_frames",
+    "fps",
+    "output_dir",
+    "seed",
+    "learning_rate",
+    "optimizer",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "max_train_steps",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "max_grad_norm",
+    "mixed_precision",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "logging_steps",
+]
+ISSUE_KEYS = [
+    "output_name",
+    "missing_captions",
+    "timestep_sampling",
+    "flow_shift",
+    "caption_dropout",
+    "num_train_epochs",
+    "crepa_power",
+    "crepa_block_index",
+    "crepa_encoder_frames_batch_size",
+]
+
+
+def own_fields(section) -> set[str]:
+    return section.__annotations__.keys() & section.model_fields.keys()
+
+
+def own_validators(section) -> set[str]:
+    decorators = section.__pydantic_decorators__
+    kinds = [getattr(decorators, kind.name) for kind in dataclasses.fields(decorators)]
+    return {name for kind in kinds if isinstance(kind, dict) for name in kind} - vars(Section).keys()
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(SECTIONS, 2)))
+def test_no_two_sections_define_the_same(one, other):
+    # Pydantic would drop one of them, silently.
+    assert not own_fields(one) & own_fields(other)
+    assert not own_validators(one) & own_validators(other)
+
+
+def test_the_clash_of_validators_would_be_seen():
+    class One(Section):
+        @model_validator(mode="after")
+        def check(self):
+            return self
+
+    assert own_validators(One) == {"check"}
+
+
+def test_the_run_is_its_sections():
+    assert RunConfig.__bases__ == SECTIONS
+    assert RunConfig.model_fields.keys() == set().union(*map(own_fields, SECTIONS))
+
+
+@pytest.mark.parametrize(("key", "default"), (REFERENCE_DEFAULTS | METHOD_DEFAULTS).items())
+def test_the_methods_defaults(key, default):
+    found = RunConfig.model_fields[key].default
+    assert found == default
+    assert type(found) is type(default)
+
+
+@pytest.mark.parametrize("key", DESIGN_KEYS + ISSUE_KEYS)
+def test_the_keys_that_were_promised(key):
+    assert key in RunConfig.model_fields
+
+
+def test_the_block_is_the_familys_where_none_is_named(config_file):
+    assert RunConfig.model_fields["crepa_block_index"].default is None
+    assert FAMILIES["wan"].default_block == 8
+    assert read_plan(config_file()).config.crepa_block_index == 8
+
+
+@pytest.mark.parametrize("key", RunConfig.model_fields)
+def test_every_key_is_described_and_ranges_hold_their_default(key, values):
+    field = RunConfig.model_fields[key]
+    assert field.description
+    assert field.description == field.description.strip()
+    if not field.is_required():
+        problems = []
+        parse(values | {key: field.default}, problems)
+        assert not problems, "pydantic does not validate defaults by itself"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"crepa_enabled": False, "crepa_encoder": ..., "crepa_encoder_image_size": ...},
+        {"crepa_use_backbone_features": True, "crepa_block_index": 3, "crepa_teacher_block_index": 9},
+        {"crepa_feature_source": "backbone", "crepa_block_index": 3, "crepa_teacher_block_index": 9},
+        {"max_train_steps": ..., "num_train_epochs": 2, "lora_targets": "all-linear", "crepa_projector_lr": 1e-2},
+        {"layersync_enabled": True, "layersync_student_block": 2, "layersync_teacher_block": 7},
+    ],
+    ids=lambda changes: ",".join(changes) or "plain",
+)
+def test_a_resolved_config_means_the_same_again(config_file, changes):
+    plan = read_plan(config_file(**changes))
+    written = json.loads(json.dumps(plan.config.model_dump()))
+    problems = []
+    config, wrong = parse(written, problems)
+    assert not problems
+    assert not wrong
+    assert config is not None
+    again = make_plan(config)
+    assert again.config == plan.config
+    assert summarize(again) == summarize(plan)
+    assert again.warnings == plan.warnings
+
+
+def test_a_resolved_config_has_every_default_filled_in(config_file):
+    config = read_plan(config_file(height=..., width=..., num_frames=..., cache_dir=...)).config
+    spec = FAMILIES["wan"]
+    assert (config.height, config.width, config.num_frames) == spec.default_size
+    assert config.fps == spec.fps
+    assert config.lora_alpha == config.lora_rank
+    assert config.lora_targets == list(spec.lora_targets)
+    assert config.crepa_projector_lr == config.learning_rate
+    assert config.flow_shift is not None
+    assert config.cache_dir is not None
+    assert config.cache_dir.endswith("crepatrain")
+
+
+def test_the_flow_shift_is_the_checkpoints_unless_it_is_said(config_file, wan):
+    scheduler = json.loads((wan / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    theirs = scheduler.get("flow_shift") or scheduler["shift"]
+    assert read_plan(config_file()).config.flow_shift == theirs
+    assert read_plan(config_file(flow_shift=7)).config.flow_shift == 7
+
+
+def test_the_schema_lists_every_key_and_allows_no_other():
+    schema = json.loads(json.dumps(RunConfig.model_json_schema(), allow_nan=False))
+    assert schema["properties"].keys() - {"$schema"} == RunConfig.model_fields.keys()
+    assert schema["additionalProperties"] is False
+    assert set(schema["required"]) == {"model_family", "pretrained_model_name_or_path", "train_data", "output_dir"}
+    assert all(schema["properties"][key].get("description") for key in RunConfig.model_fields)
+    assert schema["properties"]["model_family"]["enum"] == list(FAMILIES)
+
+
+def test_only_how_a_run_is_watched_or_how_long_it_is_may_change():
+    may = {key for key in RunConfig.model_fields if RunConfig.may_change(key)}
+    assert {"max_train_steps", "checkpointing_steps", "logging_steps", "output_name"} <= may
+    assert not [key for key in may if key.startswith(("crepa_", "lora_", "layersync_", "adam_"))]
+    assert not may & {"learning_rate", "seed", "height", "width", "num_frames", "fps", "train_batch_size", "model_family"}

@@ -1,0 +1,215 @@
+"""Reading frames: which ones, and what is in them."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+from torch import Tensor
+
+from crepatrain.data.decode import ClipInfo, Unreadable, crop_resize, probe, read_frames, resample_frames
+
+HARD = SHARED / "hard_clips"
+STEP = 6  # of brightness, from frame to frame
+
+
+def render_numbers(path: Path, milliseconds: Sequence[int], *, width: int = 160, height: int = 64) -> None:
+    """Frames whose brightness tells their number, shown at these times; with B-frames."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"bf": "3", "crf": "4"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for number, time in enumerate(milliseconds):
+            frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), 20 + STEP * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def numbers_in(frames: Tensor) -> list[int]:
+    return [round((value - 20) / STEP) for value in frames.float().mean(dim=(1, 2, 3)).tolist()]
+
+
+def even(count: int, fps: float) -> list[int]:
+    return [round(1000 * number / fps) for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def thirty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 numbered frames at 30 fps."""
+    path = tmp_path_factory.mktemp("numbered") / "thirty.mp4"
+    render_numbers(path, even(36, 30))
+    return path
+
+
+def test_probe_tells_size_and_rate(thirty: Path):
+    info = probe(thirty)
+    assert (info.frames, info.height, info.width) == (36, 64, 160)
+    assert info.fps == pytest.approx(30, rel=1e-2)
+    assert info.timestamps[0] == 0
+    assert list(info.timestamps) == sorted(info.timestamps)
+
+
+@pytest.mark.parametrize(
+    "wanted", [tuple(range(36)), (0,), (35,), (3, 17, 18, 35), (1, 3, 4, 6, 8, 9, 11, 13, 15, 16, 18, 20, 22)]
+)
+def test_the_frames_asked_for_are_read(thirty: Path, wanted: tuple[int, ...]):
+    frames = read_frames(thirty, wanted, (64, 160))
+    assert frames.shape == (len(wanted), 3, 64, 160)
+    assert frames.dtype == torch.uint8
+    assert numbers_in(frames) == list(wanted)
+
+
+def test_a_frame_behind_the_end_is_an_error(thirty: Path):
+    with pytest.raises(Unreadable):
+        read_frames(thirty, (0, 36), (64, 160))
+
+
+def test_a_file_that_is_gone_is_an_error(tmp_path: Path):
+    with pytest.raises(Unreadable):
+        read_frames(tmp_path / "gone.mp4", (0,), (64, 160))
+
+
+def nearest(info: ClipInfo, fps: float) -> list[int]:
+    """Literally: for every tick the nearest frame, each once."""
+    ticks = int((info.timestamps[-1] - info.timestamps[0]) * fps + 0.5) + 1
+    found: list[int] = []
+    for tick in range(ticks):
+        distances = [abs(time - info.timestamps[0] - tick / fps) for time in info.timestamps]
+        best = max(index for index, distance in enumerate(distances) if distance <= min(distances) + 1e-9)
+        if best not in found:
+            found.append(best)
+    return found
+
+
+@pytest.mark.parametrize(("source", "wanted"), [(30, 16), (60, 16), (24, 16), (25, 24), (16, 16), (50, 8), (29.97, 24)])
+def test_a_faster_clip_is_resampled(source: float, wanted: float):
+    info = ClipInfo(64, 64, tuple(round(index / source, 4) for index in range(90)))
+    chosen = resample_frames(info, wanted)
+    assert chosen == nearest(info, wanted)
+    assert len(chosen) == pytest.approx(90 * wanted / source, abs=1)
+    assert all(b > a for a, b in itertools.pairwise(chosen))
+    for tick, frame in enumerate(chosen[:-1]):  # the last tick may lie behind the last frame
+        assert abs(info.timestamps[frame] - tick / wanted) <= 0.5 / source + 1e-3
+
+
+@pytest.mark.parametrize(("source", "wanted"), [(8, 16), (12, 16), (15, 16), (10, 24), (1, 30)])
+def test_a_slower_clip_is_taken_frame_by_frame(source: float, wanted: float):
+    info = ClipInfo(64, 64, tuple(round(index / source, 4) for index in range(40)))
+    assert resample_frames(info, wanted) == list(range(40))
+
+
+def test_a_clip_that_begins_late_is_resampled_from_its_own_start():
+    times = [index / 29.97 for index in range(60)]
+    late = ClipInfo(64, 64, tuple(time + 7.25 for time in times))
+    assert resample_frames(late, 16) == resample_frames(ClipInfo(64, 64, tuple(times)), 16)
+
+
+def test_a_single_frame_is_itself():
+    info = ClipInfo(64, 64, (0.0,))
+    assert info.fps == 0
+    assert resample_frames(info, 16) == [0]
+
+
+def test_thirty_to_sixteen_from_the_file(thirty: Path):
+    chosen = resample_frames(probe(thirty), 16)
+    assert chosen[:6] == [0, 2, 4, 6, 8, 9] or chosen[:6] == [0, 2, 4, 6, 7, 9]
+    assert numbers_in(read_frames(thirty, tuple(chosen), (64, 160))) == chosen
+
+
+def test_a_variable_rate_is_followed(tmp_path: Path):
+    """Ten frames at 20 fps, then ten at 5 fps: half a second becomes five frames, two seconds stay ten."""
+    times = [50 * number for number in range(10)] + [500 + 200 * number for number in range(10)]
+    render_numbers(tmp_path / "variable.mp4", times)
+    info = probe(tmp_path / "variable.mp4")
+    assert [round(1000 * time) for time in info.timestamps] == pytest.approx(times, abs=2)
+    chosen = resample_frames(info, 10)
+    assert chosen == [0, 2, 4, 6, 8, *range(10, 20)]
+    assert numbers_in(read_frames(tmp_path / "variable.mp4", tuple(chosen), (64, 160))) == chosen
+
+
+def picture(height: int, width: int) -> Tensor:
+    """[1, 3, H, W] uint8 with each pixel's coordinates, relative to the middle, in red and green."""
+    y = torch.arange(height).view(-1, 1).expand(height, width) - (height - 1) / 2
+    x = torch.arange(width).view(1, -1).expand(height, width) - (width - 1) / 2
+    scale = 120 / max(height, width) * 2
+    planes = torch.stack([128 + y * scale, 128 + x * scale, torch.full((height, width), 60.0)])
+    return planes.round().clamp(0, 255).to(torch.uint8).unsqueeze(0)
+
+
+@pytest.mark.parametrize(
+    ("source", "size"),
+    [((96, 160), (48, 48)), ((160, 96), (48, 80)), ((100, 100), (48, 96)), ((64, 64), (128, 128)), ((90, 160), (48, 80))],
+)
+def test_crop_resize_keeps_the_aspect_and_the_middle(source: tuple[int, int], size: tuple[int, int]):
+    result = crop_resize(picture(*source), size)
+    assert result.shape == (1, 3, *size)
+    scale = 120 / max(source) * 2
+    zoom = min(source[0] / size[0], source[1] / size[1])  # source pixels per pixel: one number for both axes
+    inner = (slice(4, -4), slice(4, -4))
+    y = (torch.arange(size[0]) - (size[0] - 1) / 2).view(-1, 1).expand(size)
+    x = (torch.arange(size[1]) - (size[1] - 1) / 2).view(1, -1).expand(size)
+    assert (result[0, 0].float() - (128 + y * zoom * scale))[inner].abs().max() < 1.6 + scale
+    assert (result[0, 1].float() - (128 + x * zoom * scale))[inner].abs().max() < 1.6 + scale
+    assert (result[0, 2] == 60).all()
+
+
+@pytest.mark.parametrize("source", [(96, 160), (160, 96), (128, 128)])
+@pytest.mark.parametrize("size", [(48, 48), (48, 80), (96, 64)])
+def test_a_circle_stays_a_circle(source: tuple[int, int], size: tuple[int, int]):
+    height, width = source
+    y, x = torch.meshgrid(torch.arange(height) - height / 2 + 0.5, torch.arange(width) - width / 2 + 0.5, indexing="ij")
+    inside = (y**2 + x**2 < 30**2).to(torch.uint8) * 255
+    result = crop_resize(inside.expand(1, 3, height, width), size)[0, 0] > 127
+    tall, wide = int(result.any(dim=1).sum()), int(result.any(dim=0).sum())
+    assert abs(tall - wide) <= 2
+    diameter = (tall + wide) / 2
+    assert result.sum().item() == pytest.approx(math.pi * diameter**2 / 4, rel=0.08)
+
+
+def test_the_same_size_is_untouched():
+    frames = torch.randint(0, 256, (3, 3, 48, 80), dtype=torch.uint8)
+    assert torch.equal(crop_resize(frames, (48, 80)), frames)
+
+
+def test_a_crop_alone_moves_no_pixel():
+    frames = torch.randint(0, 256, (2, 3, 48, 100), dtype=torch.uint8)
+    assert torch.equal(crop_resize(frames, (48, 80)), frames[..., 10:90])
+
+
+def test_clips_longer_than_a_chunk_are_in_order(tmp_path: Path):
+    render_numbers(tmp_path / "long.mp4", even(39, 16))
+    frames = read_frames(tmp_path / "long.mp4", tuple(range(39)), (32, 80))
+    assert numbers_in(frames) == list(range(39))
+
+
+@pytest.mark.skipif(not HARD.is_dir(), reason="the hard clips are not here")
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_rotation_is_applied(degrees: int):
+    path = HARD / f"rotated-{degrees}.mov"
+    info = probe(path)
+    with av.open(str(path)) as container:
+        raw = next(container.decode(video=0))
+    upright = torch.from_numpy(np.rot90(raw.to_ndarray(format="rgb24"), raw.rotation // 90).copy())
+    assert (info.height, info.width) == tuple(upright.shape[:2])
+    assert (info.height > info.width) == (degrees in {90, 270})
+    frame = read_frames(path, (0,), (info.height, info.width))[0]
+    assert (frame.permute(1, 2, 0).float() - upright.float()).abs().mean() < 3
+
+
+@pytest.mark.skipif(not HARD.is_dir(), reason="the hard clips are not here")
+@pytest.mark.parametrize("name", ["variable-frame-rate.mp4", "unordered-timestamps.mov", "animation.gif", "av1.mp4", "vp9.webm"])
+def test_hard_clips_give_every_frame_in_the_order_of_its_time(name: str):
+    with av.open(str(HARD / name)) as container:
+        shown = sorted(container.decode(video=0), key=lambda frame: frame.pts)
+        expected = [frame.to_ndarray(format="rgb24").mean() for frame in shown]
+    info = probe(HARD / name)
+    assert info.frames == len(expected)
+    frames = read_frames(HARD / name, tuple(range(info.frames)), (info.height, info.width))
+    assert frames.float().mean(dim=(1, 2, 3)).tolist() == pytest.approx(expected, abs=2.5)
