@@ -23,7 +23,7 @@ from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder, expect_same_f
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.console import Screen
-from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, build_loader
+from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, read_batches
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.tensors import Batch
@@ -196,7 +196,7 @@ def _batch_source(
             batch_size=config.train_batch_size,
         )
         cuda = accelerator.device.type == "cuda"
-        return iter(build_loader(training_set, batches, workers=config.dataloader_num_workers, pin_memory=cuda))
+        return read_batches(training_set, batches, workers=config.dataloader_num_workers, pin_memory=cuda)
 
     return open_batches
 

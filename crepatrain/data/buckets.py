@@ -7,6 +7,9 @@ from pathlib import Path
 from crepatrain.data.decode import resample_frames
 from crepatrain.data.index import Clip, Refusal
 
+# A bucket of another aspect ratio may be that much smaller than the configured size.
+_LEAST_AREA = 0.8
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -121,13 +124,13 @@ def nearest_aspect(source: tuple[int, int], area_of: tuple[int, int], multiple: 
     best = area_of
     best_error = _aspect_error(area_of, aspect)
     for height in range(multiple[0], area // multiple[1] + 1, multiple[0]):
-        width = area // height // multiple[1] * multiple[1]
-        for candidate in (width, width - multiple[1]):
-            if candidate <= 0 or height * candidate < 0.8 * area:
-                continue
-            error = _aspect_error((height, candidate), aspect)
+        widest = area // height // multiple[1] * multiple[1]
+        for width in range(widest, 0, -multiple[1]):
+            if height * width < _LEAST_AREA * area:
+                break
+            error = _aspect_error((height, width), aspect)
             if error < best_error - 1e-9:
-                best, best_error = (height, candidate), error
+                best, best_error = (height, width), error
     return best
 
 

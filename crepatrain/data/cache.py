@@ -1,5 +1,6 @@
 """The one store of everything that is computed once: latents, text, teacher features."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -52,7 +53,8 @@ class CacheStore:
                 os.fsync(file.fileno())
             aside.replace(path)
         except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
             raise UserError(
                 f"cache_dir={self.root}: {path.name} can't be written ({error})", "free disk space, or set cache_dir"
             ) from error

@@ -1,15 +1,18 @@
 """Reading video files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import decord
+import numpy as np
 import torch
 import torch.nn.functional as F
+from av.container import InputContainer
 from torch import Tensor
 
-# Frames that are in memory at once, at the file's own size, beside the result.
+# Frames that are resized at once, in fp32.
 _CHUNK = 16
 
 decord.logging.set_level(decord.logging.QUIET)
@@ -50,29 +53,53 @@ def probe(path: Path) -> ClipInfo:
     """
     if path.stat().st_size == 0:
         raise Unreadable("the file is empty")
-    reader = _open(path)
-    count = len(reader)
-    if count == 0:
-        raise Unreadable("it has no frames")
-    height, width = 0, 0
     try:
-        for start in range(0, count, _CHUNK):
-            frames = reader.get_batch(list(range(start, min(start + _CHUNK, count)))).asnumpy()
-            height, width = frames.shape[1:3]
-        timestamps = sorted(float(start) for start, _ in reader.get_frame_timestamp(range(count)))
-    except (decord.DECORDError, RuntimeError) as error:
-        raise Unreadable("the file is damaged: it can't be decoded to its end") from error
-    return ClipInfo(height, width, tuple(round(t, 4) for t in timestamps))
-
-
-def _open(path: Path) -> decord.VideoReader:
-    try:
-        with av.open(str(path)) as container:  # asked first, as decord prints to the terminal on a file that it can't open
-            if not container.streams.video:
-                raise Unreadable("it has no video stream")
-        return decord.VideoReader(str(path), num_threads=1)
-    except (av.FFmpegError, decord.DECORDError, RuntimeError) as error:
+        container = av.open(str(path))
+    except av.FFmpegError as error:
         raise Unreadable("it is no video, or is cut off") from error
+    with container:
+        if not container.streams.video:
+            raise Unreadable("it has no video stream")
+        timestamps = _decode_strictly(container)
+    if not timestamps:
+        raise Unreadable("it has no frames")
+    height, width = read_pictures(path, [0]).shape[1:3]
+    return ClipInfo(height, width, tuple(round(t, 4) for t in sorted(timestamps)))
+
+
+def _decode_strictly(container: InputContainer) -> list[float]:
+    """The time of every frame; damage that a decoder would rather conceal ends it."""
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    stream.codec_context.options = {"err_detect": "explode"}
+    try:
+        return [float(frame.time or 0.0) for frame in container.decode(stream)]
+    except av.FFmpegError as error:
+        raise Unreadable("it is damaged: it can't be decoded to its end") from error
+
+
+def read_pictures(path: Path, frames: Sequence[int]) -> np.ndarray:
+    """Some frames of a file as they are shown, [n, H, W, 3] uint8.
+
+    Raises:
+        Unreadable: the file can't be decoded.
+    """
+    try:
+        return decord.VideoReader(str(path), num_threads=1).get_batch(list(frames)).asnumpy()
+    except (decord.DECORDError, RuntimeError, IndexError) as error:
+        if "from_size == to_size" in str(error):
+            return _read_narrow(path, frames)
+        raise Unreadable("it can't be decoded") from error
+
+
+def _read_narrow(path: Path, frames: Sequence[int]) -> np.ndarray:
+    """What decord can't copy: rows that are padded to four thirds of their length, as those of widths 48, 96 and 144 are."""
+    pictures: dict[int, np.ndarray] = {}
+    with av.open(str(path)) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in frames:
+                pictures[number] = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
+    return np.stack([pictures[number] for number in frames])
 
 
 def resample_frames(info: ClipInfo, fps: float) -> list[int]:
@@ -100,17 +127,10 @@ def read_frames(path: Path, frames: tuple[int, ...], size: tuple[int, int]) -> T
         [len(frames), 3, height, width] uint8.
 
     Raises:
-        Unreadable: the file can't be decoded (any more).
+        Unreadable: the file can't be decoded, any more.
     """
-    reader = _open(path)
-    parts = []
-    try:
-        for start in range(0, len(frames), _CHUNK):
-            array = reader.get_batch(list(frames[start : start + _CHUNK])).asnumpy()
-            parts.append(crop_resize(torch.from_numpy(array).permute(0, 3, 1, 2), size))
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
-        raise Unreadable("it can't be decoded") from error
-    return torch.cat(parts)
+    pictures = torch.from_numpy(read_pictures(path, frames)).permute(0, 3, 1, 2)
+    return torch.cat([crop_resize(chunk, size) for chunk in pictures.split(_CHUNK)])
 
 
 def crop_resize(frames: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 
 
@@ -47,6 +48,6 @@ class FileDigests:
 def replace_text(path: Path, text: str) -> None:
     """Write a small file aside and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")  # two threads may write the same
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)

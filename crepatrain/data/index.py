@@ -1,6 +1,7 @@
 """Which clips a dataset holds, what they are, and which of them can't be used."""
 
 import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -72,31 +73,19 @@ def list_clips(train_data: Path) -> list[tuple[Path, str | None]]:
 
 def _sidecar(video: Path) -> str | None:
     text = video.with_suffix(".txt")
-    if not text.is_file():
-        return None
+    return " ".join(_read_text(text).split()) or None if text.is_file() else None
+
+
+def _read_text(file: Path) -> str:
     try:
-        caption = text.read_text(encoding="utf-8-sig").strip()
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"caption {text} is not UTF-8", "save it as UTF-8") from None
-    return " ".join(caption.split()) or None
+        raise UserError(f"{file} is not UTF-8", "save it as UTF-8") from None
 
 
 def _read_list(file: Path) -> list[tuple[Path, str | None]]:
-    rows: list[dict[str, Any]] = []
-    text = file.read_text(encoding="utf-8-sig")
-    if file.suffix.lower() == ".csv":
-        rows = list(csv.DictReader(text.splitlines()))
-    else:
-        for number, line in enumerate(text.splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}, line {number}: not valid JSON ({error.msg})", "write one object per line") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{file}, line {number}: not an object", 'write {"video": "clip.mp4", "caption": "..."}')
-            rows.append(row)
+    text = _read_text(file)
+    rows = list(csv.DictReader(io.StringIO(text, newline=""))) if file.suffix.lower() == ".csv" else _read_lines(file, text)
     found = []
     for number, row in enumerate(rows, start=1):
         name = next((row[key] for key in _VIDEO_KEYS if row.get(key)), None)
@@ -107,6 +96,21 @@ def _read_list(file: Path) -> list[tuple[Path, str | None]]:
     if not found:
         raise UserError(f"train_data={file}: the list is empty", 'write {"video": "clip.mp4", "caption": "..."} lines')
     return found
+
+
+def _read_lines(file: Path, text: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): a caption may hold other separators
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {number}: not valid JSON ({error.msg})", "write one object per line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{file}, line {number}: not an object", 'write {"video": "clip.mp4", "caption": "..."}')
+        rows.append(row)
+    return rows
 
 
 def choose_captions(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from crepatrain.data.buckets import Bucket
 from crepatrain.data.cache import CacheStore
 from crepatrain.data.decode import Unreadable, read_frames
-from crepatrain.errors import UserError
+from crepatrain.errors import Problem, UserError
 from crepatrain.geometry import TokenGrid
 from crepatrain.tensors import Batch, PatchFeatures
 
@@ -154,8 +154,14 @@ class TrainingSet(Dataset[Any]):
     teacher_grids: Mapping[Bucket, tuple[int, int]]
     needs_teacher: Callable[[int], bool]
 
-    def __getitems__(self, draws: Sequence[Draw]) -> Batch:
-        """The batch of one micro-batch's draws."""
+    def __getitems__(self, draws: Sequence[Draw]) -> "Batch | list[Problem]":
+        """The batch of one micro-batch's draws, or what the user has to mend: an error itself can't leave a worker process."""
+        try:
+            return self._read(draws)
+        except UserError as error:
+            return error.problems
+
+    def _read(self, draws: Sequence[Draw]) -> Batch:
         bucket = self.samples[draws[0].sample].bucket
         assert all(self.samples[draw.sample].bucket == bucket for draw in draws)
         latents, noise, sigma, texts, teacher, pixels = [], [], [], [], [], []
@@ -193,21 +199,29 @@ def _read_pixels(sample: Sample) -> Tensor:
         raise UserError(f"{path}: {error}", "put the clip back as it was when the run began") from error
 
 
-def build_loader(dataset: TrainingSet, batches: MicroBatches, *, workers: int, pin_memory: bool) -> "DataLoader[Batch]":
-    """A loader that reads ahead; one item is one micro-batch."""
-    return DataLoader(
+def read_batches(dataset: TrainingSet, draws: MicroBatches, *, workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """The micro-batches, read ahead.
+
+    Raises:
+        UserError: something that was there when the run began can't be read any more.
+    """
+    loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type] - endless, so without a length
+        batch_sampler=draws,  # type: ignore[arg-type] - endless, so without a length
         num_workers=workers,
-        collate_fn=_as_it_is,  # type: ignore[arg-type] - a micro-batch is collated where it is read
+        collate_fn=_as_it_is,  # a micro-batch is collated where it is read
         pin_memory=pin_memory,
         prefetch_factor=2 if workers else None,
         generator=torch.Generator().manual_seed(dataset.seed),  # else every iterator draws from the global one
         worker_init_fn=_leave_signals_to_the_parent,
     )
+    for batch in loader:
+        if not isinstance(batch, Batch):
+            raise UserError.of(batch)
+        yield batch
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

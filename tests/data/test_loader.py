@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from crepatrain.data.buckets import Bucket
 from crepatrain.data.cache import CacheStore
-from crepatrain.data.loader import MicroBatches, Sample, StepSampler, TrainingSet, build_loader, keyed_generator
+from crepatrain.data.loader import MicroBatches, Sample, StepSampler, TrainingSet, keyed_generator, read_batches
 from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.geometry import Geometry
@@ -79,7 +79,7 @@ def batches(
     training_set: TrainingSet, *, world: int = 1, rank: int = 0, batch_size: int = UNIT, start: int = 0, workers: int = 0
 ) -> Iterator[Batch]:
     order = MicroBatches(sampler_of(training_set), start=start, rank=rank, world=world, batch_size=batch_size)
-    return iter(build_loader(training_set, order, workers=workers, pin_memory=False))
+    return read_batches(training_set, order, workers=workers, pin_memory=False)
 
 
 def one_by_one(batch: Batch) -> list[tuple]:
