@@ -9,6 +9,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -18,6 +19,9 @@ def _quiet_and_apart(tmp_path_factory: pytest.TempPathFactory):
     """No test reads or writes the user's own caches, and none reaches for the network."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("xdg"))
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Two processes test at once; with more threads than cores the tiny models spend their time waiting for each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

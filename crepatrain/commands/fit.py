@@ -86,7 +86,7 @@ def _train(run: Run, screen: Screen, stop: StopSignal) -> None:
             began = time.perf_counter()
             was_off = schedule is not None and schedule.cutoff
             last, stopping = _optimizer_step(run, batches, stop)
-            run.window.add(step_seconds=time.perf_counter() - began)
+            run.state.window.add(step_seconds=time.perf_counter() - began)
             if schedule is not None and schedule.cutoff != was_off:
                 batches = run.open_batches(state.step)
             if run.teacher is not None and not state.asks_teacher:
@@ -141,7 +141,7 @@ def _optimizer_step(run: Run, batches: Iterator[Batch], stop: StopSignal) -> tup
         score = numbers.self_similarity if config.crepa_threshold_metric == "self" else numbers.alignment
         assert score is not None
         schedule.observe(score)
-    run.window.add(
+    run.state.window.add(
         loss=loss,
         diffusion_loss=numbers.diffusion_loss,
         crepa_loss=weight * (numbers.crepa_raw or 0.0) if schedule else None,
@@ -198,7 +198,7 @@ def _diverged(run: Run, loss: float, norms: Sequence[float], clips: Sequence[str
 
 
 def _log(run: Run, last: dict[str, Any]) -> dict[str, Any]:
-    means = run.window.take()
+    means = run.state.window.take()
     if "crepa_alignment_score" not in means:  # unmeasured: nothing of CREPA was in these losses
         means.pop("crepa_loss", None)
     schedule = run.state.schedule

@@ -1,6 +1,7 @@
 """A run's folder: whose run it is, where it stands, what it has logged."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +42,10 @@ class RunFolder:
         return self._checkpoint()
 
     def claim(self, step: int) -> None:
-        """Make the folder this run's, from `step` on."""
+        """Make the folder this run's, from `step` on.
+
+        Checkpoints of later steps, which a resume from an earlier one leaves behind, are set aside as step-N.left.
+        """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -49,6 +53,13 @@ class RunFolder:
         self.status("running", step)
         replace_json(self._config_file, self._config.model_dump())
         self._forget_after(step)
+        for unfinished in self.checkpoints.glob("step-*.tmp"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for later in checkpoints(self.checkpoints):
+            if step_of(later) > step:
+                aside = later.with_name(f"{later.name}.left")
+                shutil.rmtree(aside, ignore_errors=True)
+                later.rename(aside)
 
     def _expect_same_run(self) -> None:
         before = self._config_before()

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from crepatrain.training.build import Learner
 from crepatrain.training.checkpoint import read_plain, read_tensors, read_tree, rotate, write_checkpoint
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.lora import adapter_state, load_adapter_state
-from crepatrain.training.metrics import Window
 from crepatrain.training.state import TrainState
 from crepatrain.training.step import LayerSyncTerm
 
@@ -109,7 +108,6 @@ class Run:
     sampler: StepSampler
     open_batches: Callable[[int], Iterator[Batch]]
     total: int
-    window: Window = field(default_factory=Window)
 
 
 def build_run(
@@ -209,6 +207,10 @@ def save(run: Run) -> None:
     """A checkpoint, its small adapter, and the run's last adapter."""
     if run.accelerator.is_main_process:
         step = run.state.step
+        # The adapters first: a kill in between then leaves no checkpoint without its adapter.
+        small = run.folder.adapters / f"{run.config.output_name}-{step:06d}.safetensors"
+        for path in (small, run.folder.root / ADAPTER_FILE):
+            write_adapter(path, run.family, run.adapted, step)
         tensors = {"adapter": adapter_state(run.adapted)}
         if run.projector:
             tensors["projector"] = run.projector.state_dict()
@@ -219,9 +221,6 @@ def save(run: Run) -> None:
             plain={"state": run.state.state_dict(), "fingerprint": run.fingerprint},
         )
         rotate(run.folder.checkpoints, run.config.checkpoints_total_limit)
-        small = run.folder.adapters / f"{run.config.output_name}-{step:06d}.safetensors"
-        for path in (small, run.folder.root / ADAPTER_FILE):
-            write_adapter(path, run.family, run.adapted, step)
         run.folder.status("running", step)
     run.accelerator.wait_for_everyone()
 

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 
 class FileDigests:
@@ -16,7 +17,7 @@ class FileDigests:
 
     def __init__(self, memo: Path) -> None:
         self._memo = memo
-        self._known: dict[str, str] = json.loads(memo.read_text(encoding="utf-8")) if memo.is_file() else {}
+        self._known: dict[str, str] = read_memo(memo) or {}
         self._changed = False
 
     def file(self, path: Path) -> str:
@@ -43,6 +44,14 @@ class FileDigests:
         if self._changed:
             replace_text(self._memo, json.dumps(self._known))
             self._changed = False
+
+
+def read_memo(path: Path) -> dict[str, Any] | None:
+    """What a small file remembers; None where it is not there or damaged, and what it held has to be found out again."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def replace_text(path: Path, text: str) -> None:

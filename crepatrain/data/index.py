@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crepatrain.data.decode import ClipInfo, Unreadable, probe
-from crepatrain.data.digests import FileDigests, replace_text
+from crepatrain.data.digests import FileDigests, read_memo, replace_text
 from crepatrain.errors import Problem, UserError
 
 VIDEO_SUFFIXES = frozenset(
@@ -184,11 +184,11 @@ class ClipIndex:
 
     def _info(self, path: Path, digest: str) -> ClipInfo:
         entry = self._root / f"{digest}-{_INDEX_FORMAT}.json"
-        if entry.is_file():
-            values = json.loads(entry.read_text(encoding="utf-8"))
-            if "refused" in values:
-                raise Unreadable(values["refused"])
-            return ClipInfo(**(values | {"timestamps": tuple(values["timestamps"])}))
+        known = read_memo(entry)
+        if known is not None:
+            if "refused" in known:
+                raise Unreadable(known["refused"])
+            return ClipInfo(known["height"], known["width"], tuple(known["timestamps"]))
         try:
             info = probe(path)
         except Unreadable as error:

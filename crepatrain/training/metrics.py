@@ -1,7 +1,7 @@
 """From micro-batches to one line of metrics.jsonl: what is logged is what was optimised."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,12 +58,12 @@ class StepNumbers:
         return self.diffusion_loss + crepa_weight * (self.crepa_raw or 0.0) + layersync_weight * (self.layersync_raw or 0.0)
 
 
-@dataclass
 class Window:
     """Means over the optimizer steps since the last logged line."""
 
-    _sums: dict[str, float] = field(default_factory=dict)
-    _counts: dict[str, int] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
 
     def add(self, **values: float | None) -> None:
         for name, value in values.items():
@@ -76,3 +76,9 @@ class Window:
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums, "counts": self._counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
