@@ -76,8 +76,9 @@ class LatentTeacher:
     @torch.no_grad()
     def features(self, batch: Batch, tokens: Mapping[int, Tensor]) -> PatchFeatures:  # noqa: ARG002 - the protocol's
         with torch.autocast(batch.latents.device.type, enabled=False):  # nor the VAE's
-            pixels = self.decode(batch.latents)[:, :, list(batch.grid.teacher_frames)]
-        frames = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).transpose(1, 2)
+            video = self.decode(batch.latents)
+        pixels = torch.stack([video[:, :, frame] for frame in batch.grid.teacher_frames], dim=1)
+        frames = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return self.encoder(frames, self.size(batch.grid))
 
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,13 +17,13 @@ from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder
 from crepatrain.commands.session import Run, Start, build_run, prepare_start, save
 from crepatrain.commands.stopping import Stopped, StopSignal
 from crepatrain.config.plan import Plan
-from crepatrain.console import Screen
+from crepatrain.console import Screen, TrainingView
 from crepatrain.data.loader import keyed_generator
 from crepatrain.errors import DivergedError, UserError
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.checkpoint import checkpoints
-from crepatrain.training.metrics import StepNumbers, StepSums
+from crepatrain.training.metrics import HostCopy, StepNumbers, StepSums
 from crepatrain.training.optim import clip_gradients
 from crepatrain.training.step import CrepaTerm, training_loss
 
@@ -77,37 +78,60 @@ def _status(folder: RunFolder, start: Start) -> Iterator[None]:
     folder.status("completed", state.step)
 
 
+@dataclass(frozen=True, eq=False)
+class Launched:
+    """An optimizer step that the device may still be working on.
+
+    Attributes:
+        step: its number, from 0.
+        scores: means over micro-batches and processes, and whether any process was asked to stop. Copied after the last forward:
+            reading them does not wait for backward.
+        checks: gradient norms, and whether any number was not finite, in this step or before.
+    """
+
+    step: int
+    weight: float
+    measured: bool
+    cut_off: bool
+    learning_rate: float
+    clips: list[str]
+    scores: HostCopy
+    checks: HostCopy
+
+
 def _train(run: Run, screen: Screen, stop: StopSignal) -> None:
-    """The loop."""
+    """The loop. A step is settled after the next one is launched, so that the device never waits for the host."""
     state, schedule = run.state, run.state.schedule
+    alone = run.accelerator.num_processes == 1
     batches = run.open_batches(state.step)
+    before, stopping = None, False
     with screen.training(state.step, run.total) as view:
-        while state.step < run.total:
+        while state.step < run.total and not stopping:
             began = time.perf_counter()
             was_off = schedule is not None and schedule.cutoff
-            last, stopping = _optimizer_step(run, batches, stop)
-            run.state.window.add(step_seconds=time.perf_counter() - began)
+            launched = _launch(run, batches, stop)
+            if before:
+                _settle(run, before, view)
+            before = launched
+            stopping = _observe(run, launched) or (alone and stop.requested)
             if schedule is not None and schedule.cutoff != was_off:
                 batches = run.open_batches(state.step)
             if run.teacher is not None and not state.asks_teacher:
                 run.teacher = None
                 free_memory()
-            ending = stopping or state.step == run.total
-            if state.step % run.config.logging_steps == 0 or ending:
-                view.log(_log(run, last))
+            state.window.add(step_seconds=time.perf_counter() - began)
             view.step(state.step)
-            if state.step % run.config.checkpointing_steps == 0 or ending:
+            ending = stopping or state.step == run.total
+            if ending or state.step % run.config.checkpointing_steps == 0:
+                _settle(run, launched, view, ending=ending)
+                before = None
                 save(run)
-            if stopping and state.step < run.total:
-                raise Stopped(f"saved at step {state.step}; the same command goes on from there")
+    if state.step < run.total:
+        raise Stopped(f"saved at step {state.step}; the same command goes on from there")
 
 
-def _optimizer_step(run: Run, batches: Iterator[Batch], stop: StopSignal) -> tuple[dict[str, Any], bool]:
-    """One optimizer step over all its micro-batches; nothing moves if a number is not finite.
-
-    Returns:
-        What only the last step of a logging window tells, and whether any process was asked to stop.
-    """
+def _launch(run: Run, batches: Iterator[Batch], stop: StopSignal) -> Launched:
+    """Queue one optimizer step over all its micro-batches. No weight moves if a number is not finite, then or before."""
     config, state, schedule, device = run.config, run.state, run.state.schedule, run.accelerator.device
     # Decided once per optimizer step, from what all processes know alike.
     weight = schedule.weight(state.step) if schedule else 0.0
@@ -116,43 +140,41 @@ def _optimizer_step(run: Run, batches: Iterator[Batch], stop: StopSignal) -> tup
     torch.manual_seed(keyed_generator("dropout", config.seed, state.step, run.accelerator.process_index).initial_seed())
 
     sums, clips = StepSums(), []
+    scores = arriving = None
     for micro in range(config.gradient_accumulation_steps):
+        last = micro == config.gradient_accumulation_steps - 1
         batch = next(batches).to(device)
         clips += batch.keys
-        with _gradients_shared_at_the_end(run, last=micro == config.gradient_accumulation_steps - 1):
+        with _gradients_shared_at_the_end(run, last=last):
             with build.autocast(config, device):
                 losses = training_loss(run.family, run.process, run.transformer, run.blocks, batch, crepa, run.layersync)
+            sums.add(losses)
+            if last:
+                scores = _over_processes(run, sums.packed(), stop)
+                arriving = HostCopy(scores)
             run.accelerator.backward(losses.total / config.gradient_accumulation_steps)
-        sums.add(losses)
 
-    norms = [clip_gradients(learner.parameters, config.max_grad_norm) for learner in run.learners.values()]
-    numbers, norm_values, stopping = _read(run, sums, norms, stop, measured=measured)
-    loss = numbers.total(weight, config.layersync_lambda)
-    if not all(map(math.isfinite, (loss, *norm_values))):
-        raise DivergedError(_diverged(run, loss, norm_values, clips))
-    last = {
-        "crepa_weight": weight if schedule else None,
-        "crepa_cutoff": schedule.is_off(state.step) if schedule else None,
-        "learning_rate": run.learners["transformer"].learning_rate,
-    }
-    for learner in run.learners.values():
-        learner.step()
-    if schedule and measured:
-        score = numbers.self_similarity if config.crepa_threshold_metric == "self" else numbers.alignment
-        assert score is not None
-        schedule.observe(score)
-    run.state.window.add(
-        loss=loss,
-        diffusion_loss=numbers.diffusion_loss,
-        crepa_loss=weight * (numbers.crepa_raw or 0.0) if schedule else None,
-        crepa_alignment_score=numbers.alignment,
-        crepa_similarity_self=numbers.self_similarity,
-        layersync_loss=None if numbers.layersync_raw is None else config.layersync_lambda * numbers.layersync_raw,
-        grad_norm=norm_values[0],
+    assert scores is not None
+    assert arriving is not None
+    norms = torch.stack([clip_gradients(learner.parameters, config.max_grad_norm) for learner in run.learners.values()])
+    run.diverged = torch.maximum(run.diverged, 1 - torch.isfinite(torch.cat([scores, norms.to(scores)])).all().float())
+    launched = Launched(
+        step=state.step,
+        weight=weight,
+        measured=measured,
+        cut_off=schedule is not None and schedule.is_off(state.step),
+        learning_rate=run.learners["transformer"].learning_rate,
+        clips=clips,
+        scores=arriving,
+        checks=HostCopy(torch.cat([norms, run.diverged.view(1).to(norms)])),
     )
+    if not all(learner.guarded for learner in run.learners.values()):
+        _expect_finite(run, launched)
+    for learner in run.learners.values():
+        learner.step(run.diverged)
     state.step += 1
     state.samples_seen += run.sampler.unit
-    return last, stopping
+    return launched
 
 
 def _crepa_term(run: Run, weight: float) -> CrepaTerm:
@@ -172,32 +194,72 @@ def _gradients_shared_at_the_end(run: Run, *, last: bool) -> Iterator[None]:
         yield
 
 
-def _read(
-    run: Run, sums: StepSums, norms: list[Tensor], stop: StopSignal, *, measured: bool
-) -> tuple[StepNumbers, list[float], bool]:
-    """Every number of a step over all processes, in one packed copy from the device."""
-    packed = sums.packed()
-    asked = packed.new_tensor([float(stop.requested)])
-    packed = torch.cat([packed, torch.stack(norms).to(packed), asked])
-    if run.accelerator.num_processes > 1:
-        packed = cast("Tensor", run.accelerator.reduce(packed, reduction="mean"))
-    values = packed.tolist()
-    count = len(values) - 1 - len(norms)
-    numbers = StepNumbers.of(values[:count], crepa=measured, layersync=run.layersync is not None)
-    return numbers, values[count:-1], values[-1] > 0
+def _over_processes(run: Run, scores: Tensor, stop: StopSignal) -> Tensor:
+    """The means over all processes, and behind them whether any of these was asked to stop."""
+    packed = torch.cat([scores, scores.new_full((1,), float(stop.requested))])
+    if run.accelerator.num_processes == 1:
+        return packed
+    return cast("Tensor", run.accelerator.reduce(packed, reduction="mean"))
 
 
-def _diverged(run: Run, loss: float, norms: Sequence[float], clips: Sequence[str]) -> str:
+def _observe(run: Run, launched: Launched) -> bool:
+    """Take a step's score into the schedule, before the next weight is decided; says whether any process was asked to stop.
+
+    Waits for the step's forward alone: its backward and its optimizer are queued behind.
+    """
+    numbers, stopping = _numbers(run, launched)
+    if run.state.schedule and launched.measured:
+        score = numbers.self_similarity if run.config.crepa_threshold_metric == "self" else numbers.alignment
+        assert score is not None
+        if math.isfinite(score):  # otherwise _settle ends the run
+            run.state.schedule.observe(score)
+    return stopping
+
+
+def _numbers(run: Run, launched: Launched) -> tuple[StepNumbers, bool]:
+    *values, asked_to_stop = launched.scores.read()
+    return StepNumbers.of(values, crepa=launched.measured, layersync=run.layersync is not None), asked_to_stop > 0
+
+
+def _settle(run: Run, launched: Launched, view: TrainingView, *, ending: bool = False) -> None:
+    """Take a step's numbers into the logging window, and log where one ends.
+
+    Raises:
+        DivergedError: a number is not finite; no weight has moved since.
+    """
+    _expect_finite(run, launched)
+    config, schedule = run.config, run.state.schedule
+    numbers, _ = _numbers(run, launched)
+    run.state.window.add(
+        loss=numbers.total(launched.weight, config.layersync_lambda),
+        diffusion_loss=numbers.diffusion_loss,
+        crepa_loss=launched.weight * (numbers.crepa_raw or 0.0) if schedule else None,
+        crepa_alignment_score=numbers.alignment,
+        crepa_similarity_self=numbers.self_similarity,
+        layersync_loss=None if numbers.layersync_raw is None else config.layersync_lambda * numbers.layersync_raw,
+        grad_norm=launched.checks.read()[0],
+    )
+    if ending or (launched.step + 1) % config.logging_steps == 0:
+        view.log(_log(run, launched))
+
+
+def _expect_finite(run: Run, launched: Launched) -> None:
+    *norms, diverged = launched.checks.read()
+    if not diverged:
+        return
+    run.state.step = launched.step
+    numbers, _ = _numbers(run, launched)
+    loss = numbers.total(launched.weight, run.config.layersync_lambda)
     saved = checkpoints(run.folder.checkpoints)
     good = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
     listed = ", ".join(f"{norm:g}" for norm in norms)
-    return (
-        f"step {run.state.step + 1}: loss {loss:g}, gradient norms {listed}, on {', '.join(clips)}.\n"
+    raise DivergedError(
+        f"step {launched.step + 1}: loss {loss:g}, gradient norms {listed}, on {', '.join(launched.clips)}.\n"
         f"  -> The weights were not changed; {good}. Lower learning_rate, or look at those clips."
     )
 
 
-def _log(run: Run, last: dict[str, Any]) -> dict[str, Any]:
+def _log(run: Run, launched: Launched) -> dict[str, Any]:
     means = run.state.window.take()
     if "crepa_alignment_score" not in means:  # unmeasured: nothing of CREPA was in these losses
         means.pop("crepa_loss", None)
@@ -205,16 +267,16 @@ def _log(run: Run, last: dict[str, Any]) -> dict[str, Any]:
     seconds = means["step_seconds"]
     cuda = run.accelerator.device.type == "cuda"
     line = {
-        "step": run.state.step,
+        "step": launched.step + 1,
         "loss": means["loss"],
         "diffusion_loss": means["diffusion_loss"],
         "crepa_loss": means.get("crepa_loss"),
         "crepa_alignment_score": means.get("crepa_alignment_score"),
         "crepa_similarity_self": means.get("crepa_similarity_self"),
-        "crepa_weight": last["crepa_weight"],
-        "crepa_cutoff": last["crepa_cutoff"],
+        "crepa_weight": launched.weight if schedule else None,
+        "crepa_cutoff": launched.cut_off if schedule else None,
         "crepa_alignment_score_ema": schedule.ema if schedule else None,
-        "learning_rate": last["learning_rate"],
+        "learning_rate": launched.learning_rate,
         "grad_norm": means["grad_norm"],
         "step_seconds": seconds,
         "samples_per_second": run.sampler.unit / seconds,

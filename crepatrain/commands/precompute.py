@@ -17,7 +17,7 @@ from crepatrain.commands.stopping import StopSignal
 from crepatrain.config.plan import Plan
 from crepatrain.console import Screen
 from crepatrain.data.buckets import Bucket, Window
-from crepatrain.data.cache import CacheStore, entry_key
+from crepatrain.data.cache import CacheStore, entry_key, pack_features
 from crepatrain.data.decode import Unreadable, read_frames
 from crepatrain.data.loader import Sample
 from crepatrain.errors import UserError
@@ -122,7 +122,7 @@ def _teacher_keys(plan: Plan, dataset: Dataset, device: torch.device) -> dict[Wi
             encoder=encoder,
             input=plan.encoder_size(dataset.grids[window.bucket]),
             computed=str(encoding_dtype(device)),
-            stored="float16",
+            stored=plan.config.crepa_cache_dtype,
         )
         for window in dataset.cut.windows
     }
@@ -203,7 +203,7 @@ def _fill_video(
                 grid = dataset.grids[window.bucket]
                 seen = frames[list(grid.teacher_frames)].to(device)
                 features = encoder(seen.unsqueeze(0), plan.encoder_size(grid))
-                store.write("teacher", teacher_keys[window], {"values": features.values[0].to(torch.float16)})
+                store.write("teacher", teacher_keys[window], pack_features(features.values[0], plan.config.crepa_cache_dtype))
             advance()
     del vae, encoder
     free_memory()

@@ -97,7 +97,10 @@ def teacher_bytes(plan: Plan, grid: TokenGrid) -> int:
         return 0
     assert plan.encoder is not None
     rows, columns = plan.teacher_grid(grid)
-    return grid.t * rows * columns * plan.encoder.width * _FP16_BYTES
+    patches = grid.t * rows * columns
+    if plan.config.crepa_cache_dtype == "int8":
+        return patches * (plan.encoder.width + _FP16_BYTES)
+    return patches * plan.encoder.width * _FP16_BYTES
 
 
 def describe(plan: Plan, dataset: Dataset, screen: Screen, trainable: Mapping[str, int]) -> None:

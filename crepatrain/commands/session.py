@@ -11,7 +11,7 @@ import diffusers
 import peft
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 import crepatrain
 from crepatrain.alignment.crepa import Crepa
@@ -88,6 +88,7 @@ class Run:
         teacher: None where CREPA is off, or over for good.
         learners: the transformer's, and the projector's where there is one.
         open_batches: opens the endless stream of micro-batches at an optimizer step.
+        diverged: scalar on the device, 1 from the first number on that was not finite: no optimizer moves a weight then.
     """
 
     config: RunConfig
@@ -108,6 +109,7 @@ class Run:
     sampler: StepSampler
     open_batches: Callable[[int], Iterator[Batch]]
     total: int
+    diverged: Tensor
 
 
 def build_run(
@@ -132,6 +134,10 @@ def build_run(
         projector = build.build_crepa(plan).to(device)
         assert config.crepa_projector_lr is not None
         learners["projector"] = build.build_learner(config, projector, config.crepa_projector_lr, start.total)
+    if config.compile:
+        screen.note(
+            "the blocks are compiled in the first step, and once more for a second bucket: that takes minutes, the rest is faster"
+        )
     if start.resume:
         _restore(start.resume, adapted, projector, learners)
         screen.say(f"going on from {start.resume} at step {state.step} of {start.total}")
@@ -154,6 +160,7 @@ def build_run(
         sampler=start.sampler,
         open_batches=_batch_source(plan, dataset, prepared, start, accelerator),
         total=start.total,
+        diverged=torch.zeros((), device=device),
     )
 
 

@@ -147,6 +147,10 @@ class LoopConfig(Section):
     gradient_checkpointing: bool = Field(
         True, description="recompute the blocks in backward: much less memory, a third more time"
     )
+    compile: bool = Field(False, description="compile the blocks with torch.compile; the first steps are slow")
+    attention_backend: str | None = Field(
+        None, min_length=1, description="of diffusers, such as native, flash, sage; null: its default"
+    )
     mixed_precision: Literal["no", "bf16"] = Field(
         "bf16", description="bf16: frozen weights in bf16, adapter and projector in fp32"
     )
@@ -186,6 +190,10 @@ class CrepaConfig(Section):
         518, description="n: frames squashed to n x n; grid: one encoder patch per token, aspect kept"
     )
     crepa_encoder_frames_batch_size: int = Field(8, ge=1, description="frames of one encoder forward")
+    crepa_cache_dtype: Literal["float16", "int8"] = Field(
+        "float16",
+        description="of cached: int8, with a scale per patch, takes half the disk for an error of the cosine of about 1e-3",
+    )
     crepa_drop_vae_encoder: bool = Field(False, description="of latents: free the VAE's encoder half")
     crepa_scheduler: Literal["constant", "linear", "cosine", "polynomial"] = Field("constant", description="decay of the weight")
     crepa_warmup_steps: int = Field(0, ge=0, description="optimizer steps from 0 to crepa_lambda")

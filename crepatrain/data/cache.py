@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,6 +17,9 @@ from crepatrain.errors import UserError
 
 # Raised whenever what an entry holds is made in another way.
 FORMAT = 1
+
+_INT8_MAX = 127
+_SMALLEST_SCALE = torch.finfo(torch.float16).tiny
 
 Kind = Literal["latents", "text", "teacher"]
 
@@ -71,3 +75,18 @@ class CacheStore:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError) as error:
             raise UserError(f"cache entry {path} can't be read ({error})", "delete it; the next run writes it again") from error
+
+
+def pack_features(values: Tensor, dtype: Literal["float16", "int8"]) -> dict[str, Tensor]:
+    """Teacher features [N, P, E] as an entry holds them: fp16, or int8 with one fp16 scale per patch."""
+    if dtype == "float16":
+        return {"values": values.to(torch.float16)}
+    scale = values.float().abs().amax(dim=-1, keepdim=True).clamp(min=_SMALLEST_SCALE * _INT8_MAX) / _INT8_MAX
+    scale = scale.to(torch.float16)
+    return {"values": (values.float() / scale.float()).round().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8), "scale": scale}
+
+
+def unpack_features(entry: Mapping[str, Tensor]) -> Tensor:
+    """Teacher features [N, P, E] in fp16, from either form."""
+    values = entry["values"]
+    return values if "scale" not in entry else (values.float() * entry["scale"].float()).to(torch.float16)

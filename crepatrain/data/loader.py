@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from crepatrain.data.buckets import Bucket
-from crepatrain.data.cache import CacheStore
+from crepatrain.data.cache import CacheStore, unpack_features
 from crepatrain.data.decode import Unreadable, read_frames
 from crepatrain.errors import Problem, UserError
 from crepatrain.geometry import TokenGrid
@@ -174,7 +174,7 @@ class TrainingSet(Dataset[Any]):
             noise.append(torch.randn(latents[-1].shape, generator=generator))
             texts.append(self.store.read("text", self.empty_text if dropped else sample.text))
             if sample.teacher is not None and self.needs_teacher(draw.step):
-                teacher.append(self.store.read("teacher", sample.teacher)["values"])
+                teacher.append(unpack_features(self.store.read("teacher", sample.teacher)))
             if sample.pixels is not None and self.needs_teacher(draw.step):
                 pixels.append(_read_pixels(sample))
         return Batch(

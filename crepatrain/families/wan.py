@@ -94,14 +94,12 @@ class WanFamily:
         return {"prompt_embeds": torch.stack(padded)}
 
     def encode_video(self, vae: Any, pixels: Tensor) -> Tensor:
-        mean, std = _latent_statistics(vae)
-        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float()
-        return (latents - mean.to(latents.device)) / std.to(latents.device)
+        mean, std = _latent_statistics(vae, pixels.device)
+        return (vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float() - mean) / std
 
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
-        mean, std = _latent_statistics(vae)
-        scaled = latents.float() * std.to(latents.device) + mean.to(latents.device)
-        return vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+        mean, std = _latent_statistics(vae, latents.device)
+        return vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0]
 
     def drop_vae_encoder(self, vae: Any) -> None:
         vae.encoder = None
@@ -153,8 +151,7 @@ class WanFamily:
         )
 
 
-def _latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
+def _latent_statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the latents, [1, C, 1, 1, 1] each, fp32."""
-    mean = torch.tensor(vae.config["latents_mean"]).view(1, -1, 1, 1, 1)
-    std = torch.tensor(vae.config["latents_std"]).view(1, -1, 1, 1, 1)
-    return mean, std
+    mean, std = torch.tensor([vae.config["latents_mean"], vae.config["latents_std"]]).to(device, non_blocking=True)
+    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -175,7 +175,22 @@ def build_transformer(plan: Plan, family: Family, device: torch.device) -> Any:
     adapt(plan, transformer)
     if plan.config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    return transformer.to(device).train()
+    if plan.config.attention_backend:
+        _set_attention_backend(transformer, plan.config.attention_backend)
+    transformer.to(device).train()
+    if plan.config.compile:  # block by block: they share one graph, and a second bucket makes it dynamic rather than one more
+        for block in family.blocks(transformer):
+            block.compile()
+    return transformer
+
+
+def _set_attention_backend(transformer: Any, backend: str) -> None:
+    if backend.endswith("_hub"):
+        raise UserError(f"attention_backend={backend}: it runs code that it downloads", "install the kernels, and use their own name")
+    try:
+        transformer.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"attention_backend={backend}: {error}", "use native, or leave it out") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,8 +205,19 @@ class Learner:
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def step(self) -> None:
-        """Move the weights, the schedule, and drop the gradients."""
+    @property
+    def guarded(self) -> bool:
+        """Whether the optimizer itself can leave the weights alone; torch's GradScaler asks the same."""
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
+    def step(self, found_inf: Tensor) -> None:
+        """Move the weights and the schedule, and drop the gradients.
+
+        Args:
+            found_inf: scalar; a guarded optimizer moves nothing where it is 1.
+        """
+        if self.guarded:
+            self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,6 +1,5 @@
 """From micro-batches to one line of metrics.jsonl: what is logged is what was optimised."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from crepatrain.training.step import StepLosses
 
-# One optimizer step's numbers, in the order in which they travel packed: sums over micro-batches, NaN where there is none.
+# One optimizer step's numbers, in the order in which they travel packed.
 _PACKED = ("diffusion_loss", "crepa_raw", "alignment", "self_similarity", "layersync_raw")
 
 
@@ -21,19 +20,36 @@ class StepSums:
         self._count = 0
 
     def add(self, losses: StepLosses) -> None:
-        missing = losses.diffusion.new_full((), math.nan)
-        values = [losses.diffusion.mean()]
-        crepa = losses.crepa
-        values += [crepa.loss.mean(), crepa.alignment.mean(), crepa.self_similarity.mean()] if crepa else [missing] * 3
-        values.append(missing if losses.layersync is None else losses.layersync.mean())
-        packed = torch.stack([value.float() for value in values])
+        crepa, layersync = losses.crepa, losses.layersync
+        absent = losses.diffusion.new_zeros(1)
+        scores = (crepa.loss, crepa.alignment, crepa.self_similarity) if crepa else (absent,) * 3
+        values = (losses.diffusion, *scores, absent if layersync is None else layersync)
+        packed = torch.stack([value.float().mean() for value in values])
         self._sum = packed if self._sum is None else self._sum + packed
         self._count += 1
 
     def packed(self) -> Tensor:
-        """[5], means over the micro-batches."""
+        """[5], means over the micro-batches; 0 for what was not measured."""
         assert self._sum is not None
         return self._sum / self._count
+
+
+class HostCopy:
+    """Numbers on their way from the device. Reading them waits for what was queued before this, and for nothing after it."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._values = values
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[float]:
+        """The numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ from crepatrain.config.sections import OptimConfig
 
 
 def build_optimizer(config: OptimConfig, parameters: Sequence[nn.Parameter], learning_rate: float) -> Optimizer:
-    """The config's optimizer over some parameters; AdamW is the fused one where the device has it."""
+    """The config's optimizer over some parameters.
+
+    AdamW is the fused one: `found_inf` tells it on the device to leave the weights alone, so nothing has to be read first.
+    """
     betas = (config.adam_beta1, config.adam_beta2)
     decay, epsilon = config.adam_weight_decay, config.adam_epsilon
     if config.optimizer == "adafactor":
@@ -25,8 +28,7 @@ def build_optimizer(config: OptimConfig, parameters: Sequence[nn.Parameter], lea
         from prodigyopt import Prodigy  # pyright: ignore[reportMissingImports] - the prodigy extra; make_plan has looked for it
 
         return Prodigy(parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=decay, use_bias_correction=True)
-    fused = parameters[0].device.type == "cuda"
-    return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=decay, fused=True)
 
 
 def build_lr_scheduler(config: OptimConfig, optimizer: Optimizer, max_train_steps: int) -> LRScheduler:
