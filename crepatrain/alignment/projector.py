@@ -6,6 +6,8 @@ from torch import Tensor, nn
 # iREPA (arXiv 2512.10794): how much of the frame's mean the teacher loses before it is scaled by its deviation.
 _MEAN_SHARE = 0.6
 _DEVIATION_FLOOR = 1e-6
+# As transformers begin; a cosine does not see the scale, and from a small one the projector finds its direction sooner.
+_INITIAL_DEVIATION = 0.02
 
 
 class LinearProjector(nn.Module):
@@ -20,6 +22,8 @@ class LinearProjector(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, feature_dim)
+        nn.init.normal_(self.linear.weight, std=_INITIAL_DEVIATION)
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[..., D] -> [..., E]."""

@@ -58,6 +58,8 @@ def write_random_encoder(folder: Path, generator: torch.Generator) -> None:
         Dinov2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=518, patch_size=14)
     )
     _randomize(model, generator)
+    with torch.no_grad():  # the patches of a trained encoder share a component, which is the first thing that a projector learns
+        model.layernorm.bias.normal_(generator=generator)
     model.save_pretrained(folder)
 
 
