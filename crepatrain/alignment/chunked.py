@@ -54,7 +54,8 @@ class _SummedScores(torch.autograd.Function):
         for chunk, sample, frames in _chunks(student):
             with torch.enable_grad():
                 leaf = chunk.detach().requires_grad_(of_student is not None)
-                align, similarity = score(leaf, sample, frames)
+                # Not the leaf itself: tools that follow modules through backward, as torch's FLOP counter does, refuse one.
+                align, similarity = score(leaf.view_as(leaf), sample, frames)
                 sources = [*([leaf] if of_student is not None else []), *wanted]
                 gradients = list(torch.autograd.grad(align, sources))
             aligned[sample] += align.detach()

@@ -82,7 +82,7 @@ def _wan_unsupported(model_index: JSON, transformer: JSON) -> str | None:
 
 def _wan_transformer(heads: int, ffn: int, layers: int) -> JSON:
     return {
-        "patch_size": (1, 2, 2),
+        "patch_size": [1, 2, 2],
         "num_attention_heads": heads,
         "attention_head_dim": 128,
         "in_channels": 16,
@@ -102,10 +102,10 @@ def _wan_transformer(heads: int, ffn: int, layers: int) -> JSON:
 _WAN_VAE = {
     "base_dim": 96,
     "z_dim": 16,
-    "dim_mult": (1, 2, 4, 4),
+    "dim_mult": [1, 2, 4, 4],
     "num_res_blocks": 2,
-    "attn_scales": (),
-    "temperal_downsample": (False, True, True),
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
 }
 
 WAN = FamilySpec(

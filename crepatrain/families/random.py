@@ -71,7 +71,7 @@ def _write_model(
     kind: type[Any], config: Mapping[str, Any], folder: Path, generator: torch.Generator, dtype: torch.dtype
 ) -> None:
     with torch.device("meta"):
-        model = kind.from_config(json.loads(json.dumps(config)))  # lists for tuples, as a config.json has them
+        model = kind.from_config(dict(config))
     model.save_config(folder)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     shards: list[list[str]] = [[]]

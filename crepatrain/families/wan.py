@@ -28,7 +28,7 @@ _ORIGINAL_NAMES = (
 )
 
 _TINY_TRANSFORMER = {
-    "patch_size": (1, 2, 2),
+    "patch_size": [1, 2, 2],
     "num_attention_heads": 2,
     "attention_head_dim": 24,
     "in_channels": 16,
@@ -45,9 +45,9 @@ _TINY_TRANSFORMER = {
 _TINY_VAE = {
     "base_dim": 8,
     "z_dim": 16,
-    "dim_mult": (1, 1, 1, 1),
+    "dim_mult": [1, 1, 1, 1],
     "num_res_blocks": 1,
-    "temperal_downsample": (False, True, True),
+    "temperal_downsample": [False, True, True],
 }
 
 
