@@ -1,6 +1,7 @@
 """The commands of `crepatrain`. Thin: each reads its arguments, makes a plan and calls what does the work."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from crepatrain.config.sections import RunConfig
 from crepatrain.config.specs import FAMILIES
 from crepatrain.config.summary import summarize
 from crepatrain.console import Screen
-from crepatrain.errors import DivergedError, Problem, UserError
+from crepatrain.errors import DivergedError, UserError
 
 EXIT_USER_ERROR, EXIT_STOPPED, EXIT_DIVERGED = 2, 3, 4
 
@@ -26,11 +27,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_screen = Screen()
+_screen = Screen(quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first one speaks
 
 _OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigFile = Annotated[
-    Path, typer.Argument(help="JSON or YAML; every key of it is an option too: --crepa_lambda 0.3", show_default=False)
+    Path,
+    typer.Argument(
+        help="JSON or YAML. Every key of it is an option too: --crepa_lambda 0.3; validate-config --schema lists them.",
+        show_default=False,
+    ),
 ]
 
 
@@ -49,7 +54,7 @@ def _exit_codes() -> Iterator[None]:
         _screen.problems(error.problems)
         sys.exit(EXIT_USER_ERROR)
     except DivergedError as error:
-        _screen.problems([Problem(*str(error).split("\n  -> ", maxsplit=1))])
+        _screen.problems([error.problem])
         sys.exit(EXIT_DIVERGED)
 
 
@@ -93,9 +98,10 @@ def cache(context: typer.Context, config: ConfigFile) -> None:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with StopSignal() as stop:
-            dataset = preflight.look_at_clips(plan, _screen)
-            prepared = precompute.fill_caches(plan, dataset, _screen, device, stop, teacher=plan.config.crepa_enabled)
-        _screen.say(f"the caches of {len(prepared.samples)} windows are full, in {prepared.store.root}")
+            dataset = preflight.look_at_clips(plan, _screen, stop)
+            caches = precompute.plan_caches(plan, dataset, device, teacher=plan.config.crepa_enabled)
+            precompute.fill_caches(plan, dataset, caches, _screen, device, stop)
+        _screen.say(f"the caches of {len(caches.samples)} windows are full, in {caches.store.root}")
 
     _stoppable(work)
 
@@ -126,9 +132,11 @@ def dry_run(context: typer.Context, config: ConfigFile) -> None:
 
     def work() -> None:
         from crepatrain.commands import dryrun
+        from crepatrain.commands.stopping import StopSignal
 
         _summary(plan)
-        dryrun.dry_run(plan, _screen)
+        with StopSignal() as stop:
+            dryrun.dry_run(plan, _screen, stop)
 
     _stoppable(work)
 
@@ -200,7 +208,3 @@ def _stoppable(work: Callable[[], Any]) -> None:
     except Stopped as stopped:
         _screen.say(f"stopped: {stopped}")
         sys.exit(EXIT_STOPPED)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,7 @@
 """What a user can cause, as exceptions that say what to do about it."""
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -39,4 +41,18 @@ class UserError(Exception):
 
 
 class DivergedError(Exception):
-    """The loss or a gradient is not finite; the weights have not been touched. Exit code 4."""
+    """A loss or gradient is not finite; the weights have not been touched. Exit code 4.
+
+    Args:
+        what: the step, its numbers and its clips.
+        fix: what to do about it.
+    """
+
+    def __init__(self, what: str, fix: str) -> None:
+        self.problem = Problem(what, fix)
+        super().__init__(str(self.problem))
+
+
+def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known word that a misspelt one probably means."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)

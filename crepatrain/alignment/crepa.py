@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from crepatrain.alignment.chunked import summed_scores
 from crepatrain.alignment.grids import blend, common_grid, match_frames, resample
+from crepatrain.alignment.precision import own_precision
 from crepatrain.alignment.projector import ConvProjector, LinearProjector, standardize_teacher, unit
 from crepatrain.geometry import TokenGrid
 from crepatrain.neighbours import neighbour_weights
@@ -80,7 +81,7 @@ class Crepa(nn.Module):
             teacher: [B, N, P, E] with its own grid.
             grid: of the tokens.
         """
-        with torch.autocast(tokens.device.type, enabled=False):
+        with own_precision(tokens.device):
             student = tokens.unflatten(1, (grid.t, grid.patches))
             student, features = match_frames(student, teacher.values.detach())
             count = student.shape[1]

@@ -1,11 +1,13 @@
 """Vision transformers of transformers' format as frozen teachers."""
 
+import inspect
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crepatrain.alignment.precision import own_precision
 from crepatrain.errors import UserError
 from crepatrain.tensors import PatchFeatures
 
@@ -30,6 +32,8 @@ class VisionEncoder(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.patch = patch
         self.frames_per_forward = frames_per_forward
+        takes = inspect.signature(model.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
         self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(3, 1, 1), persistent=False)
 
@@ -46,7 +50,7 @@ class VisionEncoder(nn.Module):
         """
         b, n = frames.shape[:2]
         chunks = frames.flatten(0, 1).split(self.frames_per_forward)
-        with torch.autocast(frames.device.type, enabled=False):  # a step's autocast is not the teacher's precision
+        with own_precision(frames.device):
             tokens = torch.cat([self._encode(chunk, size) for chunk in chunks])
         grid = (size[0] // self.patch, size[1] // self.patch)
         return PatchFeatures(tokens.unflatten(0, (b, n)), grid)
@@ -55,31 +59,40 @@ class VisionEncoder(nn.Module):
         dtype = next(self.model.parameters()).dtype
         pixels = F.interpolate(frames.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
         pixels = (pixels.clamp(0, 255) / 255 - self.mean) / self.std
-        tokens = self.model(pixel_values=pixels.to(dtype)).last_hidden_state
+        tokens = self.model(pixel_values=pixels.to(dtype), **self._options).last_hidden_state
         patches = (size[0] // self.patch) * (size[1] // self.patch)
-        prefix = 1 + getattr(self.model.config, "num_register_tokens", 0)
-        assert tokens.shape[1] == prefix + patches, (tokens.shape, prefix, patches)
+        prefix = tokens.shape[1] - patches  # CLS and registers stand first, where there are any
+        if prefix not in {0, 1 + getattr(self.model.config, "num_register_tokens", 0)}:
+            raise ValueError(f"{tokens.shape[1]} tokens for {patches} patches")
         return tokens[:, prefix:]
 
 
-def load_encoder(path: str, patch: int, *, frames_per_forward: int, device: torch.device, dtype: torch.dtype) -> VisionEncoder:
-    """A frozen encoder from a folder or a hub id.
+def load_encoder(
+    folder: Path, patch: int, size: tuple[int, int], *, frames_per_forward: int, device: torch.device, dtype: torch.dtype
+) -> VisionEncoder:
+    """A frozen encoder from a local folder, tried on one frame.
+
+    Args:
+        size: pixels (height, width) at which it will see frames.
 
     Raises:
-        UserError: transformers can't load it.
+        UserError: transformers can't load it, or it does not give a token for every patch.
     """
     from transformers import AutoModel
 
     try:
-        model = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
-        where = (
-            "its folder is damaged or incomplete"
-            if Path(path).is_dir()
-            else "it is not on this machine and could not be downloaded"
-        )
         reason = str(error).strip().splitlines()[0]
+        raise UserError(f"crepa_encoder: {folder} can't be loaded ({reason})", "download it again") from error
+    encoder = VisionEncoder(model, patch, frames_per_forward).to(device)
+    try:
+        encoder(torch.zeros(1, 1, 3, *size, dtype=torch.uint8, device=device), size)
+    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise UserError(
-            f"crepa_encoder={path}: {where} ({reason})", f"run `hf download {path}` where there is a network, or give a folder"
+            f"crepa_encoder: {folder} does not give a token for every patch of a {size[0]} x {size[1]} frame ({error})",
+            "use a DINOv2 or DINOv3 model, or the crepa_encoder_image_size that it was trained at",
         ) from error
-    return VisionEncoder(model, patch, frames_per_forward).to(device)
+    return encoder

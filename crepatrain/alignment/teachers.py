@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from crepatrain.alignment.encoders import VisionEncoder
+from crepatrain.alignment.precision import own_precision
 from crepatrain.geometry import TokenGrid
 from crepatrain.tensors import Batch, PatchFeatures
 
@@ -75,7 +76,7 @@ class LatentTeacher:
 
     @torch.no_grad()
     def features(self, batch: Batch, tokens: Mapping[int, Tensor]) -> PatchFeatures:  # noqa: ARG002 - the protocol's
-        with torch.autocast(batch.latents.device.type, enabled=False):  # nor the VAE's
+        with own_precision(batch.latents.device):
             video = self.decode(batch.latents)
         pixels = torch.stack([video[:, :, frame] for frame in batch.grid.teacher_frames], dim=1)
         frames = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,1 +1,1 @@
-"""What each command does. `fit` calls its siblings; nobody else does."""
+"""What each command does. The stages of a run call each other in one direction: preflight, precompute, session, fit."""

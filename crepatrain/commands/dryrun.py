@@ -1,7 +1,7 @@
 """Everything that can be said of a run without its weights."""
 
 from crepatrain.commands import preflight
-from crepatrain.commands.runfolder import RunFolder
+from crepatrain.commands.stopping import StopSignal
 from crepatrain.config.plan import Plan
 from crepatrain.console import Screen
 from crepatrain.families import get_family
@@ -9,14 +9,13 @@ from crepatrain.training import build
 from crepatrain.training.lora import trainable_parameters
 
 
-def dry_run(plan: Plan, screen: Screen) -> None:
+def dry_run(plan: Plan, screen: Screen, stop: StopSignal) -> None:
     """Look at the clips, build the modules on the meta device, and print what a run would use.
 
     Raises:
         UserError: what `fit` would refuse before it loads weights.
     """
-    RunFolder(plan.config).look()
-    dataset = preflight.look_at_clips(plan, screen)
+    dataset = preflight.look_at_clips(plan, screen, stop)
     transformer = get_family(plan.config.model_family).empty_transformer(plan.checkpoint.transformer)
     build.adapt(plan, transformer)
     trainable = {"adapter": sum(p.numel() for p in trainable_parameters(transformer))}

@@ -1,5 +1,6 @@
 """Adapter files that diffusers loads, and ComfyUI too where it knows the family."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -10,11 +11,11 @@ from crepatrain.training.checkpoint import replace_file
 from crepatrain.training.lora import baked_adapter
 
 
-def write_adapter(path: Path, family: Family, transformer: nn.Module, step: int) -> None:
+def write_adapter(paths: Sequence[Path], family: Family, transformer: nn.Module, step: int) -> None:
     """Write the adapter with its scale baked in, so that every reader takes it at strength 1.
 
     Args:
-        path: the safetensors file; written aside and renamed.
+        paths: of the safetensors files, all the same; each is written aside and renamed.
         step: optimizer steps behind it.
     """
     tensors: dict[str, Tensor] = {}
@@ -29,4 +30,5 @@ def write_adapter(path: Path, family: Family, transformer: nn.Module, step: int)
         "crepatrain.step": str(step),
         "crepatrain.scale": "baked",
     }
-    replace_file(path, tensors, metadata)
+    for path in paths:
+        replace_file(path, tensors, metadata)

@@ -5,24 +5,28 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
-from crepatrain.commands.precompute import fill_caches, free_memory
+from crepatrain.commands.precompute import fill_caches, free_memory, plan_caches
 from crepatrain.commands.preflight import look_at_clips
-from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder
-from crepatrain.commands.session import Run, Start, build_run, prepare_start, save
+from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder, expect_same_fingerprint
+from crepatrain.commands.session import Run, Start, build_run, prepare_start, save, take_fingerprint
 from crepatrain.commands.stopping import Stopped, StopSignal
 from crepatrain.config.plan import Plan
+from crepatrain.config.sections import RunConfig
 from crepatrain.console import Screen, TrainingView
 from crepatrain.data.loader import keyed_generator
 from crepatrain.errors import DivergedError, UserError
 from crepatrain.tensors import Batch
 from crepatrain.training import build
-from crepatrain.training.checkpoint import checkpoints
+from crepatrain.training.checkpoint import checkpoints, read_plain
 from crepatrain.training.metrics import HostCopy, StepNumbers, StepSums
 from crepatrain.training.optim import clip_gradients
 from crepatrain.training.step import CrepaTerm, training_loss
@@ -41,23 +45,45 @@ def fit(plan: Plan, screen: Screen) -> None:
         DivergedError: a loss or gradient that is not finite; the weights are those before it.
         Stopped: a signal came; the step that was under way is saved.
     """
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
-    folder = RunFolder(plan.config)
+    # The first process fills the caches while the others wait for it, however long that takes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
+    folder = RunFolder(plan.config, writes=accelerator.is_main_process)
+    device = accelerator.device
     with StopSignal() as stop:
         resume = folder.look()
         with accelerator.main_process_first():
-            dataset = look_at_clips(plan, screen)
+            dataset = look_at_clips(plan, screen, stop)
             start = prepare_start(plan, dataset, accelerator.num_processes, resume)
-            prepared = fill_caches(plan, dataset, screen, accelerator.device, stop, teacher=start.state.asks_teacher)
-        start.expect_same_data(prepared)
-        if start.state.step >= start.total:
-            screen.say(f"this run is complete: {start.state.step} steps. Raise max_train_steps to go on")
-            return
+            screen.say("identifying the models' files")
+            caches = plan_caches(plan, dataset, device, teacher=start.state.asks_teacher)
+            fingerprint = take_fingerprint(dataset, caches, start)
+            if resume:
+                _compare(fingerprint, resume, screen)
+            if start.state.step >= start.total:
+                screen.say(f"this run is complete: {start.state.step} steps. {_further(plan.config)} to go on")
+                return
+            fill_caches(plan, dataset, caches, screen, device, stop)
         folder.claim(start.state.step)
         with _status(folder, start):
-            run = build_run(plan, screen, accelerator, folder, dataset, prepared, start)
+            run = build_run(plan, screen, accelerator, folder, dataset, caches, start, fingerprint)
+            stop.check("before its first step")
             _train(run, screen, stop)
     _closing_table(run, screen)
+
+
+def _compare(fingerprint: dict[str, Any], resume: Path, screen: Screen) -> None:
+    before = read_plain(resume, "fingerprint")
+    expect_same_fingerprint(before, fingerprint)
+    if before["total"] != fingerprint["total"]:
+        screen.note(
+            f"the run was of {before['total']} steps and is of {fingerprint['total']} now: "
+            "learning rate and CREPA weight, where they decay until the end, follow the new length from here on"
+        )
+
+
+def _further(config: RunConfig) -> str:
+    return f"raise {'num_train_epochs' if config.num_train_epochs else 'max_train_steps'}"
 
 
 @contextlib.contextmanager
@@ -105,6 +131,8 @@ def _train(run: Run, screen: Screen, stop: StopSignal) -> None:
     alone = run.accelerator.num_processes == 1
     batches = run.open_batches(state.step)
     before, stopping = None, False
+    if run.accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of the caches' models
     with screen.training(state.step, run.total) as view:
         while state.step < run.total and not stopping:
             began = time.perf_counter()
@@ -254,8 +282,8 @@ def _expect_finite(run: Run, launched: Launched) -> None:
     good = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
     listed = ", ".join(f"{norm:g}" for norm in norms)
     raise DivergedError(
-        f"step {launched.step + 1}: loss {loss:g}, gradient norms {listed}, on {', '.join(launched.clips)}.\n"
-        f"  -> The weights were not changed; {good}. Lower learning_rate, or look at those clips."
+        f"step {launched.step + 1}: loss {loss:g}, gradient norms {listed}, on {', '.join(launched.clips)}",
+        f"the weights were not changed; {good}. Lower learning_rate, or look at those clips",
     )
 
 
@@ -284,8 +312,7 @@ def _log(run: Run, launched: Launched) -> dict[str, Any]:
     }
     if "layersync_loss" in means:
         line["layersync_loss"] = means["layersync_loss"]
-    if run.accelerator.is_main_process:
-        run.folder.log(line)
+    run.folder.log(line)
     return line
 
 
@@ -315,7 +342,7 @@ def _closing_table(run: Run, screen: Screen) -> None:
             ("adapter", str(root / ADAPTER_FILE)),
             ("load it", f'pipeline.load_lora_weights("{root}", weight_name="{ADAPTER_FILE}")'),
             ("all numbers", str(run.folder.metrics)),
-            ("train on", "the same command with a larger --max_train_steps"),
+            ("train on", f"{_further(run.config)} and give the same command"),
         ],
     )
 

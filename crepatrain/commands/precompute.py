@@ -1,7 +1,6 @@
 """Fills the caches: text, latents, teacher features. One model stage after the other, each freed before the next."""
 
 import gc
-import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crepatrain.commands.preflight import Dataset, latents_bytes, size, teacher_bytes
+from crepatrain.commands.preflight import Dataset, in_words, latents_bytes, teacher_bytes
 from crepatrain.commands.stopping import StopSignal
 from crepatrain.config.plan import Plan
 from crepatrain.console import Screen
@@ -31,95 +30,106 @@ _KEPT = "caches so far are kept"
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A dataset whose caches are full.
+class Caches:
+    """Where everything of a dataset is, or will be, in the store.
 
     Attributes:
+        text, latents, teacher: keys; teacher is empty where features are not cached.
+        models: digests of what made them, by part.
         samples: one per window, in the dataset's order.
-        empty_text: key of the empty caption.
         teacher_grids: (rows, columns) of the teacher's patches, per bucket.
-        digest: of all samples; another one is another dataset.
     """
 
-    samples: tuple[Sample, ...]
     store: CacheStore
-    empty_text: str
+    text: Mapping[str, str]
+    latents: Mapping[Window, str]
+    teacher: Mapping[Window, str]
+    models: Mapping[str, str]
+    samples: tuple[Sample, ...]
     teacher_grids: Mapping[Bucket, tuple[int, int]]
-    digest: str
+
+    @property
+    def empty_text(self) -> str:
+        return self.text[""]
 
 
-def fill_caches(
-    plan: Plan, dataset: Dataset, screen: Screen, device: torch.device, stop: StopSignal, *, teacher: bool
-) -> Prepared:
-    """Compute what is missing; what is there is never written again.
+def plan_caches(plan: Plan, dataset: Dataset, device: torch.device, *, teacher: bool) -> Caches:
+    """Name every entry by all that its content depends on. Reads the models' files, and computes nothing.
 
     Args:
         teacher: whether CREPA's teacher will be asked.
-
-    Raises:
-        UserError: a model that can't be loaded, a clip that can't be decoded any more, a full disk.
-        Stopped: a signal came; every entry written so far stays.
     """
     assert plan.config.cache_dir is not None
-    store = CacheStore(Path(plan.config.cache_dir))
-    captions = sorted({window.clip.caption for window in dataset.cut.windows} | {""})
-    text_keys = _text_keys(plan, dataset, device, captions)
-    latents_keys = _latents_keys(plan, dataset)
     source = plan.config.crepa_feature_source if teacher else None
-    teacher_keys = _teacher_keys(plan, dataset, device) if source == "cached" else {}
-    dataset.digests.save()
-    _fill_text(plan, store, text_keys, screen, device, stop)
-    _fill_video(plan, dataset, store, latents_keys, teacher_keys, screen, device, stop)
-
+    models = _digests(plan, dataset, encoder=source == "cached")
+    windows = dataset.cut.windows
+    text = _text_keys(plan, dataset, models, device)
+    latents = _latents_keys(plan, windows, models)
+    features = _teacher_keys(plan, dataset, models, device) if source == "cached" else {}
     samples = tuple(
         Sample(
             name=window.name,
             bucket=window.bucket,
-            latents=latents_keys[window],
-            text=text_keys[window.clip.caption],
-            teacher=teacher_keys.get(window),
+            latents=latents[window],
+            text=text[window.clip.caption],
+            teacher=features.get(window),
             pixels=(window.path, _teacher_frames(dataset, window)) if source == "pixels" else None,
         )
-        for window in dataset.cut.windows
+        for window in windows
     )
-    facts = "\n".join(f"{sample.latents} {sample.text}" for sample in samples)
-    return Prepared(
-        samples=samples,
-        store=store,
-        empty_text=text_keys[""],
-        teacher_grids={bucket: plan.teacher_grid(grid) for bucket, grid in dataset.grids.items()},
-        digest=hashlib.sha256(facts.encode()).hexdigest(),
-    )
+    grids = {bucket: plan.teacher_grid(grid) for bucket, grid in dataset.grids.items()}
+    return Caches(CacheStore(Path(plan.config.cache_dir)), text, latents, features, models, samples, grids)
 
 
-def _text_keys(plan: Plan, dataset: Dataset, device: torch.device, captions: Sequence[str]) -> dict[str, str]:
+def _digests(plan: Plan, dataset: Dataset, *, encoder: bool) -> dict[str, str]:
     folder = model_folder(plan)
+    models = {part: dataset.digests.folder(folder / part) for part in plan.spec.parts}
+    if encoder:
+        models["encoder"] = dataset.digests.folder(encoder_folder(plan))
+    dataset.digests.save()
+    return models
+
+
+def fill_caches(plan: Plan, dataset: Dataset, caches: Caches, screen: Screen, device: torch.device, stop: StopSignal) -> None:
+    """Compute what is missing; what is there is never written again.
+
+    Raises:
+        UserError: a model that can't be loaded, a clip that can't be decoded any more, a full disk or GPU.
+        Stopped: a signal came; every entry written so far stays.
+    """
+    try:
+        _fill_text(plan, caches, screen, device, stop)
+        _fill_video(plan, dataset, caches, screen, device, stop)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "out of GPU memory while filling the caches; what was written is kept",
+            "lower crepa_encoder_frames_batch_size, set vae_dtype to bfloat16, or run `crepatrain cache` on a larger GPU",
+        ) from error
+
+
+def _text_keys(plan: Plan, dataset: Dataset, models: Mapping[str, str], device: torch.device) -> dict[str, str]:
     facts = {
         "family": plan.spec.name,
         "length": plan.spec.text_length,
-        "encoder": dataset.digests.folder(folder / "text_encoder"),
-        "tokenizer": dataset.digests.folder(folder / "tokenizer"),
+        "encoder": models["text_encoder"],
+        "tokenizer": models["tokenizer"],
         "dtype": str(encoding_dtype(device)),
     }
+    captions = sorted({window.clip.caption for window in dataset.cut.windows} | {""})
     return {caption: entry_key(kind="text", caption=caption, **facts) for caption in captions}
 
 
-def _latents_keys(plan: Plan, dataset: Dataset) -> dict[Window, str]:
-    facts = {
-        "family": plan.spec.name,
-        "vae": dataset.digests.folder(model_folder(plan) / "vae"),
-        "dtype": plan.config.vae_dtype,
-    }
-    return {window: entry_key(kind="latents", **_source(window, window.frames), **facts) for window in dataset.cut.windows}
+def _latents_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str]) -> dict[Window, str]:
+    facts = {"family": plan.spec.name, "vae": models["vae"], "dtype": plan.config.vae_dtype}
+    return {window: entry_key(kind="latents", **_source(window, window.frames), **facts) for window in windows}
 
 
-def _teacher_keys(plan: Plan, dataset: Dataset, device: torch.device) -> dict[Window, str]:
-    encoder = dataset.digests.folder(encoder_folder(plan))
+def _teacher_keys(plan: Plan, dataset: Dataset, models: Mapping[str, str], device: torch.device) -> dict[Window, str]:
     return {
         window: entry_key(
             kind="teacher",
             **_source(window, _teacher_frames(dataset, window)),
-            encoder=encoder,
+            encoder=models["encoder"],
             input=plan.encoder_size(dataset.grids[window.bucket]),
             computed=str(encoding_dtype(device)),
             stored=plan.config.crepa_cache_dtype,
@@ -143,10 +153,8 @@ def _teacher_frames(dataset: Dataset, window: Window) -> tuple[int, ...]:
     return tuple(window.frames[frame] for frame in dataset.grids[window.bucket].teacher_frames)
 
 
-def _fill_text(
-    plan: Plan, store: CacheStore, keys: Mapping[str, str], screen: Screen, device: torch.device, stop: StopSignal
-) -> None:
-    missing = [caption for caption, key in keys.items() if not store.has("text", key)]
+def _fill_text(plan: Plan, caches: Caches, screen: Screen, device: torch.device, stop: StopSignal) -> None:
+    missing = [caption for caption, key in caches.text.items() if not caches.store.has("text", key)]
     if not missing:
         return
     family = get_family(plan.config.model_family)
@@ -159,25 +167,17 @@ def _fill_text(
             stop.check(_KEPT)
             captions = missing[start : start + _CAPTIONS_AT_ONCE]
             for caption, text in zip(captions, family.encode_text(encoder, captions), strict=True):
-                store.write("text", keys[caption], text)
+                caches.store.write("text", caches.text[caption], text)
                 advance()
     del encoder
     free_memory()
 
 
-def _fill_video(
-    plan: Plan,
-    dataset: Dataset,
-    store: CacheStore,
-    latents_keys: Mapping[Window, str],
-    teacher_keys: Mapping[Window, str],
-    screen: Screen,
-    device: torch.device,
-    stop: StopSignal,
-) -> None:
+def _fill_video(plan: Plan, dataset: Dataset, caches: Caches, screen: Screen, device: torch.device, stop: StopSignal) -> None:
     """One pass over the clips: each is decoded once for its latents and its features."""
-    no_latents = {window for window, key in latents_keys.items() if not store.has("latents", key)}
-    no_teacher = {window for window, key in teacher_keys.items() if not store.has("teacher", key)}
+    store = caches.store
+    no_latents = {window for window, key in caches.latents.items() if not store.has("latents", key)}
+    no_teacher = {window for window, key in caches.teacher.items() if not store.has("teacher", key)}
     windows = [window for window in dataset.cut.windows if window in no_latents | no_teacher]
     if not windows:
         return
@@ -197,13 +197,13 @@ def _fill_video(
             if window in no_latents:
                 with torch.no_grad():
                     latents = family.encode_video(vae, as_video(frames.to(device)))
-                store.write("latents", latents_keys[window], {"latents": latents[0]})
+                store.write("latents", caches.latents[window], {"latents": latents[0]})
             if window in no_teacher:
                 assert encoder is not None
                 grid = dataset.grids[window.bucket]
                 seen = frames[list(grid.teacher_frames)].to(device)
                 features = encoder(seen.unsqueeze(0), plan.encoder_size(grid))
-                store.write("teacher", teacher_keys[window], pack_features(features.values[0], plan.config.crepa_cache_dtype))
+                store.write("teacher", caches.teacher[window], pack_features(features.values[0], plan.config.crepa_cache_dtype))
             advance()
     del vae, encoder
     free_memory()
@@ -226,12 +226,12 @@ def _check_disk(
 ) -> None:
     latents = sum(latents_bytes(plan, window.bucket) for window in no_latents)
     teacher = sum(teacher_bytes(plan, dataset.grids[window.bucket]) for window in no_teacher)
-    screen.say(f"caching in {root}: latents {size(latents)}, teacher features {size(teacher)}")
+    screen.say(f"caching in {root}: latents {in_words(latents)}, teacher features {in_words(teacher)}")
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     if latents + teacher > free:
         raise UserError(
-            f"cache_dir={root}: {size(latents + teacher)} are needed and {size(free)} are free",
+            f"cache_dir={root}: {in_words(latents + teacher)} are needed and {in_words(free)} are free",
             'set cache_dir to a larger disk, or a smaller crepa_encoder_image_size ("grid")',
         )
 

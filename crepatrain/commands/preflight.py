@@ -1,14 +1,17 @@
 """Looks at every clip before anything is computed: what the dataset holds, what of it is used, what it will cost."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from crepatrain.commands.stopping import StopSignal
 from crepatrain.config.plan import Plan
 from crepatrain.console import Screen
 from crepatrain.data.buckets import Bucket, Cut, cut_clips
 from crepatrain.data.digests import FileDigests
-from crepatrain.data.index import Clip, ClipIndex, Refusal, choose_captions, list_clips, refusal_error
+from crepatrain.data.index import ClipIndex, Refusal, choose_captions, list_clips, refusal_error
 from crepatrain.data.loader import StepSampler
 from crepatrain.errors import UserError
 from crepatrain.geometry import TokenGrid
@@ -26,18 +29,18 @@ class Dataset:
         refused: files that are left out, and why.
     """
 
-    clips: tuple[Clip, ...]
     cut: Cut
     grids: Mapping[Bucket, TokenGrid]
     refused: tuple[Refusal, ...]
     digests: FileDigests
 
 
-def look_at_clips(plan: Plan, screen: Screen) -> Dataset:
+def look_at_clips(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
     """Find, caption, decode and cut the clips of a plan.
 
     Raises:
         UserError: clips that can't be used, all of them at once; or none that can.
+        Stopped: a signal came; what was learnt of the clips is kept.
     """
     config = plan.config
     assert config.cache_dir is not None
@@ -46,7 +49,12 @@ def look_at_clips(plan: Plan, screen: Screen) -> Dataset:
     root = Path(config.cache_dir)
     digests = FileDigests(root / "digests.json")
     with screen.progress("looking at clips", len(captioned)) as advance:
-        clips, unreadable = ClipIndex(root / "index", digests).read(captioned, advance=advance)
+
+        def looked() -> None:
+            advance()
+            stop.check("what was learnt of the clips is kept")
+
+        clips, unreadable = ClipIndex(root / "index", digests).read(captioned, advance=looked)
     cut = cut_clips(
         clips,
         size=plan.size,
@@ -66,7 +74,13 @@ def look_at_clips(plan: Plan, screen: Screen) -> Dataset:
     if not cut.windows:
         raise UserError(f"train_data={config.train_data}: no clip of it can be used", "add clips, or lower num_frames")
     grids = {bucket: plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width) for bucket in cut.buckets}
-    return Dataset(tuple(clips), cut, grids, tuple(refused), digests)
+    return Dataset(cut, grids, tuple(refused), digests)
+
+
+def samples_digest(dataset: Dataset) -> str:
+    """Of all windows and their captions: with another one it is another dataset."""
+    facts = [[w.clip.digest, w.frames, w.bucket.height, w.bucket.width, w.clip.caption] for w in dataset.cut.windows]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def build_sampler(plan: Plan, dataset: Dataset, world: int) -> StepSampler:
@@ -140,12 +154,12 @@ def describe(plan: Plan, dataset: Dataset, screen: Screen, trainable: Mapping[st
             ("steps per epoch", f"{sampler.steps_per_epoch} of {sampler.unit} windows"),
             ("steps", f"{total}, {total / sampler.steps_per_epoch:.1f} epochs"),
             ("trainable parameters", ", ".join(f"{part} {count:,}" for part, count in trainable.items())),
-            ("cache on disk", f"latents {size(latents)}, teacher features {size(teacher)}, in {plan.config.cache_dir}"),
+            ("cache on disk", f"latents {in_words(latents)}, teacher features {in_words(teacher)}, in {plan.config.cache_dir}"),
         ],
     )
 
 
-def size(count: float) -> str:
+def in_words(count: float) -> str:
     """Bytes for people."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:

@@ -1,12 +1,11 @@
 """Random checkpoints, for demos, tests and benchmarks."""
 
-import difflib
 from pathlib import Path
 
 from crepatrain.commands.quiet import quiet_libraries
 from crepatrain.config.specs import FAMILIES
 from crepatrain.console import Screen
-from crepatrain.errors import UserError
+from crepatrain.errors import UserError, closest
 from crepatrain.families import get_family
 from crepatrain.families.random import write_random_pipeline
 
@@ -40,5 +39,5 @@ def make_random(family: str, folder: Path, size: str | None, seed: int, screen: 
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
+    close = closest(word, known)
+    return f"did you mean {close}?" if close else f"use one of {', '.join(known)}"

@@ -18,9 +18,11 @@ class RunFolder:
 
     Args:
         config: of the run, with every default filled in.
+        writes: whether this process is the one that writes; the others only look.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, writes: bool = True) -> None:
+        self._writes = writes
         self.root = Path(config.output_dir)
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
@@ -46,6 +48,8 @@ class RunFolder:
 
         Checkpoints of later steps, which a resume from an earlier one leaves behind, are set aside as step-N.left.
         """
+        if not self._writes:
+            return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -73,6 +77,9 @@ class RunFolder:
         if not self.metrics.is_file() and not checkpoints(self.checkpoints):
             return  # it ended before its first step: there is nothing to lose
         now = self._config.model_dump()
+        # A key that the run did not know yet had the meaning of its default.
+        defaults = {key: field.default for key, field in RunConfig.model_fields.items() if key not in before}
+        before |= {key: now[key] if default is None else default for key, default in defaults.items()}
         changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key) and not _may_change(key)]
         if changed:
             listed = "; ".join(f"{key}: {json.dumps(before.get(key))} there, {json.dumps(now.get(key))} here" for key in changed)
@@ -124,12 +131,15 @@ class RunFolder:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
+        if not self._writes:
+            return
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def status(self, status: Literal["running", "completed", "stopped", "failed"], step: int, reason: str = "") -> None:
         """Say where the run stands."""
-        replace_json(self._status_file, {"status": status, "step": step, "reason": reason})
+        if self._writes:
+            replace_json(self._status_file, {"status": status, "step": step, "reason": reason})
 
     def lines(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds."""
@@ -144,12 +154,13 @@ def expect_same_fingerprint(before: Mapping[str, Any], now: Mapping[str, Any]) -
     Raises:
         UserError: something of it has changed.
     """
-    names = {
-        "transformer": "the base transformer's weights",
-        "samples": "the clips or captions",
-        "unit": "the number of samples of a step",
-    }
-    changed = [name for key, name in names.items() if before[key] != now[key]]
+    # The encoder is in neither where no teacher is asked any more.
+    parts = sorted(
+        part for part in before["models"].keys() & now["models"].keys() if before["models"][part] != now["models"][part]
+    )
+    changed = [f"the weights of {', '.join(parts)}"] if parts else []
+    changed += ["the clips or captions"] if before["samples"] != now["samples"] else []
+    changed += ["the number of samples of a step"] if before["unit"] != now["unit"] else []
     if changed:
         raise UserError(f"{' and '.join(changed)} changed since this run's checkpoint", "put them back, or give a new output_dir")
 

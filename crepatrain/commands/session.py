@@ -3,23 +3,20 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import diffusers
-import peft
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-import crepatrain
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import Teacher
 from crepatrain.commands.export import write_adapter
-from crepatrain.commands.precompute import Prepared
-from crepatrain.commands.preflight import Dataset, build_sampler, total_steps
-from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder, expect_same_fingerprint
+from crepatrain.commands.precompute import Caches
+from crepatrain.commands.preflight import Dataset, build_sampler, samples_digest, total_steps
+from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.console import Screen
@@ -36,46 +33,46 @@ from crepatrain.training.state import TrainState
 from crepatrain.training.step import LayerSyncTerm
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Start:
     """Where a run begins.
 
     Attributes:
         resume: the checkpoint to go on from; None: from the beginning.
-        fingerprint: what the run is made from, beside its config; complete once the samples are known.
         total: optimizer steps of the whole run.
     """
 
     sampler: StepSampler
     state: TrainState
     resume: Path | None
-    fingerprint: dict[str, Any]
     total: int
-
-    def expect_same_data(self, prepared: Prepared) -> None:
-        """Take the samples into the fingerprint, and compare it with the checkpoint's.
-
-        Raises:
-            UserError: what the run was made from has changed since.
-        """
-        self.fingerprint["samples"] = prepared.digest
-        if self.resume:
-            expect_same_fingerprint(read_plain(self.resume, "fingerprint"), self.fingerprint)
 
 
 def prepare_start(plan: Plan, dataset: Dataset, world: int, resume: Path | None) -> Start:
-    """What can be known of a run's beginning before any model is loaded."""
+    """What can be known of a run's beginning before any model is read.
+
+    Raises:
+        UserError: a target of the adapter that is no layer of a block.
+    """
+    build.adapt(plan, get_family(plan.config.model_family).empty_transformer(plan.checkpoint.transformer))
     sampler = build_sampler(plan, dataset, world)
     total = total_steps(plan, sampler)
     state = TrainState(schedule=build.build_schedule(plan.config, total))
     if resume:
         state.load_state_dict(read_plain(resume, "state"))
-    fingerprint = {
-        "transformer": dataset.digests.folder(build.model_folder(plan) / "transformer"),
-        "unit": sampler.unit,
-        "versions": {module.__name__: str(module.__version__) for module in (crepatrain, torch, diffusers, peft, accelerate)},
+    return Start(sampler, state, resume, total)
+
+
+def take_fingerprint(dataset: Dataset, caches: Caches, start: Start) -> dict[str, Any]:
+    """What a run is made from, beside its config."""
+    packages = ("crepatrain", "torch", "diffusers", "peft", "accelerate", "transformers")
+    return {
+        "models": dict(caches.models),
+        "samples": samples_digest(dataset),
+        "unit": start.sampler.unit,
+        "total": start.total,
+        "versions": {package: version(package) for package in packages},
     }
-    return Start(sampler, state, resume, fingerprint, total)
 
 
 @dataclass(eq=False)
@@ -118,13 +115,15 @@ def build_run(
     accelerator: Accelerator,
     folder: RunFolder,
     dataset: Dataset,
-    prepared: Prepared,
+    caches: Caches,
     start: Start,
+    fingerprint: dict[str, Any],
 ) -> Run:
     """Load the modules, and put a checkpoint's tensors into them."""
     config, state, device = plan.config, start.state, accelerator.device
     screen.say(f"loading the transformer of {config.pretrained_model_name_or_path}")
     family = get_family(config.model_family)
+    process = build.build_process(config)
     torch.manual_seed(config.seed)
     adapted = build.build_transformer(plan, family, device)
     learners = {"transformer": build.build_learner(config, adapted, config.learning_rate, start.total)}
@@ -144,10 +143,10 @@ def build_run(
     return Run(
         config=config,
         family=family,
-        process=build.build_process(config),
+        process=process,
         accelerator=accelerator,
         folder=folder,
-        fingerprint=start.fingerprint,
+        fingerprint=fingerprint,
         transformer=accelerator.prepare_model(adapted),
         adapted=adapted,
         blocks=family.blocks(adapted),
@@ -158,14 +157,20 @@ def build_run(
         learners=learners,
         state=state,
         sampler=start.sampler,
-        open_batches=_batch_source(plan, dataset, prepared, start, accelerator),
+        open_batches=_batch_source(plan, family, process, dataset, caches, start, accelerator),
         total=start.total,
         diverged=torch.zeros((), device=device),
     )
 
 
 def _batch_source(
-    plan: Plan, dataset: Dataset, prepared: Prepared, start: Start, accelerator: Accelerator
+    plan: Plan,
+    family: Family,
+    process: FlowMatching,
+    dataset: Dataset,
+    caches: Caches,
+    start: Start,
+    accelerator: Accelerator,
 ) -> Callable[[int], Iterator[Batch]]:
     """What opens a stream of micro-batches at a step.
 
@@ -173,24 +178,22 @@ def _batch_source(
     CREPA is cut off or comes back.
     """
     config = plan.config
-    family = get_family(config.model_family)
-    process = build.build_process(config)
     fps = config.fps
     assert fps is not None
 
     def open_batches(step: int) -> Iterator[Batch]:
         schedule = copy.deepcopy(start.state.schedule)
         training_set = TrainingSet(
-            samples=prepared.samples,
-            store=prepared.store,
-            empty_text=prepared.empty_text,
+            samples=caches.samples,
+            store=caches.store,
+            empty_text=caches.empty_text,
             caption_dropout=config.caption_dropout,
             seed=config.seed,
             fps=fps,
             draw_sigma=process.draw_sigma,
             collate_text=family.collate_text,
             grids=dataset.grids,
-            teacher_grids=prepared.teacher_grids,
+            teacher_grids=caches.teacher_grids,
             needs_teacher=schedule.needs_score if schedule else _never,
         )
         batches = MicroBatches(
@@ -216,8 +219,7 @@ def save(run: Run) -> None:
         step = run.state.step
         # The adapters first: a kill in between then leaves no checkpoint without its adapter.
         small = run.folder.adapters / f"{run.config.output_name}-{step:06d}.safetensors"
-        for path in (small, run.folder.root / ADAPTER_FILE):
-            write_adapter(path, run.family, run.adapted, step)
+        write_adapter([small, run.folder.root / ADAPTER_FILE], run.family, run.adapted, step)
         tensors = {"adapter": adapter_state(run.adapted)}
         if run.projector:
             tensors["projector"] = run.projector.state_dict()

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: a wish that the work looks at between two steps."""
 
+import os
 import signal
 from types import FrameType
 
@@ -31,5 +32,6 @@ class StopSignal:
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.requested = True
+        os.write(2, b"\nstopping at the next safe moment; once more ends it at once, without saving\n")
         for number in self._before:
             signal.signal(number, signal.SIG_DFL)

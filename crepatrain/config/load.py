@@ -1,6 +1,5 @@
 """From a config file and command-line options to a RunConfig, or to every problem in them at once."""
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.specs import FAMILIES
-from crepatrain.errors import Problem, UserError
+from crepatrain.errors import Problem, UserError, closest
 
 # What SimpleTuner, musubi-tuner, diffusers' scripts, finetrainers, ai-toolkit and diffusion-pipe call the same thing.
 FOREIGN_KEYS: Mapping[str, str] = {
@@ -213,9 +212,9 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _other_configs(path: Path) -> str:
     folder = path.parent
     found = sorted(p.name for p in folder.glob("*") if p.suffix in {".json", ".yaml", ".yml"}) if folder.is_dir() else []
-    close = difflib.get_close_matches(path.name, found, n=1)
+    close = closest(path.name, found)
     if close:
-        return f"did you mean {folder / close[0]}?"
+        return f"did you mean {folder / close}?"
     return f"there are {', '.join(found[:5])} in {folder}" if found else "start from one in configs/"
 
 
@@ -287,9 +286,9 @@ def unknown_key(key: str) -> Problem:
     lowered = key.lower().replace("-", "_").lstrip("_")
     if lowered in FOREIGN_KEYS:
         return Problem(f"{key}: unknown key", f"here it is called {FOREIGN_KEYS[lowered]}")
-    close = difflib.get_close_matches(lowered, RunConfig.model_fields, n=1, cutoff=0.7)
+    close = closest(lowered, RunConfig.model_fields, cutoff=0.7)
     if close:
-        return Problem(f"{key}: unknown key", f"did you mean {close[0]}?")
+        return Problem(f"{key}: unknown key", f"did you mean {close}?")
     return Problem(f"{key}: unknown key", "remove it; `crepatrain validate-config --schema` lists every key")
 
 
@@ -334,9 +333,9 @@ def _reason_and_remedy(details: ErrorDetails) -> tuple[str, str]:
     context = details.get("ctx", {})
     if details["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
-        close = difflib.get_close_matches(str(details["input"]).lower(), choices, n=1)
+        close = closest(str(details["input"]).lower(), choices)
         listed = f"one of: {', '.join(choices)}" if len(choices) > 1 else f'"{choices[0]}"'
-        return "unknown", f"did you mean {close[0]}? Use {listed}" if close else f"use {listed}"
+        return "unknown", f"did you mean {close}? Use {listed}" if close else f"use {listed}"
     reason, remedy = _WRONG.get(details["type"], ("not possible here", details["msg"]))
     numbers = {name: f"{value:g}" for name, value in context.items() if isinstance(value, (int, float))}
     return reason, remedy.format(**numbers)

@@ -11,7 +11,8 @@ from pydantic_core import PydanticCustomError
 
 from crepatrain.config.specs import FAMILIES
 
-# A run may go on after such a key was changed: it alters how the run is watched or how long it is, not what it trains.
+# A run may go on after such a key was changed: it alters how the run is watched, how long it is, or where things lie. What lies
+# there is held against the checkpoint's fingerprint.
 _MAY_CHANGE: dict[str, Any] = {"may_change": True}
 
 
@@ -45,7 +46,9 @@ class ModelConfig(Section):
     """Which model is trained, and where it comes from."""
 
     model_family: FamilyName = Field(description="DiT family: see `crepatrain families`")
-    pretrained_model_name_or_path: PathText = Field(description="diffusers pipeline folder or hub id")
+    pretrained_model_name_or_path: PathText = Field(
+        description="diffusers pipeline folder or hub id", json_schema_extra=_MAY_CHANGE
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     model_type: Literal["lora"] = Field("lora", description="what is trained: an adapter")
 
@@ -67,7 +70,10 @@ class LoraConfig(Section):
 class DataConfig(Section):
     """The clips and how they are cut."""
 
-    train_data: PathText = Field(description="folder of videos with NAME.txt captions, or a .jsonl/.csv of video and caption")
+    train_data: PathText = Field(
+        description="folder of videos with NAME.txt captions, or a .jsonl/.csv of video and caption",
+        json_schema_extra=_MAY_CHANGE,
+    )
     height: int | None = Field(None, ge=16, le=4096, description="pixels; null: the family's")
     width: int | None = Field(None, ge=16, le=4096, description="pixels; null: the family's")
     num_frames: int | None = Field(None, ge=1, le=2048, description="pixel frames of one training window; null: the family's")
@@ -185,7 +191,11 @@ class CrepaConfig(Section):
     )
     crepa_use_backbone_features: bool = Field(False, description='the same as crepa_feature_source: "backbone"')
     crepa_teacher_block_index: int | None = Field(None, ge=0, description="of backbone; deeper than crepa_block_index")
-    crepa_encoder: PathText = Field("dinov2_vitg14", description="dinov2_vit{s,b,l,g}14[_reg], or a ViT's folder or hub id")
+    crepa_encoder: PathText = Field(
+        "dinov2_vitg14",
+        description="dinov2_vit{s,b,l,g}14[_reg], or a ViT's folder or hub id",
+        json_schema_extra=_MAY_CHANGE,
+    )
     crepa_encoder_image_size: Annotated[int, Field(ge=14, le=4096)] | Literal["grid"] = Field(
         518, description="n: frames squashed to n x n; grid: one encoder patch per token, aspect kept"
     )

@@ -1,6 +1,5 @@
 """The JSON files of a checkpoint or a vision encoder, from a folder, the hub's cache, the hub, or the package's own knowledge."""
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crepatrain.config.specs import ENCODERS, EncoderSpec, FamilySpec, released_model
-from crepatrain.errors import UserError
+from crepatrain.errors import UserError, closest
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -51,7 +50,7 @@ def read_checkpoint(path: str, revision: str | None, spec: FamilySpec, *, online
     """
     key = "pretrained_model_name_or_path"
     if Path(path).is_dir():
-        _expect_parts(key, Path(path), spec)
+        expect_parts(key, Path(path), spec)
     else:
         _expect_hub_id(key, path, "diffusers")
         known = released_model(spec, path)
@@ -61,10 +60,10 @@ def read_checkpoint(path: str, revision: str | None, spec: FamilySpec, *, online
     try:
         folder = fetch(key, path, revision, names)
     except UserError as error:
-        close = difflib.get_close_matches(path, [model.repo for model in spec.released.values()], n=1, cutoff=0.8)
-        if not close or close[0] == path:
+        close = closest(path, [model.repo for model in spec.released.values()], cutoff=0.8)
+        if close is None or close == path:
             raise
-        raise UserError(error.problems[0].what, f"did you mean {close[0]}?") from error
+        raise UserError(error.problems[0].what, f"did you mean {close}?") from error
     model_index, transformer, vae, scheduler = (_read_json(key, folder, name) for name in names)
     found = transformer.get("_class_name", spec.transformer_class)
     if found != spec.transformer_class:
@@ -103,8 +102,8 @@ def read_encoder(name: str) -> EncoderSpec:
     key = "crepa_encoder"
     if not Path(name).is_dir():
         if "/" not in name:
-            close = difflib.get_close_matches(name, ENCODERS, n=1)
-            hint = f"did you mean {close[0]}? Otherwise " if close else ""
+            close = closest(name, ENCODERS)
+            hint = f"did you mean {close}? Otherwise " if close else ""
             raise UserError(f"{key}={name}: no such encoder", f"{hint}use one of {', '.join(ENCODERS)}, a folder or a hub id")
         _expect_hub_id(key, name, "transformers")
     values = _read_json(key, fetch(key, name, None, ("config.json",)), "config.json")
@@ -124,7 +123,12 @@ def _expect_hub_id(key: str, path: str, kind: str) -> None:
         raise UserError(f"{key}={path}: no such folder", f"give a {kind} folder that exists, or a hub id such as owner/name")
 
 
-def _expect_parts(key: str, folder: Path, spec: FamilySpec) -> None:
+def expect_parts(key: str, folder: Path, spec: FamilySpec) -> None:
+    """Make sure that a local pipeline folder is whole.
+
+    Raises:
+        UserError: it lacks a part.
+    """
     missing = [] if (folder / "model_index.json").is_file() else ["model_index.json"]
     missing += [f"{part}/" for part in spec.parts if not (folder / part).is_dir()]
     for part in spec.weights:

@@ -92,8 +92,10 @@ def _targets(config: RunConfig) -> str:
 
 def _steps(config: RunConfig) -> str:
     length = f"{config.max_train_steps} optimizer steps" if config.max_train_steps else f"{config.num_train_epochs} epochs"
-    clips = f"{config.train_batch_size} x {config.gradient_accumulation_steps} clips"
-    return f"{length} of {clips}, a checkpoint every {config.checkpointing_steps}"
+    clips = f"{config.train_batch_size} clip{'s' * (config.train_batch_size > 1)}"
+    if config.gradient_accumulation_steps > 1:
+        clips += f" x {config.gradient_accumulation_steps} forwards"
+    return f"{length} of {clips} on each device, a checkpoint every {config.checkpointing_steps}"
 
 
 def _optimizer(config: RunConfig) -> str:

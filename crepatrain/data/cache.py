@@ -1,9 +1,7 @@
 """The one store of everything that is computed once: latents, text, teacher features."""
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crepatrain.errors import UserError
+from crepatrain.files import written_aside
 
 # Raised whenever what an entry holds is made in another way.
 FORMAT = 1
@@ -49,16 +48,10 @@ class CacheStore:
     def write(self, kind: Kind, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Written aside, flushed to the disk and renamed, so that a kill leaves no half entry."""
         path = self.path(kind, key)
-        aside = path.with_name(f"{key}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside)
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            aside.replace(path)
+            with written_aside(path) as aside:
+                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside)
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
             raise UserError(
                 f"cache_dir={self.root}: {path.name} can't be written ({error})", "free disk space, or set cache_dir"
             ) from error

@@ -1,6 +1,6 @@
 """Reading video files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from av.container import InputContainer
 from torch import Tensor
 
-# Frames that are resized at once, in fp32.
+# Frames that are in memory at once at the file's own size.
 _CHUNK = 16
 
 decord.logging.set_level(decord.logging.QUIET)
@@ -63,7 +63,7 @@ def probe(path: Path) -> ClipInfo:
         timestamps = _decode_strictly(container)
     if not timestamps:
         raise Unreadable("it has no frames")
-    height, width = read_pictures(path, [0]).shape[1:3]
+    height, width = next(_pictures(path, [0])).shape[1:3]
     return ClipInfo(height, width, tuple(round(t, 4) for t in sorted(timestamps)))
 
 
@@ -78,21 +78,19 @@ def _decode_strictly(container: InputContainer) -> list[float]:
         raise Unreadable("it is damaged: it can't be decoded to its end") from error
 
 
-def read_pictures(path: Path, frames: Sequence[int]) -> np.ndarray:
-    """Some frames of a file as they are shown, [n, H, W, 3] uint8.
-
-    Raises:
-        Unreadable: the file can't be decoded.
-    """
+def _pictures(path: Path, frames: Sequence[int]) -> Iterator[np.ndarray]:
+    """Some frames of a file as they are shown, [n, H, W, 3] uint8, a few at a time."""
     try:
-        return decord.VideoReader(str(path), num_threads=1).get_batch(list(frames)).asnumpy()
+        reader = decord.VideoReader(str(path), num_threads=1)
+        for start in range(0, len(frames), _CHUNK):
+            yield reader.get_batch(list(frames[start : start + _CHUNK])).asnumpy()
     except (decord.DECORDError, RuntimeError, IndexError) as error:
-        if "from_size == to_size" in str(error):
-            return _read_narrow(path, frames)
-        raise Unreadable("it can't be decoded") from error
+        if "from_size == to_size" not in str(error):
+            raise Unreadable("it can't be decoded") from error
+        yield _narrow_pictures(path, frames)
 
 
-def _read_narrow(path: Path, frames: Sequence[int]) -> np.ndarray:
+def _narrow_pictures(path: Path, frames: Sequence[int]) -> np.ndarray:
     """What decord can't copy: rows that are padded to four thirds of their length, as those of widths 48, 96 and 144 are."""
     pictures: dict[int, np.ndarray] = {}
     with av.open(str(path)) as container:
@@ -129,8 +127,7 @@ def read_frames(path: Path, frames: tuple[int, ...], size: tuple[int, int]) -> T
     Raises:
         Unreadable: the file can't be decoded, any more.
     """
-    pictures = torch.from_numpy(read_pictures(path, frames)).permute(0, 3, 1, 2)
-    return torch.cat([crop_resize(chunk, size) for chunk in pictures.split(_CHUNK)])
+    return torch.cat([crop_resize(torch.from_numpy(pictures).permute(0, 3, 1, 2), size) for pictures in _pictures(path, frames)])
 
 
 def crop_resize(frames: Tensor, size: tuple[int, int]) -> Tensor:

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import os
-import threading
 from pathlib import Path
 from typing import Any
+
+from crepatrain.files import written_aside
 
 
 class FileDigests:
@@ -42,7 +42,7 @@ class FileDigests:
     def save(self) -> None:
         """Remember what was learnt."""
         if self._changed:
-            replace_text(self._memo, json.dumps(self._known))
+            write_memo(self._memo, self._known)
             self._changed = False
 
 
@@ -54,9 +54,7 @@ def read_memo(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file aside and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")  # two threads may write the same
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+def write_memo(path: Path, content: Any) -> None:
+    """Remember something in a small file."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(content), encoding="utf-8")

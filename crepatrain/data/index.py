@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crepatrain.data.decode import ClipInfo, Unreadable, probe
-from crepatrain.data.digests import FileDigests, read_memo, replace_text
+from crepatrain.data.digests import FileDigests, read_memo, write_memo
 from crepatrain.errors import Problem, UserError
 
 VIDEO_SUFFIXES = frozenset(
@@ -123,9 +123,9 @@ def choose_captions(
     """
     without = [path for path, caption in found if caption is None]
     if without and missing == "error":
+        name = without[0].stem if len(without) == 1 else "NAME"
         raise UserError(
-            f"{_names(without)}: no caption",
-            f"write {without[0].with_suffix('.txt').name} beside it, or set missing_captions to empty, filename or skip",
+            f"{_names(without)}: no caption", f"write {name}.txt beside it, or set missing_captions to empty, filename or skip"
         )
     spoken = {"empty": lambda _: "", "filename": lambda path: " ".join(path.stem.replace("_", " ").replace("-", " ").split())}
     chosen = [
@@ -192,9 +192,9 @@ class ClipIndex:
         try:
             info = probe(path)
         except Unreadable as error:
-            replace_text(entry, json.dumps({"refused": str(error)}))
+            write_memo(entry, {"refused": str(error)})
             raise
-        replace_text(entry, json.dumps(asdict(info)))
+        write_memo(entry, asdict(info))
         return info
 
 

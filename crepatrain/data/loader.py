@@ -215,10 +215,18 @@ def read_batches(dataset: TrainingSet, draws: MicroBatches, *, workers: int, pin
         generator=torch.Generator().manual_seed(dataset.seed),  # else every iterator draws from the global one
         worker_init_fn=_leave_signals_to_the_parent,
     )
-    for batch in loader:
-        if not isinstance(batch, Batch):
-            raise UserError.of(batch)
-        yield batch
+    try:
+        for batch in loader:
+            if not isinstance(batch, Batch):
+                raise UserError.of(batch)
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"dataloader_num_workers={workers}: a reader process died ({str(error).splitlines()[0]})",
+            "set it to 0, or give more shared memory (docker run --shm-size 8g) or memory",
+        ) from error
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -226,5 +234,6 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent ends its readers when it has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -17,12 +17,12 @@ from crepatrain.alignment.schedule import CrepaSchedule
 from crepatrain.alignment.teachers import BackboneTeacher, CachedTeacher, LatentTeacher, PixelTeacher, Teacher
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
-from crepatrain.config.sources import fetch
+from crepatrain.config.sources import expect_parts, fetch
 from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.training.diffusion import FlowMatching
-from crepatrain.training.lora import add_lora, target_modules, trainable_parameters
+from crepatrain.training.lora import add_lora, leave_casts_to_autocast, target_modules, trainable_parameters
 from crepatrain.training.optim import build_lr_scheduler, build_optimizer
 from crepatrain.training.step import LayerSyncTerm
 
@@ -42,7 +42,10 @@ def encoding_dtype(device: torch.device) -> torch.dtype:
 def model_folder(plan: Plan) -> Path:
     """The checkpoint's local folder, downloaded where it is on the hub."""
     patterns = ("model_index.json", *(f"{part}/*" for part in plan.spec.parts))
-    return fetch("pretrained_model_name_or_path", plan.config.pretrained_model_name_or_path, plan.config.revision, patterns)
+    key, path = "pretrained_model_name_or_path", plan.config.pretrained_model_name_or_path
+    folder = fetch(key, path, plan.config.revision, patterns)
+    expect_parts(key, folder, plan.spec)  # offline, the hub's cache may hold only some of them
+    return folder
 
 
 def encoder_folder(plan: Plan) -> Path:
@@ -109,8 +112,9 @@ def build_encoder(plan: Plan, device: torch.device) -> VisionEncoder:
     """The teacher's vision encoder with its weights."""
     assert plan.encoder is not None
     return load_encoder(
-        str(encoder_folder(plan)),
+        encoder_folder(plan),
         plan.encoder.patch,
+        plan.encoder_size(plan.grid),
         frames_per_forward=plan.config.crepa_encoder_frames_batch_size,
         device=device,
         dtype=encoding_dtype(device),
@@ -165,6 +169,8 @@ def adapt(plan: Plan, transformer: Any) -> None:
     for module in modules:
         family.export_name(module)
     add_lora(transformer, modules, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
+    if config.mixed_precision != "no":
+        leave_casts_to_autocast(transformer)
 
 
 def build_transformer(plan: Plan, family: Family, device: torch.device) -> Any:
@@ -186,7 +192,9 @@ def build_transformer(plan: Plan, family: Family, device: torch.device) -> Any:
 
 def _set_attention_backend(transformer: Any, backend: str) -> None:
     if backend.endswith("_hub"):
-        raise UserError(f"attention_backend={backend}: it runs code that it downloads", "install the kernels, and use their own name")
+        raise UserError(
+            f"attention_backend={backend}: it runs code that it downloads", "install the kernels, and use their own name"
+        )
     try:
         transformer.set_attention_backend(backend)
     except (ValueError, RuntimeError, ImportError) as error:

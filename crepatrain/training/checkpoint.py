@@ -1,11 +1,9 @@
 """A run's checkpoints: written aside, renamed when whole, read back to the bit."""
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crepatrain.errors import UserError
+from crepatrain.files import flush, written_aside
 
 _NAME = re.compile(r"step-(\d+)")
 _TENSOR = "__tensor__"
@@ -116,44 +115,39 @@ def rotate(folder: Path, limit: int | None) -> None:
 
 
 def replace_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file aside and rename it."""
-    with _aside(path) as aside:
-        save_file(dict(tensors), aside, metadata=dict(metadata))
-        _flush(aside)
+    """Write a safetensors file aside and rename it.
+
+    Raises:
+        UserError: the disk is full or can't be written to.
+    """
+    try:
+        with written_aside(path) as aside:
+            save_file(dict(tensors), aside, metadata=dict(metadata))
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(path, error) from error
 
 
 def replace_json(path: Path, content: Any) -> None:
-    """Write a JSON file aside and rename it."""
-    with _aside(path) as aside:
-        _write_json(aside, content)
+    """Write a JSON file aside and rename it.
 
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A file to write to, which takes the place of `path` when it is whole."""
-    aside = path.with_name(f"{path.name}.tmp")
+    Raises:
+        UserError: the disk is full or can't be written to.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        aside.replace(path)
-    except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
+        with written_aside(path) as aside:
+            _write_json(aside, content)
+    except OSError as error:
         raise _cannot_write(path, error) from error
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
-    _flush(path)
+    flush(path)
 
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    flush(path)
 
 
 def _flatten(tree: Any, found: dict[str, Tensor]) -> Any:

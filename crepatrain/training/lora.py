@@ -48,6 +48,13 @@ def add_lora(transformer: Any, modules: Sequence[str], *, rank: int, alpha: floa
         parameter.data = parameter.data.float()
 
 
+def leave_casts_to_autocast(transformer: nn.Module) -> None:
+    """Keep peft from casting a layer's input to fp32, which autocast would only cast back: the same numbers for less memory."""
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+
+
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     """What of a module an optimizer moves."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -3,7 +3,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+from transformers import (
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from crepatrain.alignment.encoders import VisionEncoder, load_encoder
 from crepatrain.alignment.layersync import layersync_loss
@@ -123,7 +132,7 @@ def test_a_step_under_autocast_has_the_teacher_that_the_cache_has(wan, source):
 def test_an_encoder_from_a_folder(tmp_path, registers):
     model, frames = build(registers), clip()
     model.save_pretrained(tmp_path)
-    loaded = load_encoder(str(tmp_path), 14, frames_per_forward=4, device=torch.device("cpu"), dtype=torch.float32)
+    loaded = load_encoder(tmp_path, 14, (42, 70), frames_per_forward=4, device=torch.device("cpu"), dtype=torch.float32)
     expected = VisionEncoder(model, 14, 4)(frames, (42, 70)).values
     torch.testing.assert_close(loaded(frames, (42, 70)).values, expected, rtol=1e-5, atol=1e-5)
 
@@ -131,9 +140,26 @@ def test_an_encoder_from_a_folder(tmp_path, registers):
 def test_a_damaged_encoder_folder(tmp_path):
     build(0).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"crepa_encoder=.*damaged or incomplete") as error:
-        load_encoder(str(tmp_path), 14, frames_per_forward=4, device=torch.device("cpu"), dtype=torch.float32)
-    assert "give a folder" in error.value.problems[0].fix
+    with pytest.raises(UserError, match=r"crepa_encoder: .* can't be loaded") as error:
+        load_encoder(tmp_path, 14, (42, 70), frames_per_forward=4, device=torch.device("cpu"), dtype=torch.float32)
+    assert "download it again" in error.value.problems[0].fix
+
+
+def test_a_plain_vit_is_taken_at_any_size(tmp_path):
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=28, patch_size=14
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    options = {"frames_per_forward": 4, "device": torch.device("cpu"), "dtype": torch.float32}
+    encoder = load_encoder(tmp_path, 14, (42, 70), **options)
+    seen = encoder(torch.zeros(1, 2, 3, 20, 30, dtype=torch.uint8), (42, 70))
+    assert (seen.values.shape, seen.grid) == ((1, 2, 15, 16), (3, 5))
+
+
+def test_a_model_without_a_token_for_every_patch_is_refused(tmp_path):
+    ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="does not give a token for every patch"):
+        load_encoder(tmp_path, 14, (42, 70), frames_per_forward=4, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_the_cached_teacher_hands_on_what_was_read():

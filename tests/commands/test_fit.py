@@ -354,6 +354,53 @@ def test_a_different_run_is_refused_with_its_differences(config_file: Write):
     assert snapshot(folder) == before
 
 
+def test_a_key_that_the_run_did_not_know_has_its_default(config_file: Write):
+    folder = train(config_file, max_train_steps=1)
+    before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({key: before[key] for key in before if key != "compile"}), encoding="utf-8")
+    train(config_file, max_train_steps=2)
+    assert column(folder, "step") == [1, 2]
+    (folder / "config.json").write_text(json.dumps(before | {"a_key_of_the_future": 1}), encoding="utf-8")
+    with pytest.raises(UserError, match="a_key_of_the_future: 1 there"):
+        train(config_file, max_train_steps=3)
+
+
+def test_the_same_things_elsewhere_are_the_same_run(config_file: Write, clips: Path, wan: Path, tmp_path: Path):
+    folder = train(config_file, max_train_steps=1)
+    shutil.copytree(clips, tmp_path / "moved clips")
+    shutil.copytree(wan, tmp_path / "moved model")
+    moved = {"train_data": "moved clips", "pretrained_model_name_or_path": "moved model", "crepa_encoder": "moved model/encoder"}
+    train(config_file, max_train_steps=2, **{key: str(tmp_path / name) for key, name in moved.items()})
+    assert column(folder, "step") == [1, 2]
+
+
+def test_another_model_is_told_before_anything_is_computed(config_file: Write, wan: Path, tmp_path: Path):
+    train(config_file, max_train_steps=1)
+    other = tmp_path / "other"
+    shutil.copytree(wan, other)
+    for part in ("vae", "encoder"):
+        (file,) = (other / part).glob("*.safetensors")
+        save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    cache = tmp_path / "fresh"
+    changes = {"pretrained_model_name_or_path": str(other), "crepa_encoder": str(other / "encoder"), "cache_dir": str(cache)}
+    with pytest.raises(UserError, match="the weights of encoder, vae changed"):
+        train(config_file, max_train_steps=2, **changes)
+    assert not (cache / "latents").exists()
+
+
+def test_a_target_that_is_no_layer_is_told_before_anything_is_computed(config_file: Write, tmp_path: Path):
+    with pytest.raises(UserError, match="lora_targets: 'to_z'"):
+        train(config_file, lora_targets=["to_z"], cache_dir=str(tmp_path / "fresh"))
+    assert not (tmp_path / "fresh" / "latents").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_longer_run_is_said_to_stretch_what_decays(config_file: Write, capsys: pytest.CaptureFixture[str]):
+    train(config_file, max_train_steps=1)
+    fit(read_plan(config_file(max_train_steps=2)), Screen())
+    assert "the run was of 1 steps and is of 2 now" in capsys.readouterr().out
+
+
 def test_other_captions_are_a_different_run(config_file: Write, clips: Path, tmp_path: Path):
     own = tmp_path / "clips"
     shutil.copytree(clips, own)
@@ -389,11 +436,13 @@ def test_a_mistake_before_the_first_step_does_not_claim_the_folder(config_file: 
 # Processes that end for real
 
 
-def start(config: Path, log: Path) -> subprocess.Popen[bytes]:
+def start(config: Path, log: Path, *, start_new_session: bool = False) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "crepatrain", "fit", str(config)]
     with log.open("wb") as file:  # no pipe: the workers of a killed run hold it open for a while
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=start_new_session
+        )
 
 
 def wait_until(process: subprocess.Popen[bytes], happened: Callable[[], bool], log: Path) -> None:
@@ -431,6 +480,37 @@ def test_a_process_that_is_ended_goes_on_to_the_bit(config_file: Write, tmp_path
     whole = train(config_file, output_dir=str(tmp_path / "whole"), max_train_steps=total, **changes)
     assert column(parts, "step") == list(range(1, total + 1))
     expect_same_run(whole, parts)
+
+
+def test_a_signal_to_the_whole_group_loses_nothing(config_file: Write, tmp_path: Path):
+    """As a scheduler sends it: the readers get it too."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    config = config_file(max_train_steps=100_000, checkpointing_steps=100_000, dataloader_num_workers=2)
+    process = start(config, log, start_new_session=True)
+    wait_until(process, (folder / "metrics.jsonl").is_file, log)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=60)
+    output = log.read_text(encoding="utf-8")
+    assert process.returncode == 3, output
+    assert "Traceback" not in output
+    assert "once more ends it at once" in output
+    assert (folder / "checkpoints" / f"step-{status(folder)['step']:06d}").is_dir()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(config_file: Write, tmp_path: Path):
+    changes = {"max_train_steps": 4, "gradient_accumulation_steps": 2, "crepa_cutoff_step": 3, "crepa_warmup_steps": 1}
+    alone = train(config_file, output_dir=str(tmp_path / "alone"), train_batch_size=2, **changes)
+    both = tmp_path / "both"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "crepatrain", "fit"]
+    config = config_file(output_dir=str(both), **changes)
+    done = subprocess.run([*command, str(config)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
+    assert done.stdout.count(b"looking at clips") == 1
+    assert len(lines(both)) == 4
+    assert column(both, "crepa_alignment_score")[0] is None  # the warm-up's first step
+    for key in ("loss", "diffusion_loss", "crepa_alignment_score", "grad_norm"):
+        pairs = zip(column(both, key), column(alone, key), strict=True)
+        assert all(a == b or a == pytest.approx(b, rel=1e-5) for a, b in pairs), key
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -312,7 +312,7 @@ def test_a_pipeline_that_loads_the_file_does_what_the_adapter_does(case, tmp_pat
     add_lora(live, modules, rank=rank, alpha=alpha, dropout=0.0)
     for parameter in trainable_parameters(live):
         parameter.data.normal_(std=0.3)
-    write_adapter(tmp_path / "adapter.safetensors", case.family, live, step=7)
+    write_adapter([tmp_path / "adapter.safetensors"], case.family, live, step=7)
 
     file = load_file(tmp_path / "adapter.safetensors")
     assert set(file) == {f"{case.family.export_name(module)}.lora_{side}.weight" for module in modules for side in "AB"}
@@ -332,7 +332,7 @@ def test_a_pipeline_that_loads_the_file_does_what_the_adapter_does(case, tmp_pat
 def test_an_adapter_that_learned_nothing_changes_nothing(case, tmp_path):
     live = case.family.load_transformer(str(case.folder), torch.float32)
     add_lora(live, target_modules(live, "all-linear", case.family.spec), rank=4, alpha=8, dropout=0.0)
-    write_adapter(tmp_path / "adapter.safetensors", case.family, live, step=0)
+    write_adapter([tmp_path / "adapter.safetensors"], case.family, live, step=0)
     pipeline = load_pipeline(case.folder)
     pipeline.load_lora_weights(tmp_path, weight_name="adapter.safetensors")
     batch = make_batch(case)
