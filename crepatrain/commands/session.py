@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+import crepatrain
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import Teacher
 from crepatrain.commands.export import write_adapter
@@ -65,13 +66,13 @@ def prepare_start(plan: Plan, dataset: Dataset, world: int, resume: Path | None)
 
 def take_fingerprint(dataset: Dataset, caches: Caches, start: Start) -> dict[str, Any]:
     """What a run is made from, beside its config."""
-    packages = ("crepatrain", "torch", "diffusers", "peft", "accelerate", "transformers")
+    packages = ("torch", "diffusers", "peft", "accelerate", "transformers")
     return {
         "models": dict(caches.models),
         "samples": samples_digest(dataset),
         "unit": start.sampler.unit,
         "total": start.total,
-        "versions": {package: version(package) for package in packages},
+        "versions": {"crepatrain": crepatrain.__version__} | {package: version(package) for package in packages},
     }
 
 

@@ -54,7 +54,7 @@ def check(t, grid, n, teacher_grid, kind="linear", **options):
         tokens, teacher, (t, *grid), teacher_grid, module.projector, kind=kind, **literal
     )
     assert output.loss.shape == output.alignment.shape == output.self_similarity.shape == (B,)
-    exact = {"rtol": 0, "atol": 1e-10}
+    exact = {"rtol": 0, "atol": 1e-12}
     torch.testing.assert_close(output.loss, loss, **exact)
     torch.testing.assert_close(output.alignment, alignment.detach(), **exact)
     torch.testing.assert_close(output.self_similarity, self_similarity.detach(), **exact)

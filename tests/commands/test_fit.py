@@ -807,6 +807,14 @@ def test_every_way_trains(config_file: Write, changes: dict[str, Any]):
     assert {tensor.dtype for tensor in adapter(folder).values()} == {torch.float32}
 
 
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(config_file: Write, tmp_path: Path):
+    plain = train(config_file, output_dir=str(tmp_path / "plain"))
+    compiled = train(config_file, output_dir=str(tmp_path / "compiled"), compile=True)
+    for key in ("diffusion_loss", "crepa_loss", "crepa_similarity_self", "grad_norm"):
+        assert column(compiled, key) == pytest.approx(column(plain, key), rel=1e-3), key
+
+
 @pytest.mark.parametrize("crepa", [True, False])
 def test_layersync_adds_its_loss(config_file: Write, crepa: bool):
     folder = train(config_file, crepa_enabled=crepa, layersync_enabled=True, layersync_student_block=2, layersync_teacher_block=7)
