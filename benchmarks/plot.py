@@ -37,8 +37,8 @@ def draw(lines: dict[str, list[tuple[int, float]]], title: str) -> str:
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">pixel frames of a clip</text>',
         f'<text transform="rotate(-90)" x="{-HEIGHT / 2}" y="14" text-anchor="middle">seconds a step</text>',
     ]
-    for frames in sorted({frames for points in lines.values() for frames, _ in points}):
-        parts.append(f'<text x="{x(frames):.0f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{frames}</text>')
+    lengths = sorted({frames for points in lines.values() for frames, _ in points})
+    parts += [f'<text x="{x(frames):.0f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{frames}</text>' for frames in lengths]
     for tick in range(1, 5):
         seconds = most_seconds * tick / 4
         parts.append(f'<text x="{LEFT - 6}" y="{y(seconds) + 4:.0f}" text-anchor="end">{seconds:.1f}</text>')

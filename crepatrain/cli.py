@@ -99,7 +99,7 @@ def cache(context: typer.Context, config: ConfigFile) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with StopSignal() as stop:
             dataset = preflight.look_at_clips(plan, _screen, stop)
-            caches = precompute.plan_caches(plan, dataset, device, teacher=plan.config.crepa_enabled)
+            caches = precompute.plan_caches(plan, dataset, _screen, device, teacher=plan.config.crepa_enabled)
             precompute.fill_caches(plan, dataset, caches, _screen, device, stop)
         _screen.say(f"the caches of {len(caches.samples)} windows are full, in {caches.store.root}")
 

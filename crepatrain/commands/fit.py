@@ -55,8 +55,7 @@ def fit(plan: Plan, screen: Screen) -> None:
         with accelerator.main_process_first():
             dataset = look_at_clips(plan, screen, stop)
             start = prepare_start(plan, dataset, accelerator.num_processes, resume)
-            screen.say("identifying the models' files")
-            caches = plan_caches(plan, dataset, device, teacher=start.state.asks_teacher)
+            caches = plan_caches(plan, dataset, screen, device, teacher=start.state.asks_teacher)
             fingerprint = take_fingerprint(dataset, caches, start)
             if resume:
                 _compare(fingerprint, resume, screen)

@@ -53,7 +53,7 @@ class Caches:
         return self.text[""]
 
 
-def plan_caches(plan: Plan, dataset: Dataset, device: torch.device, *, teacher: bool) -> Caches:
+def plan_caches(plan: Plan, dataset: Dataset, screen: Screen, device: torch.device, *, teacher: bool) -> Caches:
     """Name every entry by all that its content depends on. Reads the models' files, and computes nothing.
 
     Args:
@@ -61,7 +61,7 @@ def plan_caches(plan: Plan, dataset: Dataset, device: torch.device, *, teacher: 
     """
     assert plan.config.cache_dir is not None
     source = plan.config.crepa_feature_source if teacher else None
-    models = _digests(plan, dataset, encoder=source == "cached")
+    models = _digests(plan, dataset, screen, encoder=source == "cached")
     windows = dataset.cut.windows
     text = _text_keys(plan, dataset, models, device)
     latents = _latents_keys(plan, windows, models)
@@ -81,11 +81,15 @@ def plan_caches(plan: Plan, dataset: Dataset, device: torch.device, *, teacher: 
     return Caches(CacheStore(Path(plan.config.cache_dir)), text, latents, features, models, samples, grids)
 
 
-def _digests(plan: Plan, dataset: Dataset, *, encoder: bool) -> dict[str, str]:
-    folder = model_folder(plan)
-    models = {part: dataset.digests.folder(folder / part) for part in plan.spec.parts}
+def _digests(plan: Plan, dataset: Dataset, screen: Screen, *, encoder: bool) -> dict[str, str]:
+    folders = {part: model_folder(plan) / part for part in plan.spec.parts}
     if encoder:
-        models["encoder"] = dataset.digests.folder(encoder_folder(plan))
+        folders["encoder"] = encoder_folder(plan)
+    models = {}
+    with screen.progress("identifying the models' files", len(folders)) as advance:
+        for part, folder in folders.items():
+            models[part] = dataset.digests.folder(folder)
+            advance()
     dataset.digests.save()
     return models
 

@@ -8,9 +8,11 @@ def quiet_libraries() -> None:
     """Turn off progress bars and informational warnings of diffusers and transformers; the hub's downloads keep theirs."""
     import diffusers
     import transformers
+    from huggingface_hub.utils import enable_progress_bars
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    enable_progress_bars()  # the line above turns these off too
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
