@@ -33,7 +33,7 @@ def test_every_shipped_config_parses():
 
 
 def test_the_readme_names_no_key_that_is_not_there():
-    named = set(re.findall(r"\bcrepa_[a-z_]*[a-z]\b", README))
+    named = set(re.findall(r"\bcrepa_[a-z_]*[a-z]\b(?!\.py)", README))
     assert named <= RunConfig.model_fields.keys() | METRICS
 
 
