@@ -209,5 +209,5 @@ def test_the_schema_lists_every_key_and_allows_no_other():
 def test_only_how_a_run_is_watched_or_how_long_it_is_may_change():
     may = {key for key in RunConfig.model_fields if RunConfig.may_change(key)}
     assert {"max_train_steps", "checkpointing_steps", "logging_steps", "output_name"} <= may
-    assert [key for key in may if key.startswith(("crepa_", "lora_", "layersync_", "adam_"))] == ["crepa_encoder"]  # where it lies
+    assert [key for key in may if key.startswith(("crepa_", "lora_", "layersync_", "adam_"))] == ["crepa_encoder"]
     assert not may & {"learning_rate", "seed", "height", "width", "num_frames", "fps", "train_batch_size", "model_family"}
