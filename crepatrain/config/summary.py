@@ -91,7 +91,7 @@ def _targets(config: RunConfig) -> str:
 
 
 def _steps(config: RunConfig) -> str:
-    length = f"{config.max_train_steps} optimizer steps" if config.max_train_steps else f"{config.num_train_epochs} epochs"
+    length = f"{config.max_train_steps} optimizer steps" if config.max_train_steps else f"{config.num_train_epochs} epoch(s)"
     clips = f"{config.train_batch_size} clip{'s' * (config.train_batch_size > 1)}"
     if config.gradient_accumulation_steps > 1:
         clips += f" x {config.gradient_accumulation_steps} forwards"

@@ -90,12 +90,8 @@ def cut_clips(
         chosen = resample_frames(clip.info, fps)
         count = len(chosen) // frames
         if count == 0:
-            refused.append(
-                Refusal(
-                    clip.path,
-                    f"{len(chosen)} frames at {min(fps, clip.info.fps):g} fps, and num_frames={frames} are needed",
-                )
-            )
+            reason = f"{len(chosen)} frames at {min(fps, clip.info.fps):g} fps, and num_frames={frames} are needed"
+            refused.append(Refusal(clip.path, reason, "lower num_frames, give a longer clip"))
             continue
         if 0 < clip.info.fps < fps * 0.97 and frames > 1:
             slower.append((clip.path, fps / clip.info.fps))

@@ -38,10 +38,11 @@ class Clip:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A file that can't be used, and why."""
+    """A file that can't be used, why, and what to do about it."""
 
     path: Path
     reason: str
+    remedy: str = "mend or remove it"
 
 
 def list_clips(train_data: Path) -> list[tuple[Path, str | None]]:
@@ -200,7 +201,6 @@ class ClipIndex:
 
 def refusal_error(refused: Sequence[Refusal]) -> UserError:
     """Every refused file, in one error."""
-    problems = [
-        Problem(f"{refusal.path}: {refusal.reason}", "mend or remove it, or set unusable_clips to skip") for refusal in refused
-    ]
-    return UserError.of(problems)
+    return UserError.of(
+        [Problem(f"{refusal.path}: {refusal.reason}", f"{refusal.remedy}, or set unusable_clips to skip") for refusal in refused]
+    )

@@ -775,6 +775,8 @@ def test_features_from_the_cache_are_those_of_the_pixels(config_file: Write, tmp
         {"crepa_feature_source": "latents"},
         {"crepa_feature_source": "latents", "crepa_drop_vae_encoder": True},
         {"crepa_feature_source": "backbone", "crepa_block_index": 3, "crepa_teacher_block_index": 9},
+        {"crepa_cache_dtype": "int8"},
+        {"attention_backend": "native"},
         {"crepa_projector": "conv"},
         {"crepa_projector": "conv", "crepa_encoder_image_size": 70},
         {"crepa_encoder_image_size": 56},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crepatrain.data.cache import CacheStore, entry_key
+from crepatrain.data.cache import CacheStore, entry_key, pack_features, unpack_features
 from crepatrain.errors import UserError
 
 FACTS = {
@@ -152,3 +152,18 @@ def test_a_kill_leaves_no_half_entry(tmp_path: Path):
             latents = load_file(path)["latents"]
             assert latents.shape == (200_000,)
             assert (latents == latents[0]).all()
+
+
+@pytest.mark.parametrize(("dtype", "bound", "bytes_per_value"), [("float16", 2**-11, 2), ("int8", 4e-3, 1)])
+def test_features_keep_their_direction(dtype: str, bound: float, bytes_per_value: int):
+    values = torch.randn(3, 40, 384, dtype=torch.float64) * torch.logspace(-2, 2, 40, dtype=torch.float64).unsqueeze(1)
+    values[0, 0] = 0
+    entry = pack_features(values, dtype)
+    assert entry["values"].element_size() == bytes_per_value
+    again = unpack_features(entry)
+    assert again.dtype == torch.float16
+    assert not again[0, 0].any()
+    other = torch.randn_like(values)
+    cosine = torch.nn.functional.cosine_similarity(values, other, dim=-1)
+    found = torch.nn.functional.cosine_similarity(again.double(), other, dim=-1)
+    assert (cosine - found).abs().max() < bound
