@@ -20,9 +20,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@touch $@
 
 demo: $(VENV)/installed
-	@rm -rf demo
+	@rm -rf demo/checkpoint demo/cache demo/run; test "$(CLIPS)" != demo/clips || rm -rf demo/clips
 	$(BIN)/crepatrain make-random wan demo/checkpoint
-	$(BIN)/crepatrain make-clips demo/clips
+	@test "$(CLIPS)" != demo/clips || $(BIN)/crepatrain make-clips demo/clips
 	$(BIN)/crepatrain fit configs/demo.json --train_data "$(CLIPS)"
 	@echo "Next: make demo CLIPS=folder-of-your-clips, or start from configs/wan2.1-1.3b-t2v.json for a real model."
 
