@@ -128,7 +128,7 @@ def validate_config(
 @app.command("dry-run", context_settings=_OPTIONS)
 def dry_run(context: typer.Context, config: ConfigFile) -> None:
     """Look at every clip and say what training will use, take and cost on disk. Loads no weights."""
-    plan = _plan(config, context.args)
+    plan = _plan(config, context.args, online=False)
 
     def work() -> None:
         from crepatrain.commands import dryrun
