@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
 from crepatrain.commands.precompute import fill_caches, free_memory, plan_caches
@@ -63,12 +63,23 @@ def fit(plan: Plan, screen: Screen) -> None:
                 screen.say(f"this run is complete: {start.state.step} steps. {_further(plan.config)} to go on")
                 return
             fill_caches(plan, dataset, caches, screen, device, stop)
+        _expect_one_start(start, accelerator.num_processes)
         folder.claim(start.state.step)
         with _status(folder, start):
             run = build_run(plan, screen, accelerator, folder, dataset, caches, start, fingerprint)
-            stop.check("before its first step")
+            if accelerator.num_processes == 1:  # several leave together, from within the loop
+                stop.check("before its first step")
             _train(run, screen, stop)
     _closing_table(run, screen)
+
+
+def _expect_one_start(start: Start, processes: int) -> None:
+    """All processes begin at the same step; that they don't is seen where they don't share a disk."""
+    steps = gather_object([start.state.step]) if processes > 1 else [start.state.step]
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"the processes see checkpoints of steps {sorted(set(steps))}", "put output_dir on a disk that all nodes share"
+        )
 
 
 def _compare(fingerprint: dict[str, Any], resume: Path, screen: Screen) -> None:
@@ -91,14 +102,13 @@ def _status(folder: RunFolder, start: Start) -> Iterator[None]:
     state = start.state
     try:
         yield
-    except Stopped as stopped:
-        folder.status("stopped", state.step, str(stopped))
-        raise
-    except torch.OutOfMemoryError as error:
-        folder.status("failed", state.step, "out of GPU memory")
-        raise UserError(f"out of GPU memory at step {state.step + 1}", _SMALLER) from error
     except BaseException as error:
-        folder.status("failed", state.step, f"{type(error).__name__}: {error}".splitlines()[0])
+        stopped = isinstance(error, Stopped)
+        reason = str(error) if stopped else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(UserError):  # on a full disk the error itself says more
+            folder.status("stopped" if stopped else "failed", state.step, (reason.splitlines() or [""])[0])
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(f"out of GPU memory at step {state.step + 1}", _SMALLER) from error
         raise
     folder.status("completed", state.step)
 

@@ -133,8 +133,13 @@ class RunFolder:
         """Append a line to metrics.jsonl."""
         if not self._writes:
             return
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.metrics} can't be written ({error})", "free disk space, then give the same command"
+            ) from error
 
     def status(self, status: Literal["running", "completed", "stopped", "failed"], step: int, reason: str = "") -> None:
         """Say where the run stands."""

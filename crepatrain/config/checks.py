@@ -12,6 +12,9 @@ from crepatrain.neighbours import reachable_maximum
 
 _OPTIMIZER_PACKAGES = {"adamw8bit": ("bitsandbytes", "8bit"), "prodigy": ("prodigyopt", "prodigy")}
 
+# Where diffusers' polynomial schedule ends.
+_POLYNOMIAL_END = 1e-7
+
 
 def wanted_size(config: RunConfig) -> tuple[int, int, int]:
     """(frames, height, width) of a resolved config."""
@@ -73,11 +76,22 @@ def check_length(config: RunConfig) -> list[Problem]:
 
 
 def check_optimizer(config: RunConfig) -> list[Problem]:
-    """The optimizer's package is installed."""
+    """The optimizer's package is installed, and its schedule can be built."""
+    problems = []
     package, extra = _OPTIMIZER_PACKAGES.get(config.optimizer, ("", ""))
-    if not package or find_spec(package) is not None:
-        return []
-    return [Problem(f"optimizer={config.optimizer}: {package} is not installed", f'run pip install "crepatrain[{extra}]"')]
+    if package and find_spec(package) is None:
+        problems.append(
+            Problem(f"optimizer={config.optimizer}: {package} is not installed", f'run pip install "crepatrain[{extra}]"')
+        )
+    for key in ("learning_rate", "crepa_projector_lr"):
+        rate: float | None = getattr(config, key)
+        if config.lr_scheduler == "polynomial" and rate is not None and rate <= _POLYNOMIAL_END:
+            problems.append(
+                Problem(
+                    f"{key}={rate:g}: lr_scheduler=polynomial ends at {_POLYNOMIAL_END:g}", "use more, or another lr_scheduler"
+                )
+            )
+    return problems
 
 
 def check_source(said: RunConfig) -> list[Problem]:

@@ -120,9 +120,8 @@ class _YamlLoader(yaml.SafeLoader):
     """Safe YAML that reads 1e-4 as a number, as everybody who writes it means it, and refuses a key that stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        _no_repeats(
-            [(self.construct_object(key, deep=True), self.construct_object(value, deep=True)) for key, value in node.value]
-        )
+        own = [(key, value) for key, value in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        _no_repeats([(self.construct_object(key, deep=True), self.construct_object(value, deep=True)) for key, value in own])
         return super().construct_mapping(node, deep=deep)
 
 

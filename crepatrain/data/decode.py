@@ -87,7 +87,10 @@ def _pictures(path: Path, frames: Sequence[int]) -> Iterator[np.ndarray]:
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         if "from_size == to_size" not in str(error):
             raise Unreadable("it can't be decoded") from error
-        yield _narrow_pictures(path, frames)
+        try:
+            yield _narrow_pictures(path, frames)
+        except (av.FFmpegError, KeyError, OSError) as gone:
+            raise Unreadable("it can't be decoded") from gone
 
 
 def _narrow_pictures(path: Path, frames: Sequence[int]) -> np.ndarray:

@@ -4,12 +4,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.encoders import VisionEncoder, load_encoder
@@ -236,6 +236,12 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        # The schedule of a run whose length has changed holds from this step on, not from the one after it.
+        schedule = cast("LambdaLR", self.lr_scheduler)
+        rates = [base * at(schedule.last_epoch) for base, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
 
 
 def build_learner(config: RunConfig, module: nn.Module, learning_rate: float, max_train_steps: int) -> Learner:

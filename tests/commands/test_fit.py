@@ -401,6 +401,15 @@ def test_a_longer_run_is_said_to_stretch_what_decays(config_file: Write, capsys:
     assert "the run was of 1 steps and is of 2 now" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant_with_warmup"])
+def test_a_longer_run_follows_its_new_learning_rate_at_once(config_file: Write, tmp_path: Path, name: str):
+    changes = {"lr_scheduler": name, "lr_warmup_steps": 1}
+    parts = train(config_file, output_dir=str(tmp_path / "parts"), max_train_steps=2, **changes)
+    train(config_file, output_dir=str(parts), max_train_steps=4, **changes)
+    whole = train(config_file, output_dir=str(tmp_path / "whole"), max_train_steps=4, **changes)
+    assert column(parts, "learning_rate")[2:] == column(whole, "learning_rate")[2:]
+
+
 def test_other_captions_are_a_different_run(config_file: Write, clips: Path, tmp_path: Path):
     own = tmp_path / "clips"
     shutil.copytree(clips, own)

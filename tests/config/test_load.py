@@ -346,3 +346,9 @@ def test_every_problem_of_a_file_at_once():
         assert sum(problem.startswith((f"{key}:", f"{key}=")) for problem in problems) == 1
     assert config is not None, "what could be understood goes on to be checked"
     assert (config.fps, config.seed) == (25, RunConfig.model_fields["seed"].default)
+
+
+def test_a_yaml_file_may_merge_mappings(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("base: &base {seed: 1, fps: 24}\nrun:\n  <<: *base\n  seed: 2\n", encoding="utf-8")
+    assert read_values(path, (), [])["run"] == {"seed": 2, "fps": 24}

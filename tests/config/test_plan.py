@@ -60,6 +60,7 @@ def summary(plan: Plan) -> dict[str, str]:
         # sizes: of the family
         ({"num_frames": 50}, ["num_frames=50", "4k+1"], ["49", "53"]),
         ({"num_frames": 80}, ["num_frames=80"], ["77", "81"]),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-7, "crepa_enabled": False}, ["learning_rate=1e-07"], ["more"]),
         ({"num_frames": 2}, ["num_frames=2"], ["1 or 5"]),
         ({"height": 100}, ["height=100", "16"], ["96", "112"]),
         ({"width": 100}, ["width=100", "16"], ["96", "112"]),
