@@ -45,6 +45,8 @@ def write_checkpoint(
             _save_tensors(aside / f"{name}.safetensors", found)
         for name, content in plain.items():
             _write_json(aside / f"{name}.json", content)
+        for file in aside.iterdir():
+            flush(file)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     except (OSError, SafetensorError) as error:
@@ -88,9 +90,7 @@ def read_plain(folder: Path, name: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} can't be read ({error})", "remove this checkpoint folder to go on from the one before"
-        ) from error
+        raise _cannot_read(path, error) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -142,12 +142,10 @@ def replace_json(path: Path, content: Any) -> None:
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
-    flush(path)
 
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    flush(path)
 
 
 def _flatten(tree: Any, found: dict[str, Tensor]) -> Any:
