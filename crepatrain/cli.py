@@ -13,7 +13,7 @@ import typer
 import crepatrain
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.config.sections import RunConfig
-from crepatrain.config.specs import FAMILIES
+from crepatrain.config.specs import FAMILIES, FamilySpec
 from crepatrain.config.summary import summarize
 from crepatrain.console import Screen
 from crepatrain.errors import DivergedError, UserError
@@ -166,22 +166,34 @@ def make_clips(folder: Annotated[Path, typer.Argument(help="where to write the c
 
 @app.command()
 def families() -> None:
-    """What is known of each family."""
+    """What is known of each family and its released models."""
+    models = [(spec, name) for spec in FAMILIES.values() for name in spec.released]
     _screen.table(
-        "families",
-        ("family", "frames", "size", "fps", "block", "LoRA targets", "released models"),
-        [
-            (
-                spec.name,
-                str(spec.default_size[2]),
-                f"{spec.default_size[0]}x{spec.default_size[1]}",
-                f"{spec.fps:g}",
-                str(spec.default_block),
-                ", ".join(spec.lora_targets),
-                ", ".join(spec.released),
-            )
-            for spec in FAMILIES.values()
-        ],
+        "families: frames x height x width, and legal ones",
+        ("model", "tasks", "blocks", "size", "legal", "fps", "shift"),
+        [_released(spec, name) for spec, name in models],
+    )
+    _screen.rows(
+        "CREPA block; caption tokens; LoRA targets",
+        [(spec.name, f"{spec.default_block}; {spec.text_length}; {', '.join(spec.lora_targets)}") for spec in FAMILIES.values()],
+    )
+    _screen.rows("on the hub", [(name, str(spec.released[name].repo)) for spec, name in models])
+
+
+def _released(spec: FamilySpec, name: str) -> tuple[str, ...]:
+    """A row of `crepatrain families`."""
+    model = spec.released[name]
+    variant, geometry = spec.variant(model.checkpoint, None), spec.geometry(model.transformer, model.vae)
+    height, width, frames = variant.size
+    shift = model.checkpoint.flow_shift(geometry.token_grid(frames, height, width).tokens)
+    return (
+        name,
+        ", ".join(variant.tasks),
+        f"{geometry.depth} x {geometry.width}",
+        f"{frames}x{height}x{width}",
+        f"{geometry.frames_rule}, {geometry.size_multiple[0]}n",
+        f"{variant.fps:g}",
+        f"{shift:.3g}",
     )
 
 

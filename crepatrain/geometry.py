@@ -51,6 +51,7 @@ class Geometry:
         depth: blocks of the transformer.
         width: D, channels of a token.
         causal: whether the VAE encodes the first pixel frame alone (stride * k + 1 frames).
+        tile: rows and columns of tokens come in whole tiles of that side.
     """
 
     temporal_stride: int
@@ -60,16 +61,18 @@ class Geometry:
     depth: int
     width: int
     causal: bool = True
+    tile: int = 1
 
     def __post_init__(self) -> None:
-        sizes = (self.temporal_stride, self.spatial_stride, *self.patch, self.latent_channels, self.depth, self.width)
+        sizes = (self.temporal_stride, self.spatial_stride, *self.patch, self.latent_channels, self.depth, self.width, self.tile)
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(f"a geometry is made of whole numbers above 0, not of {sizes}")
 
     @property
     def size_multiple(self) -> tuple[int, int]:
         """Pixels that (height, width) must be a multiple of."""
-        return self.spatial_stride * self.patch[1], self.spatial_stride * self.patch[2]
+        token = self.spatial_stride * self.tile
+        return token * self.patch[1], token * self.patch[2]
 
     @property
     def frames_rule(self) -> str:

@@ -4,12 +4,15 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from crepatrain.families.base import Family
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -24,15 +27,38 @@ def _quiet_and_apart(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)
 
 
+def tiny_family(name: str = "wan", size: str = "tiny", **options: Any) -> "Family":
+    """A family as one of its tiny checkpoints is.
+
+    Args:
+        options: task and expert, as `get_family` takes them.
+    """
+    from crepatrain.families import family_class, get_family
+
+    return get_family(name, family_class(name).tiny[size].checkpoint, **options)
+
+
 @pytest.fixture(scope="session")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Wan pipeline folder with `encoder/` beside its parts."""
-    from crepatrain.families import get_family
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Gives a tiny random pipeline folder of a family and variant, with `encoder/` beside its parts; written once, not to be changed."""
+    from crepatrain.families import family_class
     from crepatrain.families.random import write_random_pipeline
 
-    folder = tmp_path_factory.mktemp("checkpoints") / "wan"
-    write_random_pipeline(get_family("wan"), folder)
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def folder(family: str = "wan", size: str = "tiny") -> Path:
+        path = root / f"{family}-{size}"
+        if not path.exists():
+            write_random_pipeline(family_class(family), path, family_class(family).tiny[size])
+        return path
+
     return folder
+
+
+@pytest.fixture(scope="session")
+def wan(tiny_checkpoint: Callable[..., Path]) -> Path:
+    """A tiny random Wan pipeline folder with `encoder/` beside its parts."""
+    return tiny_checkpoint("wan", "tiny")
 
 
 def render_clip(path: Path, *, frames: int = 20, height: int = 96, width: int = 160, fps: int = 16, seed: int = 0) -> None:

@@ -4,7 +4,6 @@ from crepatrain.commands import preflight
 from crepatrain.commands.stopping import StopSignal
 from crepatrain.config.plan import Plan
 from crepatrain.console import Screen
-from crepatrain.families import get_family
 from crepatrain.training import build
 from crepatrain.training.lora import trainable_parameters
 
@@ -16,9 +15,14 @@ def dry_run(plan: Plan, screen: Screen, stop: StopSignal) -> None:
         UserError: what `fit` would refuse before it loads weights.
     """
     dataset = preflight.look_at_clips(plan, screen, stop)
-    transformer = get_family(plan.config.model_family).empty_transformer(plan.checkpoint.transformer)
-    build.adapt(plan, transformer)
-    trainable = {"adapter": sum(p.numel() for p in trainable_parameters(transformer))}
+    family = build.build_family(plan)
+    transformer = family.empty_transformer()
+    build.adapt(plan, family, transformer)
+    trainable = {
+        "transformer" if plan.config.model_type == "full" else "adapter": sum(
+            p.numel() for p in trainable_parameters(transformer)
+        )
+    }
     if plan.config.crepa_enabled:
         trainable["projector"] = sum(p.numel() for p in build.build_crepa(plan).parameters())
     preflight.describe(plan, dataset, screen, trainable)

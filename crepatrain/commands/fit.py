@@ -54,7 +54,7 @@ def fit(plan: Plan, screen: Screen) -> None:
         resume = folder.look()
         with accelerator.main_process_first():
             dataset = look_at_clips(plan, screen, stop)
-            start = prepare_start(plan, dataset, accelerator.num_processes, resume)
+            start = prepare_start(plan, dataset, accelerator.num_processes, device, resume)
             caches = plan_caches(plan, dataset, screen, device, teacher=start.state.asks_teacher)
             fingerprint = take_fingerprint(dataset, caches, start)
             if resume:

@@ -1,8 +1,8 @@
-"""Fills the caches: text, latents, teacher features. One model stage after the other, each freed before the next."""
+"""Fills the caches: text, latents, first frames, teacher features. One stage of models after the other."""
 
 import gc
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crepatrain.commands.preflight import Dataset, in_words, latents_bytes, teacher_bytes
+from crepatrain.alignment.encoders import VisionEncoder
+from crepatrain.commands.preflight import Dataset, image_bytes, in_words, latents_bytes, teacher_bytes
 from crepatrain.commands.stopping import StopSignal
 from crepatrain.config.plan import Plan
 from crepatrain.console import Screen
 from crepatrain.data.buckets import Bucket, Window
-from crepatrain.data.cache import CacheStore, entry_key, pack_features
+from crepatrain.data.cache import CacheStore, Kind, entry_key, pack_features
 from crepatrain.data.decode import Unreadable, read_frames
 from crepatrain.data.loader import Sample
 from crepatrain.errors import UserError
-from crepatrain.families import get_family
-from crepatrain.training.build import build_encoder, build_vae, encoder_folder, encoding_dtype, loading, model_folder
+from crepatrain.families.base import Family
+from crepatrain.training.build import (
+    build_encoder,
+    build_family,
+    build_image_encoder,
+    build_vae,
+    encoder_folder,
+    encoding_dtype,
+    loading,
+    model_folder,
+)
 
 _CAPTIONS_AT_ONCE = 8
 _DECODED_AHEAD = 2
@@ -34,7 +44,8 @@ class Caches:
     """Where everything of a dataset is, or will be, in the store.
 
     Attributes:
-        text, latents, teacher: keys; teacher is empty where features are not cached.
+        text, latents, image, teacher: keys; image holds the windows that are conditioned on their first frame, teacher is empty
+            where features are not cached.
         models: digests of what made them, by part.
         samples: one per window, in the dataset's order.
         teacher_grids: (rows, columns) of the teacher's patches, per bucket.
@@ -43,10 +54,16 @@ class Caches:
     store: CacheStore
     text: Mapping[str, str]
     latents: Mapping[Window, str]
+    image: Mapping[Window, str]
     teacher: Mapping[Window, str]
     models: Mapping[str, str]
     samples: tuple[Sample, ...]
     teacher_grids: Mapping[Bucket, tuple[int, int]]
+
+    @property
+    def of_windows(self) -> Mapping[Kind, Mapping[Window, str]]:
+        """What is made of pixels."""
+        return {"latents": self.latents, "image": self.image, "teacher": self.teacher}
 
     @property
     def empty_text(self) -> str:
@@ -65,6 +82,7 @@ def plan_caches(plan: Plan, dataset: Dataset, screen: Screen, device: torch.devi
     windows = dataset.cut.windows
     text = _text_keys(plan, dataset, models, device)
     latents = _latents_keys(plan, windows, models)
+    image = _image_keys(plan, windows, models)
     features = _teacher_keys(plan, dataset, models, device) if source == "cached" else {}
     samples = tuple(
         Sample(
@@ -72,17 +90,18 @@ def plan_caches(plan: Plan, dataset: Dataset, screen: Screen, device: torch.devi
             bucket=window.bucket,
             latents=latents[window],
             text=text[window.clip.caption],
+            image=image.get(window),
             teacher=features.get(window),
             pixels=(window.path, _teacher_frames(dataset, window)) if source == "pixels" else None,
         )
         for window in windows
     )
     grids = {bucket: plan.teacher_grid(grid) for bucket, grid in dataset.grids.items()}
-    return Caches(CacheStore(Path(plan.config.cache_dir)), text, latents, features, models, samples, grids)
+    return Caches(CacheStore(Path(plan.config.cache_dir)), text, latents, image, features, models, samples, grids)
 
 
 def _digests(plan: Plan, dataset: Dataset, screen: Screen, *, encoder: bool) -> dict[str, str]:
-    folders = {part: model_folder(plan) / part for part in plan.spec.parts}
+    folders = {part: model_folder(plan) / part for part in plan.variant.parts}
     if encoder:
         folders["encoder"] = encoder_folder(plan)
     models = {}
@@ -115,8 +134,7 @@ def _text_keys(plan: Plan, dataset: Dataset, models: Mapping[str, str], device: 
     facts = {
         "family": plan.spec.name,
         "length": plan.spec.text_length,
-        "encoder": models["text_encoder"],
-        "tokenizer": models["tokenizer"],
+        "models": {part: digest for part, digest in models.items() if part.startswith(("text_encoder", "tokenizer"))},
         "dtype": str(encoding_dtype(device)),
     }
     captions = sorted({window.clip.caption for window in dataset.cut.windows} | {""})
@@ -126,6 +144,23 @@ def _text_keys(plan: Plan, dataset: Dataset, models: Mapping[str, str], device: 
 def _latents_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str]) -> dict[Window, str]:
     facts = {"family": plan.spec.name, "vae": models["vae"], "dtype": plan.config.vae_dtype}
     return {window: entry_key(kind="latents", **_source(window, window.frames), **facts) for window in windows}
+
+
+def _image_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str]) -> dict[Window, str]:
+    """Of clips; an image is trained as from text alone, as nothing would be left to learn beside it."""
+    if plan.task != "i2v":
+        return {}
+    parts = ("vae", "image_encoder", "image_processor")
+    facts = {
+        "family": plan.spec.name,
+        "models": {part: models[part] for part in parts if part in models},
+        "dtype": plan.config.vae_dtype,
+    }
+    return {
+        window: entry_key(kind="image", length=len(window.frames), **_source(window, window.frames[:1]), **facts)
+        for window in windows
+        if len(window.frames) > 1
+    }
 
 
 def _teacher_keys(plan: Plan, dataset: Dataset, models: Mapping[str, str], device: torch.device) -> dict[Window, str]:
@@ -161,7 +196,7 @@ def _fill_text(plan: Plan, caches: Caches, screen: Screen, device: torch.device,
     missing = [caption for caption, key in caches.text.items() if not caches.store.has("text", key)]
     if not missing:
         return
-    family = get_family(plan.config.model_family)
+    family = build_family(plan)
     folder = model_folder(plan)
     screen.say(f"loading the text encoder for {len(missing)} captions")
     with loading("text_encoder", folder):
@@ -178,17 +213,16 @@ def _fill_text(plan: Plan, caches: Caches, screen: Screen, device: torch.device,
 
 
 def _fill_video(plan: Plan, dataset: Dataset, caches: Caches, screen: Screen, device: torch.device, stop: StopSignal) -> None:
-    """One pass over the clips: each is decoded once for its latents and its features."""
+    """One pass over the clips: each is decoded once for all that is made of it."""
     store = caches.store
-    no_latents = {window for window, key in caches.latents.items() if not store.has("latents", key)}
-    no_teacher = {window for window, key in caches.teacher.items() if not store.has("teacher", key)}
-    windows = [window for window in dataset.cut.windows if window in no_latents | no_teacher]
+    missing: dict[Kind, set[Window]] = {
+        kind: {window for window, key in keys.items() if not store.has(kind, key)} for kind, keys in caches.of_windows.items()
+    }
+    windows = [window for window in dataset.cut.windows if any(window in without for without in missing.values())]
     if not windows:
         return
-    _check_disk(plan, dataset, store.root, no_latents, no_teacher, screen)
-    family = get_family(plan.config.model_family)
-    vae = build_vae(plan, family, device) if no_latents else None
-    encoder = build_encoder(plan, device) if no_teacher else None
+    _check_disk(plan, dataset, store.root, missing, screen)
+    encode = _Encoders.load(plan, dataset, device, missing)
     with ThreadPoolExecutor(max_workers=_DECODED_AHEAD) as pool, screen.progress("encoding clips", len(windows)) as advance:
         ahead = [pool.submit(_read_window, window) for window in windows[:_DECODED_AHEAD]]
         for number, window in enumerate(windows):
@@ -198,19 +232,58 @@ def _fill_video(plan: Plan, dataset: Dataset, caches: Caches, screen: Screen, de
             frames = ahead.pop(0).result()
             if number + _DECODED_AHEAD < len(windows):
                 ahead.append(pool.submit(_read_window, windows[number + _DECODED_AHEAD]))
-            if window in no_latents:
-                with torch.no_grad():
-                    latents = family.encode_video(vae, as_video(frames.to(device)))
-                store.write("latents", caches.latents[window], {"latents": latents[0]})
-            if window in no_teacher:
-                assert encoder is not None
-                grid = dataset.grids[window.bucket]
-                seen = frames[list(grid.teacher_frames)].to(device)
-                features = encoder(seen.unsqueeze(0), plan.encoder_size(grid))
-                store.write("teacher", caches.teacher[window], pack_features(features.values[0], plan.config.crepa_cache_dtype))
+            if window in missing["latents"]:
+                store.write("latents", caches.latents[window], encode.latents(frames))
+            if window in missing["image"]:
+                store.write("image", caches.image[window], encode.image(frames))
+            if window in missing["teacher"]:
+                store.write("teacher", caches.teacher[window], encode.teacher(frames, window.bucket))
             advance()
-    del vae, encoder
+    del encode
     free_memory()
+
+
+@dataclass(frozen=True, eq=False)
+class _Encoders:
+    """What makes entries of a clip's frames [F, 3, H, W] uint8; a model that no entry needs is not loaded."""
+
+    plan: Plan
+    dataset: Dataset
+    device: torch.device
+    family: Family
+    vae: Any
+    image_encoder: Any
+    vision: VisionEncoder | None
+
+    @classmethod
+    def load(cls, plan: Plan, dataset: Dataset, device: torch.device, missing: Mapping[Kind, Collection[Window]]) -> "_Encoders":
+        family = build_family(plan)
+        return cls(
+            plan,
+            dataset,
+            device,
+            family,
+            vae=build_vae(plan, family, device) if missing["latents"] or missing["image"] else None,
+            image_encoder=build_image_encoder(plan, family, device) if missing["image"] else None,
+            vision=build_encoder(plan, device) if missing["teacher"] else None,
+        )
+
+    @torch.no_grad()
+    def latents(self, frames: Tensor) -> dict[str, Tensor]:
+        return {"latents": self.family.encode_video(self.vae, as_video(frames.to(self.device)))[0]}
+
+    @torch.no_grad()
+    def image(self, frames: Tensor) -> dict[str, Tensor]:
+        first = as_video(frames[:1].to(self.device))
+        made = self.family.encode_image(self.vae, self.image_encoder, first, len(frames))
+        return {name: tensor[0] for name, tensor in made.items()}
+
+    def teacher(self, frames: Tensor, bucket: Bucket) -> dict[str, Tensor]:
+        assert self.vision is not None
+        grid = self.dataset.grids[bucket]
+        seen = frames[list(grid.teacher_frames)].to(self.device).unsqueeze(0)
+        features = self.vision(seen, self.plan.encoder_size(grid))
+        return pack_features(features.values[0], self.plan.config.crepa_cache_dtype)
 
 
 def _read_window(window: Window) -> Tensor:
@@ -225,17 +298,17 @@ def as_video(frames: Tensor) -> Tensor:
     return (frames.float() / 127.5 - 1).transpose(0, 1).unsqueeze(0)
 
 
-def _check_disk(
-    plan: Plan, dataset: Dataset, root: Path, no_latents: set[Window], no_teacher: set[Window], screen: Screen
-) -> None:
-    latents = sum(latents_bytes(plan, window.bucket) for window in no_latents)
-    teacher = sum(teacher_bytes(plan, dataset.grids[window.bucket]) for window in no_teacher)
-    screen.say(f"caching in {root}: latents {in_words(latents)}, teacher features {in_words(teacher)}")
+def _check_disk(plan: Plan, dataset: Dataset, root: Path, missing: Mapping[Kind, Collection[Window]], screen: Screen) -> None:
+    latents = sum(latents_bytes(plan, window.bucket) for window in missing["latents"])
+    image = sum(image_bytes(plan, window.bucket) for window in missing["image"])
+    teacher = sum(teacher_bytes(plan, dataset.grids[window.bucket]) for window in missing["teacher"])
+    first = f", first frames {in_words(image)}" if image else ""
+    screen.say(f"caching in {root}: latents {in_words(latents)}{first}, teacher features {in_words(teacher)}")
     root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(root).free
-    if latents + teacher > free:
+    needed, free = latents + image + teacher, shutil.disk_usage(root).free
+    if needed > free:
         raise UserError(
-            f"cache_dir={root}: {in_words(latents + teacher)} are needed and {in_words(free)} are free",
+            f"cache_dir={root}: {in_words(needed)} are needed and {in_words(free)} are free",
             'set cache_dir to a larger disk, or a smaller crepa_encoder_image_size ("grid")',
         )
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from crepatrain.commands.stopping import StopSignal
@@ -15,6 +15,7 @@ from crepatrain.data.index import ClipIndex, Refusal, choose_captions, list_clip
 from crepatrain.data.loader import StepSampler
 from crepatrain.errors import UserError
 from crepatrain.geometry import TokenGrid
+from crepatrain.training.build import count_caption_tokens
 
 _FP16_BYTES = 2
 _FP32_BYTES = 4
@@ -62,6 +63,7 @@ def look_at_clips(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
         multiple=plan.geometry.size_multiple,
         aspect_buckets=config.aspect_buckets,
         max_windows_per_clip=config.max_windows_per_clip,
+        no_images=_no_images(plan),
     )
     unusable = [*unreadable, *cut.refused]
     if unusable and config.unusable_clips == "error":
@@ -73,8 +75,43 @@ def look_at_clips(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
         screen.note(f"{path} is slower than fps={config.fps:g}: taken frame by frame, so it runs {factor:.2g} times as fast")
     if not cut.windows:
         raise UserError(f"train_data={config.train_data}: no clip of it can be used", "add clips, or lower num_frames")
+    if config.train_batch_size > 1 and not plan.spec.text_is_padded:
+        cut = _one_caption_length_per_bucket(plan, cut)
+    _look_at_threshold(plan, cut, screen)
     grids = {bucket: plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width) for bucket in cut.buckets}
     return Dataset(cut, grids, tuple(refused), digests)
+
+
+def _no_images(plan: Plan) -> str | None:
+    """Why images can't be used; None where they can."""
+    if not plan.variant.images:
+        return f"{plan.variant.title} is trained on clips alone"
+    return None if plan.geometry.legal_frames(1) else f"{plan.spec.title} takes {plan.geometry.frames_rule} frames"
+
+
+def _one_caption_length_per_bucket(plan: Plan, cut: Cut) -> Cut:
+    """A transformer that knows no padded text takes captions of one length in a batch."""
+    captions = sorted({window.clip.caption for window in cut.windows})
+    tokens = dict(zip(captions, count_caption_tokens(plan, captions), strict=True))
+    windows = [
+        replace(window, bucket=replace(window.bucket, caption_tokens=tokens[window.clip.caption])) for window in cut.windows
+    ]
+    return replace(cut, windows=tuple(windows))
+
+
+def _look_at_threshold(plan: Plan, cut: Cut, screen: Screen) -> None:
+    """Images have no neighbours, so their alignment score ends at 1."""
+    config, threshold = plan.config, plan.config.crepa_similarity_threshold
+    frames = {bucket.frames for bucket in cut.buckets}
+    if not config.crepa_enabled or threshold is None or config.crepa_threshold_metric == "self" or 1 not in frames:
+        return
+    if frames != {1}:
+        screen.note("images score at most 1 and clips more, so the EMA depends on their mix; set crepa_threshold_metric to self")
+    elif threshold > 1:
+        raise UserError(
+            f"crepa_similarity_threshold={threshold:g}: the score of images can't exceed 1, and there are no clips",
+            "use 1 or less",
+        )
 
 
 def samples_digest(dataset: Dataset) -> str:
@@ -105,6 +142,11 @@ def latents_bytes(plan: Plan, bucket: Bucket) -> int:
     return plan.geometry.latent_channels * t * h * w * _FP32_BYTES
 
 
+def image_bytes(plan: Plan, bucket: Bucket) -> int:
+    """On disk, at most, of what one window's first frame adds; 0 where nothing is conditioned on it."""
+    return latents_bytes(plan, bucket) if plan.task == "i2v" and bucket.frames > 1 else 0
+
+
 def teacher_bytes(plan: Plan, grid: TokenGrid) -> int:
     """On disk, of one window; 0 where features are not cached."""
     if not plan.config.crepa_enabled or plan.config.crepa_feature_source != "cached":
@@ -127,7 +169,7 @@ def describe(plan: Plan, dataset: Dataset, screen: Screen, trainable: Mapping[st
     sampler = build_sampler(plan, dataset, world=1)
     used = sum(len(window.frames) for window in cut.windows)
     buckets = cut.buckets
-    latents = sum(latents_bytes(plan, bucket) * count for bucket, count in buckets.items())
+    latents = sum((latents_bytes(plan, bucket) + image_bytes(plan, bucket)) * count for bucket, count in buckets.items())
     teacher = sum(teacher_bytes(plan, dataset.grids[bucket]) * count for bucket, count in buckets.items())
     screen.table(
         "dataset",

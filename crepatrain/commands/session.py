@@ -14,24 +14,26 @@ from torch import Tensor, nn
 import crepatrain
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import Teacher
-from crepatrain.commands.export import write_adapter
+from crepatrain.commands.export import write_result
 from crepatrain.commands.precompute import Caches
 from crepatrain.commands.preflight import Dataset, build_sampler, samples_digest, total_steps
-from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder
+from crepatrain.commands.runfolder import RunFolder
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.console import Screen
 from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, read_batches
-from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.build import Learner
 from crepatrain.training.checkpoint import read_plain, read_tensors, read_tree, rotate, write_checkpoint
 from crepatrain.training.diffusion import FlowMatching
-from crepatrain.training.lora import adapter_state, load_adapter_state
+from crepatrain.training.lora import load_trained_state, trained_state
 from crepatrain.training.state import TrainState
 from crepatrain.training.step import LayerSyncTerm
+
+# The file of a checkpoint that holds what training moves.
+_TRAINED = {"lora": "adapter", "full": "transformer"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +51,13 @@ class Start:
     total: int
 
 
-def prepare_start(plan: Plan, dataset: Dataset, world: int, resume: Path | None) -> Start:
+def prepare_start(plan: Plan, dataset: Dataset, world: int, device: torch.device, resume: Path | None) -> Start:
     """What can be known of a run's beginning before any model is read.
 
     Raises:
-        UserError: a target of the adapter that is no layer of a block.
+        UserError: a target of the adapter that is no layer of a block, or a model that this device can't train.
     """
-    build.adapt(plan, get_family(plan.config.model_family).empty_transformer(plan.checkpoint.transformer))
+    build.expect_trainable(plan, build.build_family(plan), device)
     sampler = build_sampler(plan, dataset, world)
     total = total_steps(plan, sampler)
     state = TrainState(schedule=build.build_schedule(plan.config, total))
@@ -123,8 +125,8 @@ def build_run(
     """Load the modules, and put a checkpoint's tensors into them."""
     config, state, device = plan.config, start.state, accelerator.device
     screen.say(f"loading the transformer of {config.pretrained_model_name_or_path}")
-    family = get_family(config.model_family)
-    process = build.build_process(config)
+    family = build.build_family(plan)
+    process = build.build_process(plan)
     torch.manual_seed(config.seed)
     adapted = build.build_transformer(plan, family, device)
     learners = {"transformer": build.build_learner(config, adapted, config.learning_rate, start.total)}
@@ -139,7 +141,7 @@ def build_run(
             "the blocks are compiled in the first step, and once more for a second bucket: that takes minutes, the rest is faster"
         )
     if start.resume:
-        _restore(start.resume, adapted, projector, learners)
+        _restore(start.resume, config, adapted, projector, learners)
         screen.say(f"going on from {start.resume} at step {state.step} of {start.total}")
     return Run(
         config=config,
@@ -189,6 +191,8 @@ def _batch_source(
             store=caches.store,
             empty_text=caches.empty_text,
             caption_dropout=config.caption_dropout,
+            captions_drop_together=not plan.spec.text_is_padded,
+            image_dropout=config.i2v_dropout,
             seed=config.seed,
             fps=fps,
             draw_sigma=process.draw_sigma,
@@ -218,10 +222,9 @@ def save(run: Run) -> None:
     """A checkpoint, its small adapter, and the run's last adapter."""
     if run.accelerator.is_main_process:
         step = run.state.step
-        # The adapters first: a kill in between then leaves no checkpoint without its adapter.
-        small = run.folder.adapters / f"{run.config.output_name}-{step:06d}.safetensors"
-        write_adapter([small, run.folder.root / ADAPTER_FILE], run.family, run.adapted, step)
-        tensors = {"adapter": adapter_state(run.adapted)}
+        # The result first: a kill in between then leaves no checkpoint without it.
+        write_result(run.folder, run.config, run.family, run.adapted, step)
+        tensors = {_TRAINED[run.config.model_type]: trained_state(run.adapted)}
         if run.projector:
             tensors["projector"] = run.projector.state_dict()
         write_checkpoint(
@@ -235,8 +238,10 @@ def save(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _restore(checkpoint: Path, adapted: nn.Module, projector: Crepa | None, learners: dict[str, Learner]) -> None:
-    load_adapter_state(adapted, read_tensors(checkpoint, "adapter"))
+def _restore(
+    checkpoint: Path, config: RunConfig, adapted: nn.Module, projector: Crepa | None, learners: dict[str, Learner]
+) -> None:
+    load_trained_state(adapted, read_tensors(checkpoint, _TRAINED[config.model_type]))
     if projector:
         projector.load_state_dict(read_tensors(checkpoint, "projector"))
     for name, learner in learners.items():

@@ -1,11 +1,12 @@
 """What can be wrong with a config beyond each value's own range: its keys against each other, the disk, and the checkpoint."""
 
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from crepatrain.config.sections import CrepaConfig, LayerSyncConfig, RunConfig
-from crepatrain.config.specs import EncoderSpec
+from crepatrain.config.sections import CrepaConfig, LayerSyncConfig, LoraConfig, RunConfig
+from crepatrain.config.specs import EncoderSpec, FamilySpec, Variant
 from crepatrain.errors import Problem, UserError
 from crepatrain.geometry import Geometry, TokenGrid
 from crepatrain.neighbours import reachable_maximum
@@ -92,6 +93,49 @@ def check_optimizer(config: RunConfig) -> list[Problem]:
                 )
             )
     return problems
+
+
+def check_variant(config: RunConfig, variant: Variant) -> list[Problem]:
+    """The checkpoint can do the task, and one of its experts is chosen where it has two."""
+    problems = []
+    if config.task not in variant.tasks:
+        problems.append(
+            Problem(
+                f"task={config.task}: the checkpoint is {variant.title}, for {variant.tasks[0]} alone",
+                f"set task to {variant.tasks[0]}, or take another checkpoint",
+            )
+        )
+    if variant.expert and config.wan_expert is None:
+        problems.append(
+            Problem(
+                "wan_expert is missing: the checkpoint has a transformer for high noise and one for low",
+                "set it to high or low, and train the other one in a run of its own",
+            )
+        )
+    if config.wan_expert and not variant.expert:
+        problems.append(
+            Problem(f"wan_expert={config.wan_expert}: the checkpoint is {variant.title}, of one transformer", "leave it out")
+        )
+    return problems
+
+
+def check_targets(config: RunConfig, spec: FamilySpec, depth: int) -> list[Problem]:
+    """Every target of the adapter names a layer that a block of the family may have."""
+    targets = config.lora_targets
+    assert targets is not None
+    if config.model_type != "lora" or targets == "all-linear":
+        return []
+    names = [f"{spec.blocks}.{block}.{linear}" for block in range(depth) for linear in spec.linears]
+    if isinstance(targets, str):
+        if any(re.fullmatch(targets, name) for name in names):
+            return []
+        what = f"lora_targets={targets}: a regex that matches no whole name of a Linear of the blocks"
+        return [Problem(what, f"the names are {names[0]} and the like; use a list to match their ends")]
+    return [
+        Problem(f"lora_targets: {target!r} is no Linear of a block", f"use ends of {', '.join(spec.linears)}, or all-linear")
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]
 
 
 def check_source(said: RunConfig) -> list[Problem]:
@@ -211,7 +255,7 @@ def check_threshold(config: RunConfig, geometry: Geometry) -> list[Problem]:
     ]
 
 
-def warnings(config: RunConfig, said: RunConfig, grid: TokenGrid) -> list[str]:
+def warnings(config: RunConfig, said: RunConfig, geometry: Geometry, grid: TokenGrid) -> list[str]:
     """What has no effect, or another one than written.
 
     Args:
@@ -220,6 +264,8 @@ def warnings(config: RunConfig, said: RunConfig, grid: TokenGrid) -> list[str]:
         grid: at the config's size.
     """
     told = []
+    if geometry.tile > 1 and not config.compile:
+        told.append("compile: without it the attention over tiles (NABLA) holds every score in memory; set it to true")
     for section, switch in ((CrepaConfig, "crepa_enabled"), (LayerSyncConfig, "layersync_enabled")):
         fields = section.model_fields
         changed = [key for key in fields if key in said.model_fields_set and getattr(said, key) != fields[key].default]
@@ -231,6 +277,11 @@ def warnings(config: RunConfig, said: RunConfig, grid: TokenGrid) -> list[str]:
         )
     if config.crepa_enabled and config.crepa_drop_vae_encoder and config.crepa_feature_source != "latents":
         told.append("crepa_drop_vae_encoder: without effect, as only crepa_feature_source=latents keeps a VAE in training")
+    if config.i2v_dropout and config.task != "i2v":
+        told.append("i2v_dropout: without effect, as task is t2v")
+    lora = [key for key in LoraConfig.model_fields if key in said.model_fields_set]
+    if lora and config.model_type != "lora":
+        told.append(f"{', '.join(lora)}: without effect, as model_type is {config.model_type}")
     if config.lr_scheduler == "constant" and config.lr_warmup_steps:
         told.append("lr_warmup_steps: without effect with lr_scheduler=constant; use constant_with_warmup")
     return told

@@ -116,6 +116,10 @@ _STAND_INS: Mapping[str, Any] = {
 }
 
 
+# What a list of names never holds.
+_REGEX_SIGNS = re.compile(r"[\\*+?|()\[\]{}^$]")
+
+
 class _YamlLoader(yaml.SafeLoader):
     """Safe YAML that reads 1e-4 as a number, as everybody who writes it means it, and refuses a key that stands twice."""
 
@@ -256,7 +260,8 @@ def _option_value(key: str, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         pass
-    if field is not None and list in _plain_types(field.annotation) and text not in _choices(field.annotation):
+    is_list = field is not None and list in _plain_types(field.annotation) and text not in _choices(field.annotation)
+    if is_list and not _REGEX_SIGNS.search(text):
         return [name.strip() for name in text.split(",")]
     return text
 
@@ -307,6 +312,7 @@ _WRONG: Mapping[str, tuple[str, str]] = {
     "too_short": ("an empty list", "write a list with a name in it, or leave the key out"),
     "string_too_short": ("empty", "write a value"),
     "string_pattern_mismatch": ("not a file name", "use letters, digits, dot, dash and underscore"),
+    "impossible_regex": ("no regular expression", "write a list of names, or mend it"),
     "impossible_path": ("no system has such a path", "give a shorter path"),
 }
 

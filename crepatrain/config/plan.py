@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from crepatrain.config import checks
 from crepatrain.config.load import parse, read_values
 from crepatrain.config.sections import RunConfig
-from crepatrain.config.sources import Checkpoint, read_checkpoint, read_encoder, readable
-from crepatrain.config.specs import FAMILIES, EncoderSpec, FamilySpec
+from crepatrain.config.sources import read_checkpoint, read_encoder, readable
+from crepatrain.config.specs import FAMILIES, Checkpoint, EncoderSpec, FamilySpec, Task, Variant
 from crepatrain.errors import Problem, UserError
 from crepatrain.geometry import Geometry, TokenGrid
 
@@ -32,6 +32,7 @@ class Plan:
     config: RunConfig
     spec: FamilySpec
     checkpoint: Checkpoint
+    variant: Variant
     geometry: Geometry
     grid: TokenGrid
     encoder: EncoderSpec | None
@@ -41,6 +42,11 @@ class Plan:
     def size(self) -> tuple[int, int, int]:
         """(frames, height, width) of the config."""
         return checks.wanted_size(self.config)
+
+    @property
+    def task(self) -> Task:
+        assert self.config.task is not None
+        return self.config.task
 
     def encoder_size(self, grid: TokenGrid) -> tuple[int, int]:
         """Pixels (height, width) at which the vision encoder sees a frame of this grid."""
@@ -93,30 +99,38 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     """
     spec = FAMILIES[config.model_family]
     problems: list[Problem] = []
-    checkpoint = geometry = encoder = None
+    found = geometry = encoder = None
     if not without & {"model_family", "pretrained_model_name_or_path"}:
-        checkpoint = _attempt(
-            problems, lambda: read_checkpoint(config.pretrained_model_name_or_path, config.revision, spec, online=online)
+        found = _attempt(
+            problems,
+            lambda: read_checkpoint(
+                config.pretrained_model_name_or_path, config.revision, spec, config.wan_expert, online=online
+            ),
         )
-    resolved = _resolve(config, spec, checkpoint)
+    if found:
+        geometry = _attempt(problems, lambda: _geometry(config, spec, found[0]))
+    checkpoint, variant = found or (None, spec.default_variant())
+    resolved = _resolve(config, spec, variant, checkpoint, geometry)
     problems += checks.check_paths(resolved)
     problems += checks.check_length(resolved)
     problems += checks.check_optimizer(resolved)
     problems += checks.check_source(config)
+    if checkpoint:
+        problems += checks.check_variant(resolved, variant)
     if resolved.crepa_enabled and resolved.crepa_feature_source != "backbone":
         encoder = _attempt(problems, lambda: read_encoder(resolved.crepa_encoder))
     if encoder:
         problems += checks.check_encoder_size(resolved, encoder)
-    if checkpoint:
-        geometry = _attempt(problems, lambda: _geometry(config, spec, checkpoint))
     if geometry:
         problems += checks.check_size(resolved, geometry)
         problems += checks.check_blocks(resolved, geometry.depth)
+        problems += checks.check_targets(resolved, spec, geometry.depth)
         problems += checks.check_threshold(resolved, geometry)
     if problems or checkpoint is None or geometry is None:
         raise UserError.of(problems or [Problem(f"{', '.join(sorted(without))}: not usable", "mend it")])
     grid = geometry.token_grid(*checks.wanted_size(resolved))
-    return Plan(resolved, spec, checkpoint, geometry, grid, encoder, tuple(checks.warnings(resolved, config, grid)))
+    told = tuple(checks.warnings(resolved, config, geometry, grid))
+    return Plan(resolved, spec, checkpoint, variant, geometry, grid, encoder, told)
 
 
 def _attempt(problems: list[Problem], action: Callable[[], _T]) -> _T | None:
@@ -132,18 +146,21 @@ def _geometry(config: RunConfig, spec: FamilySpec, checkpoint: Checkpoint) -> Ge
         return spec.geometry(checkpoint.transformer, checkpoint.vae)
 
 
-def _resolve(config: RunConfig, spec: FamilySpec, checkpoint: Checkpoint | None) -> RunConfig:
+def _resolve(
+    config: RunConfig, spec: FamilySpec, variant: Variant, checkpoint: Checkpoint | None, geometry: Geometry | None
+) -> RunConfig:
     """The config with every default filled in that depends on the family or the checkpoint."""
-    height, width, frames = spec.default_size
+    height, width, frames = variant.size
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crepatrain"
     defaults: dict[str, Any] = {
+        "task": variant.tasks[0],
         "height": height,
         "width": width,
         "num_frames": frames,
-        "fps": spec.fps,
+        "fps": variant.fps,
         "lora_alpha": float(config.lora_rank),
         "lora_targets": list(spec.lora_targets),
-        "flow_shift": checkpoint.flow_shift if checkpoint else 1.0,
+        "flow_shift": 1.0,
         "cache_dir": str(cache),
     }
     if config.crepa_enabled:
@@ -151,4 +168,8 @@ def _resolve(config: RunConfig, spec: FamilySpec, checkpoint: Checkpoint | None)
     update = {key: value for key, value in defaults.items() if getattr(config, key) is None}
     if config.crepa_use_backbone_features or config.crepa_feature_source == "backbone":
         update |= {"crepa_use_backbone_features": True, "crepa_feature_source": "backbone"}
-    return config.model_copy(update=update)
+    resolved = config.model_copy(update=update)
+    if config.flow_shift is None and checkpoint and geometry and not checks.check_size(resolved, geometry):
+        tokens = geometry.token_grid(*checks.wanted_size(resolved)).tokens
+        resolved = resolved.model_copy(update={"flow_shift": checkpoint.flow_shift(tokens)})
+    return resolved

@@ -4,6 +4,7 @@ A section is what one part of the program asks for; RunConfig is all of them, fl
 """
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
@@ -36,6 +37,21 @@ def _possible_path(text: str) -> str:
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_possible_path)]
 
 
+def _possible_regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise PydanticCustomError("impossible_regex", "{reason}", {"reason": str(error)}) from error
+    return text
+
+
+LoraTargets = (
+    Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    | Literal["all-linear"]
+    | Annotated[str, Field(min_length=1), AfterValidator(_possible_regex)]
+)
+
+
 class Section(BaseModel):
     """One part of the config: unknown keys are errors, values are taken as they are written, never coerced."""
 
@@ -50,7 +66,13 @@ class ModelConfig(Section):
         description="diffusers pipeline folder or hub id", json_schema_extra=_MAY_CHANGE
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    model_type: Literal["lora"] = Field("lora", description="what is trained: an adapter")
+    model_type: Literal["lora", "full"] = Field("lora", description="what is trained: an adapter, or every weight")
+    task: Literal["t2v", "i2v"] | None = Field(
+        None, description="from text alone, or from text and the clip's first frame; null: what the checkpoint is for"
+    )
+    wan_expert: Literal["high", "low"] | None = Field(
+        None, description="of Wan 2.2 A14B: the transformer of high or of low noise; required there"
+    )
 
 
 class LoraConfig(Section):
@@ -59,11 +81,10 @@ class LoraConfig(Section):
     lora_rank: int = Field(32, ge=1, le=4096, description="rank r of every adapted layer")
     lora_alpha: float | None = Field(None, gt=0, description="the adapter is scaled by lora_alpha / lora_rank; null: lora_rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    lora_targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | Literal["all-linear"] | None = (
-        Field(
-            None,
-            description="ends of the names of the adapted layers, or all-linear: every Linear of the blocks; null: the family's",
-        )
+    lora_use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(lora_rank) instead (rsLoRA)")
+    lora_targets: LoraTargets | None = Field(
+        None,
+        description="ends of the adapted layers' names, a regex of whole names, or all-linear; null: the family's",
     )
 
 
@@ -91,6 +112,7 @@ class DataConfig(Section):
         "error", description="what to do with a clip that is unreadable or too short"
     )
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples trained with the empty caption")
+    i2v_dropout: float = Field(0.0, ge=0, le=1, description="of i2v: share of samples trained without the first frame")
     cache_dir: PathText | None = Field(
         None,
         description="latents, text and teacher features; null: ~/.cache/crepatrain",

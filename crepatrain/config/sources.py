@@ -2,80 +2,81 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from crepatrain.config.specs import ENCODERS, EncoderSpec, FamilySpec, released_model
+from crepatrain.config.specs import (
+    ENCODERS,
+    Checkpoint,
+    EncoderSpec,
+    Expert,
+    FamilySpec,
+    Unsupported,
+    Variant,
+    released_model,
+)
 from crepatrain.errors import UserError, closest
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a pipeline's JSON files say.
-
-    Attributes:
-        origin: folder, hub, or package where only the package's own table could be asked.
-    """
-
-    model_index: Mapping[str, Any]
-    transformer: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
-    origin: str
-
-    @property
-    def flow_shift(self) -> float:
-        """The static shift of the scheduler that the model is sampled with."""
-        return float(self.scheduler.get("flow_shift") or self.scheduler.get("shift") or 1.0)
-
-
-def read_checkpoint(path: str, revision: str | None, spec: FamilySpec, *, online: bool) -> Checkpoint:
-    """The JSON files of a diffusers pipeline.
+def read_checkpoint(
+    path: str, revision: str | None, spec: FamilySpec, expert: Expert | None, *, online: bool
+) -> tuple[Checkpoint, Variant]:
+    """The JSON files of a diffusers pipeline, and what it is among the checkpoints of its family.
 
     Args:
         path: a local folder or a hub id.
         revision: of a hub id.
+        expert: the transformer to train of a checkpoint that has two.
         online: ask the hub for files that are not in its cache. Otherwise a released model that the package knows is taken from
             its table, and only an unknown one is asked for.
 
     Raises:
-        UserError: it does not exist, lacks a part, can't be reached, or is of another family.
+        UserError: it does not exist, lacks a part, can't be reached, or is of another family or kind.
     """
     key = "pretrained_model_name_or_path"
-    if Path(path).is_dir():
-        expect_parts(key, Path(path), spec)
-    else:
+    local = Path(path).is_dir()
+    if not local:
         _expect_hub_id(key, path, "diffusers")
         known = released_model(spec, path)
         if known is not None and not online and not _in_hub_cache(path, "model_index.json", revision):
-            return Checkpoint({}, known.transformer, known.vae, {"flow_shift": known.flow_shift}, origin="package")
-    names = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+            return known.checkpoint, spec.variant(known.checkpoint, expert)
+    files = ("vae/config.json", "scheduler/scheduler_config.json")
+    transformers = ("transformer/config.json", "transformer_2/config.json")
     try:
-        folder = fetch(key, path, revision, names)
+        folder = fetch(key, path, revision, ("model_index.json", *transformers, *files))
     except UserError as error:
-        close = closest(path, [model.repo for model in spec.released.values()], cutoff=0.8)
+        close = closest(path, [model.repo for model in spec.released.values() if model.repo], cutoff=0.8)
         if close is None or close == path:
             raise
         raise UserError(error.problems[0].what, f"did you mean {close}?") from error
-    model_index, transformer, vae, scheduler = (_read_json(key, folder, name) for name in names)
+    if local:
+        expect_parts(key, folder, ("transformer", "vae", "scheduler"), ())
+    model_index = _read_json(key, folder, "model_index.json")
+    second = expert == "low" and any(model_index.get("transformer_2") or ())
+    transformer, vae, scheduler = (_read_json(key, folder, name) for name in (transformers[second], *files))
     found = transformer.get("_class_name", spec.transformer_class)
     if found != spec.transformer_class:
         raise UserError(
             f"{key}={path}: its transformer is a {found}, and model_family={spec.name} needs a {spec.transformer_class}",
             "set the model_family of this checkpoint, or another checkpoint",
         )
+    checkpoint = Checkpoint(model_index, transformer, vae, scheduler, origin="folder" if local else "hub")
     with readable(path, spec):
-        reason = spec.unsupported(model_index, transformer)
-    if reason:
-        raise UserError(f"{key}={path}: {reason}, which this version can't train", f"use a {spec.title} checkpoint")
-    return Checkpoint(model_index, transformer, vae, scheduler, origin="folder" if Path(path).is_dir() else "hub")
+        try:
+            variant = spec.variant(checkpoint, expert)
+        except Unsupported as reason:
+            raise UserError(
+                f"{key}={path}: {reason}, which this version can't train", f"use a {spec.title} checkpoint"
+            ) from reason
+    if local:
+        expect_parts(key, folder, variant.parts, variant.weights)
+    return checkpoint, variant
 
 
 @contextmanager
@@ -123,20 +124,24 @@ def _expect_hub_id(key: str, path: str, kind: str) -> None:
         raise UserError(f"{key}={path}: no such folder", f"give a {kind} folder that exists, or a hub id such as owner/name")
 
 
-def expect_parts(key: str, folder: Path, spec: FamilySpec) -> None:
+def expect_parts(key: str, folder: Path, parts: Sequence[str], weights: Sequence[str]) -> None:
     """Make sure that a local pipeline folder is whole.
+
+    Args:
+        parts: folders of it.
+        weights: those of them that hold safetensors.
 
     Raises:
         UserError: it lacks a part.
     """
     missing = [] if (folder / "model_index.json").is_file() else ["model_index.json"]
-    missing += [f"{part}/" for part in spec.parts if not (folder / part).is_dir()]
-    for part in spec.weights:
+    missing += [f"{part}/" for part in parts if not (folder / part).is_dir()]
+    for part in weights:
         if f"{part}/" not in missing and not any(any((folder / part).glob(pattern)) for pattern in _WEIGHTS):
             missing.append(f"{part}/*.safetensors")
     if missing:
         raise UserError(
-            f"{key}={folder}: not a whole {spec.pipeline_class} folder, it lacks {', '.join(missing)}",
+            f"{key}={folder}: not a whole diffusers pipeline, it lacks {', '.join(missing)}",
             "download the repository whose name ends in -Diffusers, or write one with `crepatrain make-random`",
         )
 

@@ -1,61 +1,141 @@
 """What is known of a family and of the vision encoders without loading them."""
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from crepatrain.geometry import Geometry
 
 JSON = Mapping[str, Any]
+Task = Literal["t2v", "i2v"]
+Expert = Literal["high", "low"]
 
 
 @dataclass(frozen=True)
-class ReleasedModel:
-    """A released checkpoint: where it is, and what its config.json files say."""
+class Checkpoint:
+    """What a pipeline's JSON files say.
 
-    repo: str
+    Attributes:
+        transformer: config of the transformer that is trained.
+        origin: folder, hub, or package where only the package's own table could be asked.
+    """
+
+    model_index: JSON
     transformer: JSON
     vae: JSON
-    text_width: int
-    flow_shift: float
+    scheduler: JSON
+    origin: str
+
+    def flow_shift(self, tokens: int) -> float:
+        """The shift of the noise levels at which clips of that many tokens are sampled."""
+        scheduler = self.scheduler
+        if not scheduler.get("use_dynamic_shifting"):
+            return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
+        first, last = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+        low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+        return math.exp(low + (high - low) * (tokens - first) / (last - first))
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """What the JSON files of one model say, released or tiny.
+
+    Attributes:
+        repo: on the hub; None for a tiny model, which only exists with random weights.
+        model_index: beside the names of the parts.
+    """
+
+    repo: str | None
+    transformer: JSON
+    vae: JSON
+    scheduler: JSON
+    model_index: JSON = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """As if it were on the disk."""
+        return Checkpoint(self.model_index, self.transformer, self.vae, self.scheduler, origin="package")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one checkpoint is among those of its family.
+
+    Attributes:
+        title: for people.
+        tasks: what it can be trained for, its own first.
+        parts: folders that training reads.
+        transformer: the one of them that is trained.
+        expert: which of two transformers that is; None where there is one.
+        sigmas: the noise levels that this transformer is asked for.
+        images: whether one-frame clips can train it.
+        size: (height, width, num_frames) where the config says none.
+        fps: frames per second that it was trained at.
+    """
+
+    title: str
+    tasks: tuple[Task, ...]
+    parts: tuple[str, ...]
+    size: tuple[int, int, int]
+    fps: float
+    transformer: str = "transformer"
+    expert: Expert | None = None
+    sigmas: tuple[float, float] = (0.0, 1.0)
+    images: bool = True
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The parts that hold safetensors."""
+        return tuple(part for part in self.parts if part.startswith(("transformer", "vae", "text_encoder", "image_encoder")))
+
+
+class Unsupported(Exception):
+    """A checkpoint that can't be trained, with the reason."""
 
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """One DiT family.
+    """One DiT family. Its tensors are in the module of its name in `crepatrain.families`.
 
     Attributes:
         title: for people.
-        transformer_class, pipeline_class: their names in diffusers.
-        parts: folders that a checkpoint must hold.
-        weights: those of them that hold safetensors.
+        transformer_class: its name in diffusers.
+        pipelines: the pipeline class of every task.
         default_block: `crepa_block_index` where the config says none.
-        default_size: (height, width, num_frames) where the config says none.
-        fps: frames per second that the family was trained at.
         lora_targets: names of the Linear layers that LoRA adapts by default, matched at the end of a module's name.
+        linears: every Linear layer that a block may have, by its name inside the block.
         blocks: attribute of the transformer that holds its blocks.
         text_length: tokens of a caption at most.
+        text_is_padded: whether captions of several lengths fit into one batch.
         geometry: reads a checkpoint's transformer and VAE config.
-        unsupported: reads a checkpoint's model_index and transformer config; says what of it can't be trained, or None.
+        variant: says what a checkpoint is; with two experts, for one of them. Raises Unsupported.
         released: released models by name.
     """
 
     name: str
     title: str
     transformer_class: str
-    pipeline_class: str
-    parts: tuple[str, ...]
-    weights: tuple[str, ...]
+    pipelines: Mapping[Task, str]
     default_block: int
-    default_size: tuple[int, int, int]
-    fps: float
     lora_targets: tuple[str, ...]
+    linears: tuple[str, ...]
     blocks: str
     text_length: int
+    text_is_padded: bool
     geometry: Callable[[JSON, JSON], Geometry]
-    unsupported: Callable[[JSON, JSON], str | None]
-    released: Mapping[str, ReleasedModel]
+    variant: Callable[[Checkpoint, Expert | None], Variant]
+    released: Mapping[str, ModelShapes]
+
+    def default_variant(self) -> Variant:
+        """Of the first released model."""
+        return self.variant(next(iter(self.released.values())).checkpoint, None)
+
+
+_TEXT_AND_VAE = ("vae", "text_encoder", "tokenizer", "scheduler")
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_ATTENTIONS = tuple(f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in _ATTENTION)
 
 
 def _wan_geometry(transformer: JSON, vae: JSON) -> Geometry:
@@ -70,23 +150,50 @@ def _wan_geometry(transformer: JSON, vae: JSON) -> Geometry:
     )
 
 
-def _wan_unsupported(model_index: JSON, transformer: JSON) -> str | None:
-    if any(model_index.get("transformer_2") or ()) or model_index.get("boundary_ratio") is not None:
-        return "it is a Wan 2.2 A14B model with two experts"
-    if model_index.get("expand_timesteps"):
-        return "it is a Wan 2.2 TI2V model with a timestep per token"
-    if transformer["in_channels"] != transformer["out_channels"] or transformer.get("image_dim") is not None:
-        return "it is an image-to-video model"
-    return None
+def _wan_variant(files: Checkpoint, expert: Expert | None) -> Variant:
+    index, channels = files.model_index, files.transformer["in_channels"]
+    latents = files.vae["z_dim"]
+    two_experts = any(index.get("transformer_2") or ())
+    clip = files.transformer.get("image_dim") is not None
+    if files.transformer.get("pos_embed_seq_len") is not None:
+        raise Unsupported("it is a model of first and last frames")
+    if channels not in {latents, 2 * latents + files.vae.get("scale_factor_temporal", 4)}:
+        raise Unsupported(f"its transformer takes {channels} channels, of which {latents} are latents")
+    if index.get("expand_timesteps"):
+        parts = ("transformer", *_TEXT_AND_VAE)
+        return Variant("Wan 2.2 text- and image-to-video", ("t2v", "i2v"), parts, (704, 1280, 121), 24.0)
+    i2v = channels != latents
+    tasks: tuple[Task, ...] = ("i2v",) if i2v else ("t2v",)
+    words = "image-to-video" if i2v else "text-to-video"
+    image = ("image_encoder", "image_processor") if clip else ()
+    size, fps = (480, 832, 81), 16.0
+    if not two_experts:
+        return Variant(f"Wan 2.1 {words}", tasks, ("transformer", *_TEXT_AND_VAE, *image), size, fps, images=not i2v)
+    boundary = index.get("boundary_ratio")
+    if not isinstance(boundary, (int, float)) or not 0 < boundary < 1:
+        raise Unsupported(f"it has two experts, and boundary_ratio={boundary} in its model_index.json")
+    low = expert == "low"
+    trained = "transformer_2" if low else "transformer"
+    return Variant(
+        f"Wan 2.2 {words}",
+        tasks,
+        (trained, *_TEXT_AND_VAE, *image),
+        size,
+        fps,
+        transformer=trained,
+        expert="low" if low else "high",
+        sigmas=(0.0, boundary) if low else (boundary, 1.0),
+        images=not i2v,
+    )
 
 
-def _wan_transformer(heads: int, ffn: int, layers: int) -> JSON:
+def _wan_transformer(heads: int, ffn: int, layers: int, channels: int = 16, latents: int = 16, **more: Any) -> JSON:
     return {
         "patch_size": [1, 2, 2],
         "num_attention_heads": heads,
         "attention_head_dim": 128,
-        "in_channels": 16,
-        "out_channels": 16,
+        "in_channels": channels,
+        "out_channels": latents,
         "text_dim": 4096,
         "freq_dim": 256,
         "ffn_dim": ffn,
@@ -95,6 +202,7 @@ def _wan_transformer(heads: int, ffn: int, layers: int) -> JSON:
         "qk_norm": "rms_norm_across_heads",
         "eps": 1e-6,
         "rope_max_seq_len": 1024,
+        **more,
     }
 
 
@@ -107,38 +215,371 @@ _WAN_VAE = {
     "attn_scales": [],
     "temperal_downsample": [False, True, True],
 }
+_WAN22_VAE = _WAN_VAE | {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "scale_factor_temporal": 4,
+    "latents_mean": [0.0] * 48,  # the released ones are in the checkpoint; shapes do not need them
+    "latents_std": [1.0] * 48,
+}
+_WAN_SAMPLER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
+_WAN_IMAGE = {"image_dim": 1280, "added_kv_proj_dim": 5120}
+_TWO_EXPERTS = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
 
 WAN = FamilySpec(
     name="wan",
-    title="Wan 2.1 text-to-video",
+    title="Wan 2.1 and 2.2",
     transformer_class="WanTransformer3DModel",
-    pipeline_class="WanPipeline",
-    parts=("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
-    weights=("transformer", "vae", "text_encoder"),
+    pipelines={"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline"},
     default_block=8,
-    default_size=(480, 832, 81),
-    fps=16.0,
-    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    lora_targets=_ATTENTION,
+    linears=(
+        *_ATTENTIONS,
+        "attn2.add_k_proj",
+        "attn2.add_v_proj",
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    ),
     blocks="blocks",
     text_length=512,
+    text_is_padded=True,
     geometry=_wan_geometry,
-    unsupported=_wan_unsupported,
+    variant=_wan_variant,
     released=MappingProxyType(
         {
-            "wan2.1-1.3b": ReleasedModel(
-                "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _wan_transformer(12, 8960, 30), _WAN_VAE, text_width=4096, flow_shift=3.0
+            "wan2.1-1.3b": ModelShapes(
+                "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _wan_transformer(12, 8960, 30), _WAN_VAE, _WAN_SAMPLER
             ),
-            "wan2.1-14b": ReleasedModel(
-                "Wan-AI/Wan2.1-T2V-14B-Diffusers", _wan_transformer(40, 13824, 40), _WAN_VAE, text_width=4096, flow_shift=3.0
+            "wan2.1-14b": ModelShapes("Wan-AI/Wan2.1-T2V-14B-Diffusers", _wan_transformer(40, 13824, 40), _WAN_VAE, _WAN_SAMPLER),
+            "wan2.1-i2v-14b": ModelShapes(
+                "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+                _wan_transformer(40, 13824, 40, 36, **_WAN_IMAGE),
+                _WAN_VAE,
+                _WAN_SAMPLER,
+            ),
+            "wan2.2-5b": ModelShapes(
+                "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+                _wan_transformer(24, 14336, 30, 48, 48),
+                _WAN22_VAE,
+                _WAN_SAMPLER | {"flow_shift": 5.0},
+                {"expand_timesteps": True},
+            ),
+            "wan2.2-a14b": ModelShapes(
+                "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+                _wan_transformer(40, 13824, 40),
+                _WAN_VAE,
+                _WAN_SAMPLER,
+                _TWO_EXPERTS | {"boundary_ratio": 0.875},
+            ),
+            "wan2.2-i2v-a14b": ModelShapes(
+                "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+                _wan_transformer(40, 13824, 40, 36),
+                _WAN_VAE,
+                _WAN_SAMPLER,
+                _TWO_EXPERTS | {"boundary_ratio": 0.9},
             ),
         }
     ),
 )
 
-FAMILIES: Mapping[str, FamilySpec] = MappingProxyType({spec.name: spec for spec in (WAN,)})
+
+def _ltx_compression(vae: JSON) -> tuple[int, int]:
+    """(temporal, spatial) strides, as AutoencoderKLLTXVideo reads them from its config."""
+    halvings = 2 ** sum(vae["spatio_temporal_scaling"])
+    return (
+        vae.get("temporal_compression_ratio") or vae["patch_size_t"] * halvings,
+        vae.get("spatial_compression_ratio") or vae["patch_size"] * halvings,
+    )
 
 
-def released_model(spec: FamilySpec, repo: str) -> ReleasedModel | None:
+def _ltx_geometry(transformer: JSON, vae: JSON) -> Geometry:
+    temporal, spatial = _ltx_compression(vae)
+    return Geometry(
+        temporal_stride=temporal,
+        spatial_stride=spatial,
+        patch=(transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]),
+        latent_channels=vae["latent_channels"],
+        depth=transformer["num_layers"],
+        width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
+    )
+
+
+def _ltx_variant(files: Checkpoint, _expert: Expert | None) -> Variant:
+    if (files.transformer["patch_size"], files.transformer["patch_size_t"]) != (1, 1):
+        raise Unsupported("its transformer has patches of several latents")
+    return Variant("LTX-Video", ("t2v", "i2v"), ("transformer", *_TEXT_AND_VAE), (512, 704, 121), 25.0)
+
+
+def _ltx_transformer(head_dim: int, layers: int) -> JSON:
+    return {
+        "in_channels": 128,
+        "out_channels": 128,
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "num_attention_heads": 32,
+        "attention_head_dim": head_dim,
+        "cross_attention_dim": 32 * head_dim,
+        "num_layers": layers,
+        "caption_channels": 4096,
+    }
+
+
+_LTX_VAE = {
+    "latent_channels": 128,
+    "block_out_channels": [128, 256, 512, 512],
+    "decoder_block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": [4, 3, 3, 3, 4],
+    "decoder_layers_per_block": [4, 3, 3, 3, 4],
+    "spatio_temporal_scaling": [True, True, True, False],
+    "decoder_spatio_temporal_scaling": [True, True, True, False],
+    "patch_size": 4,
+    "patch_size_t": 1,
+}
+_LTX_VAE_13B = _LTX_VAE | {
+    "block_out_channels": [128, 256, 512, 1024, 2048],
+    "down_block_types": ["LTXVideo095DownBlock3D"] * 4,
+    "decoder_block_out_channels": [256, 512, 1024],
+    "layers_per_block": [4, 6, 6, 2, 2],
+    "decoder_layers_per_block": [5, 5, 5, 5],
+    "spatio_temporal_scaling": [True, True, True, True],
+    "decoder_spatio_temporal_scaling": [True, True, True],
+    "decoder_inject_noise": [False, False, False, False],
+    "downsample_type": ["spatial", "temporal", "spatiotemporal", "spatiotemporal"],
+    "upsample_residual": [True, True, True],
+    "upsample_factor": [2, 2, 2],
+    "timestep_conditioning": True,
+    "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8,
+}
+_LTX_SAMPLER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "use_dynamic_shifting": True,
+    "base_shift": 0.95,
+    "max_shift": 2.05,
+    "base_image_seq_len": 1024,
+    "max_image_seq_len": 4096,
+    "shift_terminal": 0.1,
+}
+
+LTXVIDEO = FamilySpec(
+    name="ltxvideo",
+    title="LTX-Video 0.9",
+    transformer_class="LTXVideoTransformer3DModel",
+    pipelines={"t2v": "LTXPipeline", "i2v": "LTXImageToVideoPipeline"},
+    default_block=8,
+    lora_targets=_ATTENTION,
+    linears=(
+        *_ATTENTIONS,
+        "ff.net.0.proj",
+        "ff.net.2",
+    ),
+    blocks="transformer_blocks",
+    text_length=128,
+    text_is_padded=True,
+    geometry=_ltx_geometry,
+    variant=_ltx_variant,
+    released=MappingProxyType(
+        {
+            "ltx-2b": ModelShapes("Lightricks/LTX-Video", _ltx_transformer(64, 28), _LTX_VAE, _LTX_SAMPLER),
+            "ltx-13b": ModelShapes("Lightricks/LTX-Video-0.9.7-dev", _ltx_transformer(128, 48), _LTX_VAE_13B, _LTX_SAMPLER),
+        }
+    ),
+)
+
+
+def _sana_geometry(transformer: JSON, vae: JSON) -> Geometry:
+    patch_t, patch_h, patch_w = transformer["patch_size"]
+    if "z_dim" in vae:
+        temporal, spatial, channels = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8), vae["z_dim"]
+    else:
+        temporal, spatial = _ltx_compression(vae)
+        channels = vae["latent_channels"]
+    return Geometry(
+        temporal_stride=temporal,
+        spatial_stride=spatial,
+        patch=(patch_t, patch_h, patch_w),
+        latent_channels=channels,
+        depth=transformer["num_layers"],
+        width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
+    )
+
+
+def _sana_variant(files: Checkpoint, _expert: Expert | None) -> Variant:
+    if "z_dim" not in files.vae and "spatio_temporal_scaling" not in files.vae:
+        raise Unsupported(f"its VAE is a {files.vae.get('_class_name', 'strange one')}, which knows no frames")
+    if files.transformer.get("guidance_embeds"):
+        raise Unsupported("its transformer is told the guidance, as a distilled one is")
+    hd = files.transformer.get("sample_size") == 22
+    size = (704, 1280, 81) if hd else (480, 832, 81)
+    return Variant("SANA-Video", ("t2v", "i2v"), ("transformer", *_TEXT_AND_VAE), size, 16.0)
+
+
+SANAVIDEO = FamilySpec(
+    name="sanavideo",
+    title="SANA-Video",
+    transformer_class="SanaVideoTransformer3DModel",
+    pipelines={"t2v": "SanaVideoPipeline", "i2v": "SanaImageToVideoPipeline"},
+    default_block=10,
+    lora_targets=_ATTENTION,
+    linears=_ATTENTIONS,
+    blocks="transformer_blocks",
+    text_length=300,
+    text_is_padded=True,
+    geometry=_sana_geometry,
+    variant=_sana_variant,
+    released=MappingProxyType(
+        {
+            "sana-2b": ModelShapes(
+                "Efficient-Large-Model/SANA-Video_2B_480p_diffusers",
+                {
+                    "in_channels": 16,
+                    "out_channels": 16,
+                    "num_attention_heads": 20,
+                    "attention_head_dim": 112,
+                    "num_layers": 20,
+                    "num_cross_attention_heads": 20,
+                    "cross_attention_head_dim": 112,
+                    "cross_attention_dim": 2240,
+                    "caption_channels": 2304,
+                    "mlp_ratio": 3.0,
+                    "sample_size": 30,
+                    "patch_size": [1, 2, 2],
+                    "qk_norm": "rms_norm_across_heads",
+                    "rope_max_seq_len": 1024,
+                },
+                _WAN_VAE,
+                {
+                    "_class_name": "DPMSolverMultistepScheduler",
+                    "prediction_type": "flow_prediction",
+                    "use_flow_sigmas": True,
+                    "flow_shift": 8.0,
+                },
+            ),
+        }
+    ),
+)
+
+
+def _kandinsky_geometry(transformer: JSON, vae: JSON) -> Geometry:
+    patch_t, patch_h, patch_w = transformer["patch_size"]
+    return Geometry(
+        temporal_stride=vae.get("temporal_compression_ratio", 4),
+        spatial_stride=vae.get("spatial_compression_ratio", 8),
+        patch=(patch_t, patch_h, patch_w),
+        latent_channels=vae["latent_channels"],
+        depth=transformer["num_visual_blocks"],
+        width=transformer["model_dim"],
+        tile=8 if transformer.get("attention_type") == "nabla" else 1,
+    )
+
+
+def _kandinsky_variant(files: Checkpoint, _expert: Expert | None) -> Variant:
+    parts = ("transformer", *_TEXT_AND_VAE, "text_encoder_2", "tokenizer_2")
+    i2v = str(files.model_index.get("_class_name", "")).startswith("Kandinsky5I2V")
+    tasks: tuple[Task, ...] = ("t2v",)
+    if files.transformer.get("visual_cond"):
+        tasks = ("i2v", "t2v") if i2v else ("t2v", "i2v")
+    elif i2v:
+        raise Unsupported("it is an image-to-video model whose transformer takes no image")
+    return Variant("Kandinsky 5", tasks, parts, (512, 768, 121), 24.0)
+
+
+def _kandinsky_transformer(width: int, ff: int, layers: tuple[int, int], axes: list[int], time: int, **more: Any) -> JSON:
+    text_blocks, visual_blocks = layers
+    return {
+        "in_visual_dim": 16,
+        "in_text_dim": 3584,
+        "in_text_dim2": 768,
+        "time_dim": time,
+        "out_visual_dim": 16,
+        "patch_size": [1, 2, 2],
+        "model_dim": width,
+        "ff_dim": ff,
+        "num_text_blocks": text_blocks,
+        "num_visual_blocks": visual_blocks,
+        "axes_dims": axes,
+        "visual_cond": True,
+        "attention_type": "regular",
+        **more,
+    }
+
+
+_HUNYUAN_VAE = {
+    "latent_channels": 16,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "spatial_compression_ratio": 8,
+    "temporal_compression_ratio": 4,
+    "scaling_factor": 0.476986,
+}
+_KANDINSKY_SAMPLER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5.0}
+_NABLA = {
+    "attention_type": "nabla",
+    "attention_P": 0.9,
+    "attention_wT": 11,
+    "attention_wW": 3,
+    "attention_wH": 3,
+    "attention_add_sta": True,
+    "attention_method": "topcdf",
+}
+
+_KANDINSKY_ATTENTIONS = tuple(
+    f"{attention}.{layer}"
+    for attention in ("self_attention", "cross_attention")
+    for layer in ("to_query", "to_key", "to_value", "out_layer")  # by whole names: one class of the model is called out_layer too
+)
+
+KANDINSKY5_VIDEO = FamilySpec(
+    name="kandinsky5_video",
+    title="Kandinsky 5 Video",
+    transformer_class="Kandinsky5Transformer3DModel",
+    pipelines={"t2v": "Kandinsky5T2VPipeline", "i2v": "Kandinsky5I2VPipeline"},
+    default_block=8,
+    lora_targets=_KANDINSKY_ATTENTIONS,
+    linears=(
+        *_KANDINSKY_ATTENTIONS,
+        "feed_forward.in_layer",
+        "feed_forward.out_layer",
+        "visual_modulation.out_layer",
+    ),
+    blocks="visual_transformer_blocks",
+    text_length=512,
+    text_is_padded=False,
+    geometry=_kandinsky_geometry,
+    variant=_kandinsky_variant,
+    released=MappingProxyType(
+        {
+            "kandinsky5-lite": ModelShapes(
+                "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
+                _kandinsky_transformer(1792, 7168, (2, 32), [16, 24, 24], 512),
+                _HUNYUAN_VAE,
+                _KANDINSKY_SAMPLER,
+            ),
+            "kandinsky5-pro": ModelShapes(
+                "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s-Diffusers",
+                _kandinsky_transformer(4096, 16384, (4, 60), [32, 48, 48], 1024, **_NABLA),
+                _HUNYUAN_VAE,
+                _KANDINSKY_SAMPLER,
+            ),
+        }
+    ),
+)
+
+FAMILIES: Mapping[str, FamilySpec] = MappingProxyType({spec.name: spec for spec in (WAN, LTXVIDEO, SANAVIDEO, KANDINSKY5_VIDEO)})
+
+
+def released_model(spec: FamilySpec, repo: str) -> ModelShapes | None:
     """The released model that lives in a hub repository, if the package knows it."""
     return next((model for model in spec.released.values() if model.repo == repo), None)
 

@@ -10,15 +10,15 @@ def summarize(plan: Plan) -> list[tuple[str, str]]:
     config, grid, geometry = plan.config, plan.grid, plan.geometry
     frames, height, width = plan.size
     known = " (not on this machine yet; checked against its known shapes)" if plan.checkpoint.origin == "package" else ""
-    precision = "bf16, adapter and projector fp32" if config.mixed_precision == "bf16" else "fp32"
     rows = [
-        ("model", f"{plan.spec.title}, {config.pretrained_model_name_or_path}{known}"),
-        ("adapter", f"LoRA rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {_targets(config)}"),
+        ("model", f"{_model(plan)}, {config.pretrained_model_name_or_path}{known}"),
+        ("task", _task(plan)),
+        ("trained", _trained(config)),
         ("clips", f"{config.train_data}: {frames} frames of {height} x {width} at {config.fps:g} fps"),
         ("tokens", f"{grid} = {grid.tokens} a clip, in {geometry.depth} blocks of width {geometry.width}"),
         ("steps", _steps(config)),
         ("optimizer", _optimizer(config)),
-        ("precision", f"{precision}; gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}"),
+        ("precision", f"{_precision(config)}; gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}"),
     ]
     if config.crepa_enabled:
         rows += _crepa(plan)
@@ -28,6 +28,32 @@ def summarize(plan: Plan) -> list[tuple[str, str]]:
         student, teacher = config.layersync_student_block, config.layersync_teacher_block
         rows.append(("LayerSync", f"block {student} follows block {teacher}, weight {config.layersync_lambda:g}"))
     return [*rows, ("output", config.output_dir)]
+
+
+def _model(plan: Plan) -> str:
+    expert = plan.variant.expert
+    low, high = plan.variant.sigmas
+    return plan.variant.title + (f", the {expert}-noise expert (noise levels {low:g} to {high:g})" if expert else "")
+
+
+def _task(plan: Plan) -> str:
+    if plan.task == "t2v":
+        return "text-to-video"
+    dropped = plan.config.i2v_dropout
+    return "image-to-video from each clip's first frame" + (f", {dropped:.0%} of the samples without it" if dropped else "")
+
+
+def _trained(config: RunConfig) -> str:
+    if config.model_type == "full":
+        return "every weight of the transformer"
+    scale = "sqrt(rank)" if config.lora_use_rslora else "rank"
+    return f"LoRA rank {config.lora_rank}, scaled by alpha {config.lora_alpha:g} / {scale}, on {_targets(config)}"
+
+
+def _precision(config: RunConfig) -> str:
+    if config.mixed_precision == "no":
+        return "fp32"
+    return "bf16 arithmetic, fp32 weights" if config.model_type == "full" else "bf16, adapter and projector fp32"
 
 
 def _crepa(plan: Plan) -> list[tuple[str, str]]:
@@ -86,8 +112,11 @@ def _cutoff(plan: Plan) -> str:
 
 
 def _targets(config: RunConfig) -> str:
-    assert config.lora_targets is not None
-    return "every Linear of the blocks" if config.lora_targets == "all-linear" else ", ".join(config.lora_targets)
+    targets = config.lora_targets
+    assert targets is not None
+    if isinstance(targets, str):
+        return "every Linear of the blocks" if targets == "all-linear" else f"what {targets} matches"
+    return ", ".join(targets)
 
 
 def _steps(config: RunConfig) -> str:

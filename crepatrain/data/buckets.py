@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crepatrain.data.decode import resample_frames
+from crepatrain.data.decode import is_image, resample_frames
 from crepatrain.data.index import Clip, Refusal
 
 # A bucket of another aspect ratio may be that much smaller than the configured size.
@@ -13,14 +13,21 @@ _LEAST_AREA = 0.8
 
 @dataclass(frozen=True)
 class Bucket:
-    """Windows that fit into one batch: their size in pixels."""
+    """Windows that fit into one batch.
+
+    Attributes:
+        frames, height, width: in pixels.
+        caption_tokens: of every caption in it, for a model that takes captions of one length alone.
+    """
 
     frames: int
     height: int
     width: int
+    caption_tokens: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.frames} x {self.height} x {self.width}"
+        size = f"{self.frames} x {self.height} x {self.width}"
+        return size if self.caption_tokens is None else f"{size}, {self.caption_tokens} caption tokens"
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,9 @@ def cut_clips(
     multiple: tuple[int, int],
     aspect_buckets: bool,
     max_windows_per_clip: int,
+    no_images: str | None = None,
 ) -> Cut:
-    """Consecutive windows of every clip.
+    """Consecutive windows of every clip; an image is a window of one frame.
 
     Args:
         size: (frames, height, width) of a window.
@@ -80,14 +88,19 @@ def cut_clips(
         multiple: what a bucket's (height, width) must be multiples of.
         aspect_buckets: keep each clip's aspect ratio at about the area of `size`.
         max_windows_per_clip: spread evenly over the clip; 0 means all.
+        no_images: why images can't be used; None where they can.
     """
-    frames, height, width = size
+    wanted_frames, height, width = size
     windows: list[Window] = []
     refused: list[Refusal] = []
     slower: list[tuple[Path, float]] = []
     dropped = 0
     for clip in clips:
         chosen = resample_frames(clip.info, fps)
+        frames = 1 if is_image(clip.path) else wanted_frames
+        if is_image(clip.path) and no_images:
+            refused.append(Refusal(clip.path, f"it is an image, and {no_images}", "remove it"))
+            continue
         count = len(chosen) // frames
         if count == 0:
             reason = f"{len(chosen)} frames at {min(fps, clip.info.fps):g} fps, and num_frames={frames} are needed"

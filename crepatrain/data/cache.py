@@ -1,4 +1,4 @@
-"""The one store of everything that is computed once: latents, text, teacher features."""
+"""The one store of everything that is computed once: latents, text, first frames, teacher features."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ FORMAT = 1
 _INT8_MAX = 127
 _SMALLEST_SCALE = torch.finfo(torch.float16).tiny
 
-Kind = Literal["latents", "text", "teacher"]
+Kind = Literal["latents", "text", "image", "teacher"]
 
 
 def entry_key(**facts: Any) -> str:

@@ -1,4 +1,4 @@
-"""Reading video files."""
+"""Reading video and image files."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,12 +10,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.container import InputContainer
+from PIL import Image, ImageOps
 from torch import Tensor
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 # Frames that are in memory at once at the file's own size.
 _CHUNK = 16
 
 decord.logging.set_level(decord.logging.QUIET)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is one picture, by its name."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 class Unreadable(Exception):
@@ -24,7 +32,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """What a video file holds, after its rotation is applied.
+    """What a video or image file holds, after its rotation is applied.
 
     Attributes:
         timestamps: of every frame in seconds, ascending.
@@ -53,6 +61,9 @@ def probe(path: Path) -> ClipInfo:
     """
     if path.stat().st_size == 0:
         raise Unreadable("the file is empty")
+    if is_image(path):
+        height, width = _picture(path).shape[:2]
+        return ClipInfo(height, width, (0.0,))
     try:
         container = av.open(str(path))
     except av.FFmpegError as error:
@@ -80,6 +91,9 @@ def _decode_strictly(container: InputContainer) -> list[float]:
 
 def _pictures(path: Path, frames: Sequence[int]) -> Iterator[np.ndarray]:
     """Some frames of a file as they are shown, [n, H, W, 3] uint8, a few at a time."""
+    if is_image(path):
+        yield _picture(path)[None]
+        return
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
         for start in range(0, len(frames), _CHUNK):
@@ -91,6 +105,17 @@ def _pictures(path: Path, frames: Sequence[int]) -> Iterator[np.ndarray]:
             yield _narrow_pictures(path, frames)
         except (av.FFmpegError, KeyError, OSError) as gone:
             raise Unreadable("it can't be decoded") from gone
+
+
+def _picture(path: Path) -> np.ndarray:
+    """An image as it is shown, [H, W, 3] uint8, on white where it is transparent."""
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
+        raise Unreadable("it is no image, or is cut off") from error
+    white = Image.new("RGBA", upright.size, "white")
+    return np.array(Image.alpha_composite(white, upright).convert("RGB"))
 
 
 def _narrow_pictures(path: Path, frames: Sequence[int]) -> np.ndarray:

@@ -10,21 +10,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from crepatrain.data.decode import ClipInfo, Unreadable, probe
+from crepatrain.data.decode import IMAGE_SUFFIXES, ClipInfo, Unreadable, probe
 from crepatrain.data.digests import FileDigests, read_memo, write_memo
 from crepatrain.errors import Problem, UserError
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv"}
 )
-_VIDEO_KEYS = ("video", "file_name", "path", "file")
+_VIDEO_KEYS = ("video", "file_name", "path", "file", "image")
 _CAPTION_KEYS = ("caption", "text", "prompt")
 _INDEX_FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One video file with its caption.
+    """One video or image file with its caption.
 
     Attributes:
         digest: of the file's content.
@@ -46,7 +46,7 @@ class Refusal:
 
 
 def list_clips(train_data: Path) -> list[tuple[Path, str | None]]:
-    """Video files with their captions, in a stable order; None where there is no caption.
+    """Video and image files with their captions, in a stable order; None where there is no caption.
 
     Args:
         train_data: a folder (searched below it too; captions in NAME.txt, metadata.jsonl or metadata.csv), or such a list.
@@ -62,7 +62,8 @@ def list_clips(train_data: Path) -> list[tuple[Path, str | None]]:
     videos = sorted(
         path
         for path in train_data.rglob("*")
-        if path.suffix.lower() in VIDEO_SUFFIXES and not any(part.startswith(".") for part in path.relative_to(train_data).parts)
+        if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(train_data).parts)
     )
     if not videos:
         raise UserError(

@@ -25,6 +25,7 @@ class Sample:
     """One window as training sees it: where its tensors are in the cache.
 
     Attributes:
+        image: key of what its first frame adds, where it is conditioned on it.
         teacher: key of the teacher's features; None where they are not cached.
         pixels: the file and the frames that a teacher encodes in the step; None where it doesn't.
     """
@@ -33,6 +34,7 @@ class Sample:
     bucket: Bucket
     latents: str
     text: str
+    image: str | None = None
     teacher: str | None = None
     pixels: tuple[Path, tuple[int, ...]] | None = None
 
@@ -135,6 +137,8 @@ class TrainingSet(Dataset[Any]):
     Attributes:
         empty_text: key of the empty caption.
         caption_dropout: share of samples trained with it.
+        captions_drop_together: all of an optimizer step or none, for a model that takes captions of one length alone.
+        image_dropout: share of samples trained without their first frame, of those that are conditioned on it.
         draw_sigma: a sample's noise level, from its generator.
         collate_text: pads texts into a batch.
         grids: token grid of every bucket.
@@ -146,6 +150,8 @@ class TrainingSet(Dataset[Any]):
     store: CacheStore
     empty_text: str
     caption_dropout: float
+    captions_drop_together: bool
+    image_dropout: float
     seed: int
     fps: float
     draw_sigma: Callable[[torch.Generator], Tensor]
@@ -164,15 +170,19 @@ class TrainingSet(Dataset[Any]):
     def _read(self, draws: Sequence[Draw]) -> Batch:
         bucket = self.samples[draws[0].sample].bucket
         assert all(self.samples[draw.sample].bucket == bucket for draw in draws)
-        latents, noise, sigma, texts, teacher, pixels = [], [], [], [], [], []
+        latents, noise, sigma, texts, images, teacher, pixels = [], [], [], [], [], [], []
         for draw in draws:
             sample = self.samples[draw.sample]
             generator = keyed_generator(self.seed, draw.step, draw.slot)
             sigma.append(self.draw_sigma(generator))
-            dropped = torch.rand((), generator=generator).item() < self.caption_dropout
+            chance = keyed_generator("captions", self.seed, draw.step) if self.captions_drop_together else generator
+            dropped = torch.rand((), generator=chance).item() < self.caption_dropout
             latents.append(self.store.read("latents", sample.latents)["latents"])
             noise.append(torch.randn(latents[-1].shape, generator=generator))
             texts.append(self.store.read("text", self.empty_text if dropped else sample.text))
+            if sample.image is not None:
+                given = torch.rand((), generator=generator) >= self.image_dropout
+                images.append({**self.store.read("image", sample.image), "given": given.float()})
             if sample.teacher is not None and self.needs_teacher(draw.step):
                 teacher.append(unpack_features(self.store.read("teacher", sample.teacher)))
             if sample.pixels is not None and self.needs_teacher(draw.step):
@@ -185,6 +195,7 @@ class TrainingSet(Dataset[Any]):
             grid=self.grids[bucket],
             fps=self.fps,
             keys=tuple(self.samples[draw.sample].name for draw in draws),
+            conditioning={name: torch.stack([image[name] for image in images]) for name in (images[0] if images else ())},
             teacher=PatchFeatures(torch.stack(teacher), self.teacher_grids[bucket]) if teacher else None,
             pixels=torch.stack(pixels) if pixels else None,
         )

@@ -1,15 +1,20 @@
-"""What the rest of the program asks of a family."""
+"""What the rest of the program asks of a family, and what all families do alike."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from crepatrain.config.specs import FamilySpec, ReleasedModel
+from crepatrain.config.specs import Checkpoint, FamilySpec, ModelShapes, Task, Variant
+from crepatrain.errors import UserError
 from crepatrain.geometry import TokenGrid
 from crepatrain.tensors import Batch
+
+# Of a flow-matching scheduler: sigma 1 is timestep 1000.
+TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,47 +30,87 @@ class PipelineParts:
     saved: Mapping[str, Any]
 
 
-class Family(Protocol):
-    """One DiT family. Stateless: modules are loaded by it and handed back to it."""
+class Family(ABC):
+    """One DiT family, as one of its checkpoints is. Holds no weights: modules are loaded by it and handed back to it.
 
-    spec: FamilySpec
+    Attributes:
+        transformer_class: of diffusers.
+        tiny: small models by name, the plainest first: one of every variant, with random weights, for tests and demos.
+    """
+
+    spec: ClassVar[FamilySpec]
+    transformer_class: ClassVar[Any]
+    tiny: ClassVar[Mapping[str, ModelShapes]]
+
+    def __init__(self, checkpoint: Checkpoint, variant: Variant, task: Task) -> None:
+        self.checkpoint = checkpoint
+        self.variant = variant
+        self.task: Task = task
+        self.geometry = self.spec.geometry(checkpoint.transformer, checkpoint.vae)
+
+    def untrainable(self, device: torch.device) -> str | None:  # noqa: ARG002 - most train everywhere
+        """Why the checkpoint can't be trained on a device; None where it can."""
+        return None
 
     def load_transformer(self, path: str, dtype: torch.dtype) -> Any:
         """The transformer of a local pipeline folder with its weights, in eval mode."""
-        ...
+        return self.transformer_class.from_pretrained(
+            path, subfolder=self.variant.transformer, torch_dtype=dtype, use_safetensors=True
+        )
 
-    def empty_transformer(self, config: Mapping[str, Any]) -> Any:
+    def empty_transformer(self) -> Any:
         """The transformer on the meta device, for counting and planning."""
-        ...
+        with torch.device("meta"):
+            return self.transformer_class.from_config(dict(self.checkpoint.transformer))
 
+    @abstractmethod
     def load_vae(self, path: str, dtype: torch.dtype) -> Any:
-        """The VAE with its weights, in eval mode."""
-        ...
+        """The VAE with its weights, frozen, in eval mode."""
 
+    @abstractmethod
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
-        """Tokenizer and text encoder, as `encode_text` wants them; it has a `.to(device)`."""
-        ...
+        """Tokenizers and text encoders, as `encode_text` wants them; it has a `.to(device)`."""
 
+    def load_image_encoder(self, path: str, dtype: torch.dtype) -> Any:  # noqa: ARG002 - few have one
+        """What else than the VAE sees the first frame; None where nothing does."""
+        return None
+
+    def count_tokens(self, path: str, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption, for a family whose batches hold captions of one length alone."""
+        raise NotImplementedError
+
+    @abstractmethod
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Per caption the tensors that the transformer is conditioned on, without padding and without a batch dimension."""
-        ...
 
+    @abstractmethod
     def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """One batch of what `encode_text` made, padded as the family's pipeline pads."""
-        ...
 
+    @abstractmethod
     def encode_video(self, vae: Any, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, F, H, W] in [-1, 1] -> latents [B, C, T', H', W'], normalised as the transformer takes them."""
-        ...
 
+    def encode_image(self, vae: Any, image_encoder: Any, image: Tensor, frames: int) -> dict[str, Tensor]:  # noqa: ARG002
+        """What a clip's first frame adds to its batch's conditioning: here, its own latents, first_frame [B, C, 1, H', W'].
+
+        Args:
+            image_encoder: of `load_image_encoder`.
+            image: [B, 3, 1, H, W] in [-1, 1].
+            frames: pixel frames of the clip.
+        """
+        return {"first_frame": self.encode_video(vae, image)}
+
+    @abstractmethod
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
         """Latents [B, C, T', H', W'] -> pixels [B, 3, F, H, W] in about [-1, 1]."""
-        ...
 
     def drop_vae_encoder(self, vae: Any) -> None:
         """Free what only encoding needs."""
-        ...
+        vae.encoder = None
+        vae.quant_conv = None
 
+    @abstractmethod
     def denoise(self, transformer: nn.Module, noisy: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
         """The transformer's prediction for noisy latents, shaped like them.
 
@@ -73,20 +118,21 @@ class Family(Protocol):
             noisy: [B, C, T', H', W'].
             sigma: [B].
         """
-        ...
 
     def loss_mask(self, batch: Batch) -> Tensor | None:
         """[B, 1, T', 1, 1], 1 where the loss counts; None: everywhere."""
-        ...
+        return noisy_frames(batch)
 
     def blocks(self, transformer: Any) -> nn.ModuleList:
         """The blocks that `crepa_block_index` counts."""
-        ...
+        return getattr(transformer, self.spec.blocks)
 
     def video_tokens(self, block_output: Any, grid: TokenGrid) -> Tensor:
         """A block's output as [B, S, D], the video tokens alone, in frame-major raster order."""
-        ...
+        assert block_output.shape[1] == grid.tokens, (block_output.shape, grid)
+        return block_output
 
+    @abstractmethod
     def export_name(self, module: str) -> str:
         """The name under which an adapter file holds a module of the transformer, prefix included.
 
@@ -95,8 +141,49 @@ class Family(Protocol):
         Raises:
             UserError: a module that such a file can't hold.
         """
-        ...
 
-    def random_parts(self, released: ReleasedModel | None) -> PipelineParts:
-        """A pipeline of a released model's shapes, or a tiny one."""
-        ...
+    @staticmethod
+    @abstractmethod
+    def random_parts(shapes: ModelShapes) -> PipelineParts:
+        """A whole pipeline of some shapes. Text encoders are tiny, and as wide as the transformer expects."""
+
+
+def noisy_frames(batch: Batch) -> Tensor | None:
+    """[B, 1, T', 1, 1]: 0 on the first frame of the samples that are given it, 1 elsewhere; None where none is."""
+    if "first_frame" not in batch.conditioning:
+        return None
+    given = batch.conditioning["given"]
+    mask = given.new_ones(given.shape[0], 1, batch.latents.shape[2], 1, 1)
+    mask[:, :, 0] = 1 - given.view(-1, 1, 1, 1)
+    return mask
+
+
+def with_clean_frames(noisy: Tensor, mask: Tensor, batch: Batch) -> Tensor:
+    """Noisy latents [B, C, T', H', W'] with the first frame of the batch's conditioning where `noisy_frames` has 0."""
+    first, keep = batch.conditioning["first_frame"].to(noisy.dtype), mask[:, :, :1].to(noisy.dtype)
+    return torch.cat([keep * noisy[:, :, :1] + (1 - keep) * first, noisy[:, :, 1:]], dim=2)
+
+
+def pad_rows(rows: Sequence[Tensor], length: int) -> Tensor:
+    """Rows [L, E] of several lengths -> [B, length, E], zeros behind each end."""
+    return torch.stack([nn.functional.pad(row, (0, 0, 0, length - row.shape[0])) for row in rows])
+
+
+def rows_mask(rows: Sequence[Tensor], length: int) -> Tensor:
+    """[B, length] bool, True on what `pad_rows` did not pad."""
+    lengths = torch.tensor([row.shape[0] for row in rows])
+    return torch.arange(length) < lengths.unsqueeze(1)
+
+
+def inside_blocks(module: str, spec: FamilySpec) -> str:
+    """The module's name.
+
+    Raises:
+        UserError: it is outside of the blocks, where the names that other programs know differ.
+    """
+    if module.startswith(f"{spec.blocks}."):
+        return module
+    raise UserError(
+        f"lora_targets: {module} is outside of what an adapter file of {spec.title} can hold",
+        f"use names inside {spec.blocks}, or all-linear",
+    )

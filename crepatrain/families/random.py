@@ -12,31 +12,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from crepatrain.config.specs import ReleasedModel
+from crepatrain.config.specs import ModelShapes
 from crepatrain.families.base import Family
 
 _SHARD_BYTES = 2 << 30
 
 
 def write_random_pipeline(
-    family: Family,
+    family: type[Family],
     folder: Path,
+    shapes: ModelShapes,
     *,
-    released: ReleasedModel | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Write a diffusers pipeline folder and `encoder/`, a tiny DINOv2 in transformers' format, beside its parts.
 
     Args:
-        released: take the shapes of this model, in bf16, rather than tiny ones in fp32. Written shard by shard, so that a model
-            larger than the memory can be made.
+        shapes: of a released model, then in bf16, or of a tiny one, then in fp32. Written shard by shard, so that a model larger
+            than the memory can be made.
         seed: of the weights.
         progress: called with the name of each part before it is written.
     """
-    parts = family.random_parts(released)
+    parts = family.random_parts(shapes)
     generator = torch.Generator().manual_seed(seed)
-    dtype = torch.float32 if released is None else torch.bfloat16
+    dtype = torch.float32 if shapes.repo is None else torch.bfloat16
     for name, (kind, config) in parts.models.items():
         progress(name)
         _write_model(kind, config, folder / name, generator, torch.float32 if name == "vae" else dtype)
@@ -44,7 +44,8 @@ def write_random_pipeline(
         progress(name)
         _randomize(part, generator)
         part.save_pretrained(folder / name)
-    index: dict[str, Any] = {"_class_name": family.spec.pipeline_class, "_diffusers_version": diffusers.__version__}
+    pipeline = family.spec.pipelines[family.spec.variant(shapes.checkpoint, None).tasks[0]]
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **shapes.model_index}
     index |= {name: ["diffusers", kind.__name__] for name, (kind, _) in parts.models.items()}
     index |= {name: [_library(part), type(part).__name__] for name, part in parts.saved.items()}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -112,6 +113,6 @@ def _random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> 
     if len(shape) >= 2 and leaf == "weight":
         fan_in = math.prod(shape[1:])
         return torch.randn(shape, generator=generator) * fan_in**-0.5
-    if leaf in {"weight", "gamma", "lambda1"}:
+    if leaf in {"weight", "gamma", "lambda1", "latents_std"}:
         return torch.ones(shape)
     return torch.randn(shape, generator=generator) * 0.02

@@ -1,21 +1,34 @@
-"""Wan 2.1 text-to-video: WanTransformer3DModel and AutoencoderKLWan of diffusers, UMT5 text."""
+"""Wan 2.1 and 2.2: WanTransformer3DModel and AutoencoderKLWan of diffusers, UMT5 text, CLIP images in Wan 2.1."""
 
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from torch import Tensor, nn
-from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
-from crepatrain.config.specs import WAN, ReleasedModel
+from crepatrain.config.specs import WAN, ModelShapes
 from crepatrain.errors import UserError
-from crepatrain.families.base import PipelineParts
-from crepatrain.geometry import TokenGrid
+from crepatrain.families.autoencoders import decode_wan, encode_wan, load_wan_vae
+from crepatrain.families.base import TRAIN_TIMESTEPS, Family, PipelineParts, noisy_frames, pad_rows, with_clean_frames
 from crepatrain.tensors import Batch
-
-_TRAIN_TIMESTEPS = 1000
 
 # diffusers' names on the left, the original's (and ComfyUI's) on the right; matched as a whole, as `norm2` and `norm3` swap.
 _ORIGINAL_NAMES = (
@@ -23,61 +36,90 @@ _ORIGINAL_NAMES = (
     (r"blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.self_attn.o"),
     (r"blocks\.(\d+)\.attn2\.to_(q|k|v)", r"blocks.\1.cross_attn.\2"),
     (r"blocks\.(\d+)\.attn2\.to_out\.0", r"blocks.\1.cross_attn.o"),
+    (r"blocks\.(\d+)\.attn2\.add_(k|v)_proj", r"blocks.\1.cross_attn.\2_img"),
     (r"blocks\.(\d+)\.ffn\.net\.0\.proj", r"blocks.\1.ffn.0"),
     (r"blocks\.(\d+)\.ffn\.net\.2", r"blocks.\1.ffn.2"),
 )
 
-_TINY_TRANSFORMER = {
-    "patch_size": [1, 2, 2],
-    "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 32,
-    "freq_dim": 64,
-    "ffn_dim": 64,
-    "num_layers": 10,  # the family's default block exists in it
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "eps": 1e-6,
-    "rope_max_seq_len": 64,
-}
-_TINY_VAE = {
-    "base_dim": 8,
-    "z_dim": 16,
-    "dim_mult": [1, 1, 1, 1],
-    "num_res_blocks": 1,
-    "temperal_downsample": [False, True, True],
+
+def _tiny(channels: int = 16, latents: int = 16, vae: Mapping[str, Any] | None = None, **more: Any) -> ModelShapes:
+    image = {key: more.pop(key) for key in ("image_dim", "added_kv_proj_dim") if key in more}
+    transformer = {
+        "patch_size": [1, 2, 2],
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "in_channels": channels,
+        "out_channels": latents,
+        "text_dim": 32,
+        "freq_dim": 64,
+        "ffn_dim": 64,
+        "num_layers": 10,  # the family's default block exists in it
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "rope_max_seq_len": 64,
+        **image,
+    }
+    tiny_vae = {
+        "base_dim": 8,
+        "z_dim": 16,
+        "dim_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+        **(vae or {}),
+    }
+    scheduler = next(iter(WAN.released.values())).scheduler
+    return ModelShapes(None, transformer, tiny_vae, scheduler, more)
+
+
+_TWO_EXPERTS = {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
+_TINY_22_VAE = {
+    "decoder_base_dim": 8,
+    "z_dim": 48,
+    "is_residual": True,
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_spatial": 16,
+    "scale_factor_temporal": 4,
+    "latents_mean": [0.01 * channel for channel in range(48)],
+    "latents_std": [1 + 0.01 * channel for channel in range(48)],
 }
 
 
-class WanFamily:
-    """Wan 2.1 text-to-video, 1.3B and 14B."""
+class WanFamily(Family):
+    """Wan 2.1 text-to-video and image-to-video, Wan 2.2 TI2V-5B and A14B."""
 
     spec = WAN
-
-    def load_transformer(self, path: str, dtype: torch.dtype) -> Any:
-        return WanTransformer3DModel.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, use_safetensors=True)
-
-    def empty_transformer(self, config: Mapping[str, Any]) -> Any:
-        with torch.device("meta"):
-            return WanTransformer3DModel.from_config(dict(config))
+    transformer_class = WanTransformer3DModel
+    tiny = MappingProxyType(
+        {
+            "tiny": _tiny(),
+            "tiny-i2v": _tiny(36, image_dim=20, added_kv_proj_dim=48),
+            "tiny-ti2v": _tiny(48, 48, _TINY_22_VAE, expand_timesteps=True),
+            "tiny-a14b": _tiny(**_TWO_EXPERTS),
+            "tiny-i2v-a14b": _tiny(36, **_TWO_EXPERTS),
+        }
+    )
 
     def load_vae(self, path: str, dtype: torch.dtype) -> Any:
-        vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
-        return vae.requires_grad_(False)
+        return load_wan_vae(path, dtype)
 
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
         """A pipeline of the text side alone: its `encode_prompt` is the one that sampling uses."""
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
         encoder = UMT5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, use_safetensors=True)
-        parts: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "text_encoder": encoder.requires_grad_(False),
-            "vae": None,
-            "scheduler": None,
-        }
-        return WanPipeline(**parts)
+        nothing: dict[str, Any] = {"vae": None, "scheduler": None}
+        return WanPipeline(tokenizer=tokenizer, text_encoder=encoder.requires_grad_(False), **nothing)
+
+    def load_image_encoder(self, path: str, dtype: torch.dtype) -> Any:
+        """Of Wan 2.1, a pipeline of the image side alone."""
+        if "image_encoder" not in self.variant.parts:
+            return None
+        processor = CLIPImageProcessor.from_pretrained(path, subfolder="image_processor")
+        encoder = CLIPVisionModel.from_pretrained(path, subfolder="image_encoder", dtype=dtype, use_safetensors=True)
+        nothing: dict[str, Any] = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
+        return WanImageToVideoPipeline(image_processor=processor, image_encoder=encoder.requires_grad_(False), **nothing)
 
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         embeds, _ = text_encoder.encode_prompt(
@@ -89,39 +131,60 @@ class WanFamily:
 
     def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """prompt_embeds [B, 512, text width], zeros behind each caption's end."""
-        rows = [text["prompt_embeds"] for text in texts]
-        padded = [nn.functional.pad(row, (0, 0, 0, self.spec.text_length - row.shape[0])) for row in rows]
-        return {"prompt_embeds": torch.stack(padded)}
+        return {"prompt_embeds": pad_rows([text["prompt_embeds"] for text in texts], self.spec.text_length)}
 
     def encode_video(self, vae: Any, pixels: Tensor) -> Tensor:
-        mean, std = _latent_statistics(vae, pixels.device)
-        return (vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float() - mean) / std
+        return encode_wan(vae, pixels)
 
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
-        mean, std = _latent_statistics(vae, latents.device)
-        return vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0]
+        return decode_wan(vae, latents)
 
-    def drop_vae_encoder(self, vae: Any) -> None:
-        vae.encoder = None
-        vae.quant_conv = None
+    def encode_image(self, vae: Any, image_encoder: Any, image: Tensor, frames: int) -> dict[str, Tensor]:
+        """Of TI2V first_frame; else condition [B, C, T', H', W'] and, of Wan 2.1, image_embeds [B, image tokens, image width]."""
+        if self._per_token:
+            return super().encode_image(vae, image_encoder, image, frames)
+        conditioning = {"condition": encode_wan(vae, nn.functional.pad(image, (0, 0, 0, 0, 0, frames - 1)))}
+        if image_encoder is not None:
+            pictures = [
+                image_encoder.video_processor.numpy_to_pil(((p + 1) / 2).permute(1, 2, 3, 0).cpu().numpy())[0] for p in image
+            ]
+            conditioning["image_embeds"] = image_encoder.encode_image(pictures)
+        return conditioning
+
+    @property
+    def _per_token(self) -> bool:
+        """Whether every token has a timestep of its own, as in TI2V."""
+        return bool(self.checkpoint.model_index.get("expand_timesteps"))
 
     def denoise(self, transformer: nn.Module, noisy: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+        timestep = sigma * TRAIN_TIMESTEPS
+        image_embeds = None
+        if self._per_token:
+            mask = noisy_frames(batch)
+            if mask is not None:
+                noisy = with_clean_frames(noisy, mask, batch)
+            every_frame = timestep.view(-1, 1, 1) if mask is None else timestep.view(-1, 1, 1) * mask[:, 0, :, 0]
+            timestep = every_frame.expand(-1, batch.grid.t, batch.grid.patches).flatten(1)
+        elif self.task == "i2v":
+            noisy, image_embeds = self._with_image(noisy, batch)
         return transformer(
             hidden_states=noisy,
-            timestep=sigma * _TRAIN_TIMESTEPS,
+            timestep=timestep,
             encoder_hidden_states=batch.text["prompt_embeds"].to(noisy.dtype),
+            encoder_hidden_states_image=image_embeds,
             return_dict=False,
         )[0]
 
-    def loss_mask(self, batch: Batch) -> Tensor | None:  # noqa: ARG002 - text-to-video has no clean frame
-        return None
-
-    def blocks(self, transformer: WanTransformer3DModel) -> nn.ModuleList:
-        return transformer.blocks
-
-    def video_tokens(self, block_output: Tensor, grid: TokenGrid) -> Tensor:
-        assert block_output.shape[1] == grid.tokens, (block_output.shape, grid)
-        return block_output
+    def _with_image(self, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The 36 channels: noisy latents, a mask of the given frames, and the image's latents; and what CLIP saw of it."""
+        given = batch.conditioning["given"].view(-1, 1, 1, 1, 1).to(noisy.dtype)
+        condition = batch.conditioning["condition"].to(noisy.dtype) * given
+        mask = torch.zeros_like(condition[:, : self.geometry.temporal_stride])
+        mask[:, :, 0] = given[:, :, 0]
+        image_embeds = batch.conditioning.get("image_embeds")
+        if image_embeds is not None:
+            image_embeds = image_embeds.to(noisy.dtype) * given.view(-1, 1, 1)
+        return torch.cat([noisy, mask, condition], dim=1), image_embeds
 
     def export_name(self, module: str) -> str:
         for pattern, original in _ORIGINAL_NAMES:
@@ -133,25 +196,32 @@ class WanFamily:
             'use names inside the blocks, such as "to_q", or "all-linear"',
         )
 
-    def random_parts(self, released: ReleasedModel | None) -> PipelineParts:
-        """UMT5 is tiny in both; beside a released model it keeps the width that the transformer expects."""
+    @staticmethod
+    def random_parts(shapes: ModelShapes) -> PipelineParts:
         tokenizer = ByT5Tokenizer()
-        width = released.text_width if released else _TINY_TRANSFORMER["text_dim"]
-        text = UMT5Config(vocab_size=len(tokenizer), d_model=width, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+        text = UMT5Config(
+            vocab_size=len(tokenizer), d_model=shapes.transformer["text_dim"], d_kv=16, d_ff=64, num_layers=2, num_heads=2
+        )
+        transformers = ("transformer", *(("transformer_2",) if shapes.model_index.get("transformer_2") else ()))
+        saved: dict[str, Any] = {
+            "text_encoder": UMT5EncoderModel(text),
+            "tokenizer": tokenizer,
+            "scheduler": UniPCMultistepScheduler.from_config(dict(shapes.scheduler)),
+        }
+        width = shapes.transformer.get("image_dim")
+        if width:
+            vision = CLIPVisionConfig(
+                hidden_size=width, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
+            )
+            sizes: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+            saved |= {"image_encoder": CLIPVisionModel(vision), "image_processor": CLIPImageProcessor(**sizes)}
         return PipelineParts(
             models={
-                "transformer": (WanTransformer3DModel, released.transformer if released else _TINY_TRANSFORMER),
-                "vae": (AutoencoderKLWan, released.vae if released else _TINY_VAE),
+                **dict.fromkeys(transformers, (WanTransformer3DModel, shapes.transformer)),
+                "vae": (AutoencoderKLWan, shapes.vae),
             },
-            saved={
-                "text_encoder": UMT5EncoderModel(text),
-                "tokenizer": tokenizer,
-                "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-            },
+            saved=saved,
         )
 
 
-def _latent_statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the latents, [1, C, 1, 1, 1] each, fp32."""
-    mean, std = torch.tensor([vae.config["latents_mean"], vae.config["latents_std"]]).to(device, non_blocking=True)
-    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+FAMILY = WanFamily

@@ -30,8 +30,13 @@ _ENCODER_FILES = ("*.json", "*.safetensors")
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
-    """Of the frozen weights in training, and of autocast."""
+    """Of autocast, and of frozen weights."""
     return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+
+
+def weights_dtype(config: RunConfig) -> torch.dtype:
+    """Of the transformer in training: where its own weights move, in fp32, as bf16 would round small steps away."""
+    return torch.float32 if config.model_type == "full" else compute_dtype(config)
 
 
 def encoding_dtype(device: torch.device) -> torch.dtype:
@@ -41,11 +46,25 @@ def encoding_dtype(device: torch.device) -> torch.dtype:
 
 def model_folder(plan: Plan) -> Path:
     """The checkpoint's local folder, downloaded where it is on the hub."""
-    patterns = ("model_index.json", *(f"{part}/*" for part in plan.spec.parts))
+    patterns = ("model_index.json", *(f"{part}/*" for part in plan.variant.parts))
     key, path = "pretrained_model_name_or_path", plan.config.pretrained_model_name_or_path
     folder = fetch(key, path, plan.config.revision, patterns)
-    expect_parts(key, folder, plan.spec)  # offline, the hub's cache may hold only some of them
+    expect_parts(key, folder, plan.variant.parts, plan.variant.weights)  # offline, the hub's cache may hold only some of them
     return folder
+
+
+def build_family(plan: Plan) -> Family:
+    """The family as the plan's checkpoint and task are."""
+    return get_family(plan.config.model_family, plan.checkpoint, task=plan.task, expert=plan.config.wan_expert)
+
+
+def count_caption_tokens(plan: Plan, captions: Sequence[str]) -> list[int]:
+    """Tokens of each caption, of a family whose batches hold captions of one length alone."""
+    key, path = "pretrained_model_name_or_path", plan.config.pretrained_model_name_or_path
+    tokenizers = tuple(part for part in plan.variant.parts if part.startswith("tokenizer"))
+    folder = fetch(key, path, plan.config.revision, ("model_index.json", *(f"{part}/*" for part in tokenizers)))
+    with loading("tokenizer", folder):
+        return build_family(plan).count_tokens(str(folder), captions)
 
 
 def encoder_folder(plan: Plan) -> Path:
@@ -66,10 +85,13 @@ def loading(part: str, folder: Path) -> Iterator[None]:
         raise UserError(f"{folder / part} can't be loaded: {reason}", "download this part again") from error
 
 
-def build_process(config: RunConfig) -> FlowMatching:
-    """The diffusion objective of the config."""
+def build_process(plan: Plan) -> FlowMatching:
+    """The diffusion objective of the config, at the noise levels that the transformer is for."""
+    config = plan.config
     assert config.flow_shift is not None
-    return FlowMatching(config.timestep_sampling, config.logit_mean, config.logit_std, config.flow_shift)
+    return FlowMatching(
+        config.timestep_sampling, config.logit_mean, config.logit_std, config.flow_shift, between=plan.variant.sigmas
+    )
 
 
 def build_schedule(config: RunConfig, max_train_steps: int) -> CrepaSchedule | None:
@@ -129,6 +151,14 @@ def build_vae(plan: Plan, family: Family, device: torch.device) -> Any:
     return vae.to(device)
 
 
+def build_image_encoder(plan: Plan, family: Family, device: torch.device) -> Any:
+    """What else than the VAE sees a first frame; None where nothing does."""
+    folder = model_folder(plan)
+    with loading("image_encoder", folder):
+        encoder = family.load_image_encoder(str(folder), encoding_dtype(device))
+    return encoder and encoder.to(device)
+
+
 def build_teacher(plan: Plan, family: Family, device: torch.device) -> Teacher:
     """The teacher of `crepa_feature_source`, with what it needs in memory: nothing, for the default."""
     config = plan.config
@@ -155,30 +185,54 @@ def build_layersync(config: RunConfig) -> LayerSyncTerm | None:
     return LayerSyncTerm(config.layersync_student_block, config.layersync_teacher_block, config.layersync_lambda)
 
 
-def adapt(plan: Plan, transformer: Any) -> None:
-    """Freeze a transformer and put the config's adapter on it, from torch's global generator.
+def adapt(plan: Plan, family: Family, transformer: Any) -> None:
+    """Make a transformer's trained weights trainable: all of them, or an adapter from torch's global generator.
 
     Raises:
         UserError: a target that is no layer of a block, or that no adapter file can hold.
     """
     config = plan.config
+    if config.model_type == "full":
+        transformer.requires_grad_(True)
+        return
     assert config.lora_targets is not None
     assert config.lora_alpha is not None
     modules = target_modules(transformer, config.lora_targets, plan.spec)
-    family = get_family(config.model_family)
     for module in modules:
         family.export_name(module)
-    add_lora(transformer, modules, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
+    add_lora(
+        transformer,
+        modules,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        rslora=config.lora_use_rslora,
+    )
     if config.mixed_precision != "no":
         leave_casts_to_autocast(transformer)
 
 
+def expect_trainable(plan: Plan, family: Family, device: torch.device) -> None:
+    """Build what is trained on the meta device, to learn early that it can't be.
+
+    Raises:
+        UserError: a target that is no layer of a block, or a model that this device can't train.
+    """
+    reason = family.untrainable(device)
+    if reason:
+        raise UserError(
+            f"pretrained_model_name_or_path={plan.config.pretrained_model_name_or_path}: {reason}",
+            "train it on a GPU, or take another checkpoint",
+        )
+    adapt(plan, family, family.empty_transformer())
+
+
 def build_transformer(plan: Plan, family: Family, device: torch.device) -> Any:
-    """The transformer with its weights and a fresh adapter, ready to train."""
+    """The transformer with its weights, and a fresh adapter where one is trained, ready to train."""
     folder = model_folder(plan)
-    with loading("transformer", folder):
-        transformer = family.load_transformer(str(folder), compute_dtype(plan.config))
-    adapt(plan, transformer)
+    with loading(plan.variant.transformer, folder):
+        transformer = family.load_transformer(str(folder), weights_dtype(plan.config))
+    adapt(plan, family, transformer)
     if plan.config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if plan.config.attention_backend:

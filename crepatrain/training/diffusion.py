@@ -18,22 +18,40 @@ class FlowMatching:
     Attributes:
         sampling: logit_normal is sigmoid(N(mean, std)); shifted is s -> k s / (1 + (k - 1) s) of a uniform s.
         shift: k.
+        between: the distribution is cut to these noise levels, as an expert is asked for no others.
     """
 
     sampling: Literal["logit_normal", "uniform", "shifted"]
     logit_mean: float = 0.0
     logit_std: float = 1.0
     shift: float = 1.0
+    between: tuple[float, float] = (0.0, 1.0)
 
     def draw_sigma(self, generator: torch.Generator) -> Tensor:
         """The noise level of one sample, a scalar in (0, 1)."""
-        if self.sampling == "logit_normal":
+        low, high = self.between
+        if self.sampling == "logit_normal" and self.between == (0.0, 1.0):
             sigma = torch.sigmoid(self.logit_mean + self.logit_std * torch.randn((), generator=generator))
         else:
-            sigma = torch.rand((), generator=generator)
-            if self.sampling == "shifted":
-                sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
-        return sigma.clamp(_SMALLEST, 1 - _SMALLEST)
+            share = torch.rand((), generator=generator)
+            sigma = self._quantile(self._share_below(low) + (self._share_below(high) - self._share_below(low)) * share)
+        return sigma.clamp(max(low, _SMALLEST), high * (1 - _SMALLEST))
+
+    def _share_below(self, sigma: float) -> float:
+        """The distribution function."""
+        if self.sampling == "uniform" or sigma in {0.0, 1.0}:
+            return sigma
+        if self.sampling == "shifted":
+            return sigma / (self.shift - (self.shift - 1) * sigma)
+        return 0.5 * math.erfc((self.logit_mean - math.log(sigma / (1 - sigma))) / (self.logit_std * math.sqrt(2)))
+
+    def _quantile(self, share: Tensor) -> Tensor:
+        """The inverse of the distribution function."""
+        if self.sampling == "uniform":
+            return share
+        if self.sampling == "shifted":
+            return self.shift * share / (1 + (self.shift - 1) * share)
+        return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(share))
 
     def add_noise(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Latents and noise [B, ...], sigma [B] -> noisy latents [B, ...]."""

@@ -1,7 +1,8 @@
 """The adapter: where it sits in a transformer, and its tensors."""
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -15,8 +16,11 @@ from crepatrain.errors import UserError
 ADAPTER = "default"
 
 
-def target_modules(transformer: nn.Module, targets: Sequence[str] | Literal["all-linear"], spec: FamilySpec) -> list[str]:
-    """The full names of the Linear layers inside the blocks whose names end with one of the targets.
+def target_modules(transformer: nn.Module, targets: Sequence[str] | str, spec: FamilySpec) -> list[str]:
+    """The full names of the Linear layers inside the blocks that are adapted.
+
+    Args:
+        targets: a list of the ends of their names, a regex of whole names, or all-linear.
 
     Raises:
         UserError: a target that fits no layer.
@@ -28,7 +32,10 @@ def target_modules(transformer: nn.Module, targets: Sequence[str] | Literal["all
     ]
     if targets == "all-linear":
         return linears
-    chosen = {target: [name for name in linears if name == target or name.endswith(f".{target}")] for target in targets}
+    if isinstance(targets, str):
+        chosen = {targets: [name for name in linears if re.fullmatch(targets, name)]}
+    else:
+        chosen = {target: [name for name in linears if name == target or name.endswith(f".{target}")] for target in targets}
     for target, names in chosen.items():
         if not names:
             ends = sorted({name.split(".", maxsplit=2)[2] for name in linears})
@@ -37,11 +44,17 @@ def target_modules(transformer: nn.Module, targets: Sequence[str] | Literal["all
     return [name for name in linears if name in wanted]
 
 
-def add_lora(transformer: Any, modules: Sequence[str], *, rank: int, alpha: float, dropout: float) -> None:
+def add_lora(transformer: Any, modules: Sequence[str], *, rank: int, alpha: float, dropout: float, rslora: bool = False) -> None:
     """Freeze a transformer and put an adapter on its modules, in fp32 whatever the base is."""
     transformer.requires_grad_(False)
     transformer.add_adapter(
-        PeftLoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(modules)),  # type: ignore[arg-type]
+        PeftLoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type] - peft only divides it
+            lora_dropout=dropout,
+            target_modules=list(modules),
+            use_rslora=rslora,
+        ),
         adapter_name=ADAPTER,
     )
     for parameter in trainable_parameters(transformer):
@@ -60,13 +73,23 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:
-    """The adapter's own tensors, with peft's names, as a checkpoint keeps them."""
+def is_adapted(transformer: nn.Module) -> bool:
+    """Whether an adapter is trained rather than the transformer's own weights."""
+    return any(isinstance(module, LoraLayer) for module in transformer.modules())
+
+
+def trained_state(transformer: nn.Module) -> dict[str, Tensor]:
+    """What training moves, as a checkpoint keeps it: the adapter's tensors with peft's names, or the transformer's own."""
+    if not is_adapted(transformer):
+        return transformer.state_dict()
     return get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
 
 
-def load_adapter_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put an adapter's tensors back, all of them."""
+def load_trained_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put back what `trained_state` gave, all of it."""
+    if not is_adapted(transformer):
+        transformer.load_state_dict(state)
+        return
     result = set_peft_model_state_dict(transformer, dict(state), adapter_name=ADAPTER)
     assert not result.unexpected_keys, result.unexpected_keys
     assert not [key for key in result.missing_keys if "lora_" in key], result.missing_keys

@@ -1,81 +1,215 @@
-"""What every family promises, held against diffusers' own pipeline. A new family is one row, and a fixture of its name."""
+"""What every family and variant promises, held against diffusers' own pipelines. A new family is one row of ROWS."""
 
+import copy
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import diffusers
+import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from PIL import Image
 from safetensors.torch import load_file
 
 from crepatrain.alignment.capture import capture_blocks
+from crepatrain.alignment.crepa import Crepa
+from crepatrain.alignment.teachers import CachedTeacher
 from crepatrain.commands.export import write_adapter
+from crepatrain.config.specs import FAMILIES
 from crepatrain.errors import UserError
-from crepatrain.families import get_family
-from crepatrain.tensors import Batch
+from crepatrain.families import family_class, get_family
+from crepatrain.families.random import write_random_pipeline
+from crepatrain.tensors import Batch, PatchFeatures
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.lora import add_lora, target_modules, trainable_parameters
+from crepatrain.training.step import CrepaTerm, training_loss
+
+FPS = 16.0
 
 
-def wan_normalised(vae, pixels):
-    z = vae.encode(pixels).latent_dist.mode()
-    for channel, (mean, std) in enumerate(zip(vae.config.latents_mean, vae.config.latents_std, strict=True)):
-        z[:, channel] = (z[:, channel] - mean) / std
-    return z
+def by_config(vae, z):
+    mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return (z - mean) / std
+
+
+def by_buffers(vae, z):
+    mean, std = (buffer.view(1, -1, 1, 1, 1) for buffer in (vae.latents_mean, vae.latents_std))
+    return (z - mean) * vae.config.scaling_factor / std
+
+
+def by_factor(vae, z):
+    return z * 0.476986
+
+
+def unpack(size):
+    """Packed tokens [B, T H W, C] -> [B, C, T, H, W], token by token."""
+    t, h, w = size
+
+    def unpacked(tokens):
+        latents = tokens.new_empty(tokens.shape[0], tokens.shape[2], t, h, w)
+        for index in range(t * h * w):
+            latents[:, :, index // (h * w), index // w % h, index % w] = tokens[:, index]
+        return latents
+
+    return unpacked
 
 
 @dataclass(frozen=True)
 class Row:
-    """One family.
+    """One variant of a family.
 
     Attributes:
+        tiny: its name in `Family.tiny`.
+        tasks: what it can be trained for.
         size: (frames, height, width) of the test clip; latent and grid: what becomes of it.
-        text_length: tokens that the pipeline pads a caption to.
         leak: share of a cell's change that may show elsewhere where attention is silenced.
         latents_of: what the transformer is fed -> latents [B, C, T', H', W'].
-        encode: VAE and pixels -> latents, from the family's paper and the VAE's config.
+        normalise: VAE and what its encoder says -> latents, from the family's paper and the VAE's config.
         names: Linear layers of a block -> their names in the adapter file, `{}` being the block.
         outside: a layer that the file can't hold.
+        call: of the pipeline, beside what all take.
+        expert: of a checkpoint with two.
+        tolerance: between two ways to compute the same in fp32.
     """
 
-    name: str
+    family: str
+    tiny: str
+    tasks: tuple[str, ...]
     size: tuple[int, int, int]
     latent: tuple[int, int, int, int]
     grid: tuple[int, int, int]
-    text_length: int
-    leak: float
-    latents_of: Callable
-    encode: Callable
+    normalise: Callable
     names: dict[str, str]
     outside: str
+    latents_of: Callable = lambda hidden_states: hidden_states
+    leak: float = 0.0
+    frames_argument: str = "num_frames"
+    call: dict[str, Any] = field(default_factory=dict)
+    expert: str | None = None
+    tolerance: float = 1e-5
 
+    @property
+    def name(self) -> str:
+        return f"{self.family}-{self.tiny}" + (f"-{self.expert}" if self.expert else "")
+
+
+def same(prefix, *layers):
+    return {f"{block}.{{}}.{layer}": f"{prefix}.{block}.{{}}.{layer}" for block, layer in layers}
+
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+WAN_NAMES = {
+    "blocks.{}.attn1.to_q": "diffusion_model.blocks.{}.self_attn.q",
+    "blocks.{}.attn1.to_k": "diffusion_model.blocks.{}.self_attn.k",
+    "blocks.{}.attn1.to_v": "diffusion_model.blocks.{}.self_attn.v",
+    "blocks.{}.attn1.to_out.0": "diffusion_model.blocks.{}.self_attn.o",
+    "blocks.{}.attn2.to_q": "diffusion_model.blocks.{}.cross_attn.q",
+    "blocks.{}.attn2.to_k": "diffusion_model.blocks.{}.cross_attn.k",
+    "blocks.{}.attn2.to_v": "diffusion_model.blocks.{}.cross_attn.v",
+    "blocks.{}.attn2.to_out.0": "diffusion_model.blocks.{}.cross_attn.o",
+    "blocks.{}.ffn.net.0.proj": "diffusion_model.blocks.{}.ffn.0",
+    "blocks.{}.ffn.net.2": "diffusion_model.blocks.{}.ffn.2",
+}
+WAN_IMAGE_NAMES = {
+    "blocks.{}.attn2.add_k_proj": "diffusion_model.blocks.{}.cross_attn.k_img",
+    "blocks.{}.attn2.add_v_proj": "diffusion_model.blocks.{}.cross_attn.v_img",
+}
+WAN_OUTSIDE = "condition_embedder.time_embedder.linear_1"
+SMALL = {"size": (9, 64, 96), "latent": (16, 3, 8, 12), "grid": (3, 4, 6)}
+WAN = {"names": WAN_NAMES, "outside": WAN_OUTSIDE, "normalise": by_config}
+LTX_ROW = {
+    "tasks": ("t2v", "i2v"),
+    "size": (17, 128, 192),
+    "latent": (8, 3, 4, 6),
+    "grid": (3, 4, 6),
+    "normalise": by_buffers,
+    "latents_of": unpack((3, 4, 6)),
+    "names": same(
+        "diffusion_model",
+        *(("transformer_blocks", f"{attention}.{layer}") for attention in ("attn1", "attn2") for layer in ATTENTION),
+        ("transformer_blocks", "ff.net.0.proj"),
+        ("transformer_blocks", "ff.net.2"),
+    ),
+    "outside": "proj_in",
+    "call": {"frame_rate": FPS},
+}
 
 ROWS = [
+    Row("wan", "tiny", ("t2v",), **SMALL, **WAN),
     Row(
-        name="wan",
-        size=(9, 64, 96),
-        latent=(16, 3, 8, 12),
-        grid=(3, 4, 6),
-        text_length=512,
-        leak=0.0,
-        latents_of=lambda hidden_states: hidden_states,
-        encode=wan_normalised,
-        names={
-            "blocks.{}.attn1.to_q": "diffusion_model.blocks.{}.self_attn.q",
-            "blocks.{}.attn1.to_k": "diffusion_model.blocks.{}.self_attn.k",
-            "blocks.{}.attn1.to_v": "diffusion_model.blocks.{}.self_attn.v",
-            "blocks.{}.attn1.to_out.0": "diffusion_model.blocks.{}.self_attn.o",
-            "blocks.{}.attn2.to_q": "diffusion_model.blocks.{}.cross_attn.q",
-            "blocks.{}.attn2.to_k": "diffusion_model.blocks.{}.cross_attn.k",
-            "blocks.{}.attn2.to_v": "diffusion_model.blocks.{}.cross_attn.v",
-            "blocks.{}.attn2.to_out.0": "diffusion_model.blocks.{}.cross_attn.o",
-            "blocks.{}.ffn.net.0.proj": "diffusion_model.blocks.{}.ffn.0",
-            "blocks.{}.ffn.net.2": "diffusion_model.blocks.{}.ffn.2",
-        },
-        outside="condition_embedder.time_embedder.linear_1",
+        "wan",
+        "tiny-i2v",
+        ("i2v",),
+        **SMALL,
+        **WAN | {"names": WAN_NAMES | WAN_IMAGE_NAMES},
+        latents_of=lambda hidden_states: hidden_states[:, :16],
+    ),
+    Row("wan", "tiny-ti2v", ("t2v", "i2v"), size=(9, 128, 192), latent=(48, 3, 8, 12), grid=(3, 4, 6), **WAN),
+    Row("wan", "tiny-a14b", ("t2v",), **SMALL, **WAN, expert="high"),
+    Row("wan", "tiny-a14b", ("t2v",), **SMALL, **WAN, expert="low"),
+    Row("wan", "tiny-i2v-a14b", ("i2v",), **SMALL, **WAN, expert="low", latents_of=lambda hidden_states: hidden_states[:, :16]),
+    Row("ltxvideo", "tiny", **LTX_ROW),
+    Row("ltxvideo", "tiny-timestep-vae", **LTX_ROW),
+    Row(
+        "sanavideo",
+        "tiny",
+        ("t2v", "i2v"),
+        **SMALL,
+        normalise=by_config,
+        leak=0.05,  # its feed-forward is a convolution
+        names=same(
+            "transformer",
+            *(("transformer_blocks", f"{attention}.{layer}") for attention in ("attn1", "attn2") for layer in ATTENTION),
+        ),
+        outside="patch_embedding",
+        frames_argument="frames",
+        call={"use_resolution_binning": False},
+    ),
+    Row(
+        "kandinsky5_video",
+        "tiny",
+        ("t2v", "i2v"),
+        size=(17, 64, 96),  # the image-to-video pipeline divides by nothing below five latent frames
+        latent=(16, 5, 8, 12),
+        grid=(5, 4, 6),
+        tolerance=1e-4,  # queries and keys are rounded to bf16 after the rotary embedding
+        normalise=by_factor,
+        latents_of=lambda hidden_states: hidden_states[..., :16].permute(0, 4, 1, 2, 3),
+        names=same(
+            "transformer",
+            *(
+                ("visual_transformer_blocks", f"{attention}.{layer}")
+                for attention in ("self_attention", "cross_attention")
+                for layer in ("to_query", "to_key", "to_value", "out_layer")
+            ),
+            *(
+                ("visual_transformer_blocks", layer)
+                for layer in ("feed_forward.in_layer", "feed_forward.out_layer", "visual_modulation.out_layer")
+            ),
+        ),
+        outside="text_transformer_blocks.0.self_attention.to_query",
     ),
 ]
+NABLA = Row(
+    "kandinsky5_video",
+    "tiny-nabla",
+    ("t2v",),
+    size=(9, 128, 256),
+    latent=(16, 3, 16, 32),
+    grid=(3, 8, 16),
+    normalise=by_factor,
+    latents_of=lambda hidden_states: hidden_states[..., :16].permute(0, 4, 1, 2, 3),
+    names=ROWS[-1].names,
+    outside=ROWS[-1].outside,
+)
+CASES = [(row, task) for row in [*ROWS, NABLA] for task in row.tasks]
+TRAINABLE = [(row, task) for row, task in CASES if row is not NABLA]  # flex attention has no backward on a CPU
 
 CAPTIONS = [
     "a red square moves",
@@ -86,31 +220,94 @@ CAPTIONS = [
 ]
 
 
-@pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.name)
-def case(request):
-    """A family with its checkpoint's parts, and diffusers' pipeline of the same folder."""
-    row = request.param
-    folder = request.getfixturevalue(row.name)
-    family = get_family(row.name)
-    transformer, vae = family.load_transformer(str(folder), torch.float32), family.load_vae(str(folder), torch.float32)
-    geometry = family.spec.geometry(transformer.config, vae.config)
-    return SimpleNamespace(
-        row=row,
-        folder=folder,
-        family=family,
-        transformer=transformer,
-        vae=vae,
-        text_encoder=family.load_text_encoder(str(folder), torch.float32),
-        pipeline=load_pipeline(folder),
-        geometry=geometry,
-        grid=geometry.token_grid(*row.size),
-    )
+def named(cases):
+    return {"argvalues": cases, "ids": lambda case: f"{case[0].name}-{case[1]}", "indirect": True}
 
 
-def load_pipeline(folder):
-    pipeline = DiffusionPipeline.from_pretrained(folder)
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The folder of a tiny model, written once."""
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(family, tiny):
+        place = root / family / tiny
+        if not place.exists():
+            kind = family_class(family)
+            place.mkdir(parents=True)
+            write_random_pipeline(kind, place, kind.tiny[tiny])
+        return place
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def open_case(checkpoints):
+    """A variant with its checkpoint's parts, and diffusers' pipeline of the same folder, opened once."""
+    opened = {}
+
+    def open_(row, task):
+        if (row.name, task) not in opened:
+            folder = checkpoints(row.family, row.tiny)
+            model = family_class(row.family).tiny[row.tiny]
+            family = get_family(row.family, model.checkpoint, task=task, expert=row.expert)
+            transformer = family.load_transformer(str(folder), torch.float32)
+            vae = family.load_vae(str(folder), torch.float32)
+            geometry = family.spec.geometry(transformer.config, vae.config)
+            opened[row.name, task] = SimpleNamespace(
+                row=row,
+                task=task,
+                folder=folder,
+                family=family,
+                transformer=transformer,
+                vae=vae,
+                text_encoder=family.load_text_encoder(str(folder), torch.float32),
+                image_encoder=family.load_image_encoder(str(folder), torch.float32),
+                pipeline=load_pipeline(row, task, folder),
+                geometry=geometry,
+                grid=geometry.token_grid(*row.size),
+            )
+        return opened[row.name, task]
+
+    return open_
+
+
+@pytest.fixture
+def case(request, open_case):
+    case = open_case(*request.param)
+    # Choosing a backend for one transformer chooses it for every other one of the process that has chosen none.
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+    return case
+
+
+def load_pipeline(row, task, folder):
+    pipeline_class = getattr(diffusers, FAMILIES[row.family].pipelines[task])
+    pipeline = pipeline_class.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    if row is NABLA:
+        pipeline.transformer.set_attention_backend("flex")
     return pipeline
+
+
+def trained_part(pipeline, row):
+    return pipeline.transformer_2 if row.expert == "low" else pipeline.transformer
+
+
+def first_picture(row):
+    """An image of the clip's size, and the same as pixels [1, 3, 1, H, W] in [-1, 1]."""
+    _, height, width = row.size
+    values = np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(values).float().permute(2, 0, 1)[None, :, None] / 127.5 - 1
+    return Image.fromarray(values), pixels
+
+
+def sample(case, prompt="a red square moves", steps=2, **more):
+    """The pipeline's own run."""
+    row = case.row
+    frames, height, width = row.size
+    arguments = {"height": height, "width": width, row.frames_argument: frames, "num_inference_steps": steps, **row.call}
+    if case.task == "i2v":
+        arguments["image"] = first_picture(row)[0]
+    return case.pipeline(prompt=prompt, guidance_scale=1.0, **arguments, **more).frames
 
 
 def clip_pixels(case, seed=0):
@@ -118,10 +315,18 @@ def clip_pixels(case, seed=0):
     return torch.rand(2, 3, frames, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def make_batch(case, captions=("a red square moves", "a blue circle"), seed=0):
+@torch.no_grad()
+def make_batch(case, captions=("a red square moves", "a blue circle went"), seed=0, given=None):
+    """A batch of random latents; of i2v with the first picture, by default for every sample."""
     latents, noise = torch.randn(2, len(captions), *case.row.latent, generator=torch.Generator().manual_seed(seed))
     text = case.family.collate_text(case.family.encode_text(case.text_encoder, captions))
-    return Batch(latents, noise, torch.linspace(0.3, 0.8, len(captions)), text, case.grid, 16.0, tuple(captions))
+    conditioning = {}
+    if case.task == "i2v":
+        made = case.family.encode_image(case.vae, case.image_encoder, first_picture(case.row)[1], case.row.size[0])
+        conditioning = {name: tensor.expand(len(captions), *tensor.shape[1:]) for name, tensor in made.items()}
+        conditioning["given"] = torch.tensor(given or [1.0] * len(captions))
+    sigma = torch.linspace(0.3, 0.8, len(captions))
+    return Batch(latents, noise, sigma, text, case.grid, FPS, tuple(captions), conditioning)
 
 
 @torch.no_grad()
@@ -136,6 +341,7 @@ def tokens_of_block_1(case, batch, latents):
     return case.family.video_tokens(captured[1], case.grid)
 
 
+@pytest.mark.parametrize("case", **named(CASES))
 def test_geometry_and_latents_of_the_clip(case):
     row = case.row
     assert (case.grid.t, case.grid.h, case.grid.w) == row.grid
@@ -151,20 +357,44 @@ def test_geometry_and_latents_of_the_clip(case):
     assert len(case.family.blocks(case.transformer)) == case.geometry.depth
 
 
+@pytest.mark.parametrize("case", **named(CASES))
+def test_illegal_sizes_are_told_with_the_legal_ones(case):
+    frames, height, width = case.row.size
+    step, (rows, columns) = case.geometry.temporal_stride, case.geometry.size_multiple
+    for illegal, message in (
+        ((frames + 1, height, width), f"num_frames={frames + 1}.*{step}k\\+1"),
+        ((frames, height + 1, width), f"height={height + 1}.*multiples of {rows}"),
+        ((frames, height, width - 8), f"width={width - 8}.*multiples of {columns}"),
+    ):
+        with pytest.raises(UserError, match=message):
+            case.geometry.token_grid(*illegal)
+
+
+@contextmanager
+def silenced_attention(transformer):
+    modules = [m for m in transformer.modules() if type(m).__name__.endswith("Attention")]
+    assert len(modules) >= 2 * 10
+    handles = [m.register_forward_hook(lambda _m, _a, output: torch.zeros_like(output)) for m in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @pytest.mark.parametrize("attention", ["silenced", "live"])
+@pytest.mark.parametrize("case", **named(CASES))
 def test_a_token_is_where_the_grid_says(case, attention):
     """Latents that change in one patch change the token of that patch most, and no other sample's."""
-    handles = []
-    if attention == "silenced":
-        modules = [m for m in case.transformer.modules() if type(m).__name__.endswith("Attention")]
-        assert len(modules) >= 2 * case.geometry.depth
-        handles = [m.register_forward_hook(lambda _m, _a, output: torch.zeros_like(output)) for m in modules]
-    try:
+    silence = silenced_attention(case.transformer) if attention == "silenced" else nullcontext()
+    with silence:
         batch = make_batch(case)
         grid, (pt, ph, pw) = case.grid, case.geometry.patch
         before = tokens_of_block_1(case, batch, batch.latents)
         last = (grid.t - 1, grid.h - 1, grid.w - 1)
         for t, h, w in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 2, 4), (1, 3, 2), (2, 1, 5), last):
+            if t == 0 and "first_frame" in batch.conditioning:
+                continue  # the given frame takes the place of these latents
             latents = batch.latents.clone()
             latents[0, :, t * pt : (t + 1) * pt, h * ph : (h + 1) * ph, w * pw : (w + 1) * pw] += 1.0
             change = (tokens_of_block_1(case, batch, latents) - before).norm(dim=-1)
@@ -175,115 +405,161 @@ def test_a_token_is_where_the_grid_says(case, attention):
                 elsewhere = change[0].clone()
                 elsewhere[cell] = 0
                 assert elsewhere.max() <= case.row.leak * change[0, cell]
+
+
+IGNORED = {"return_dict", "attention_kwargs"}
+
+
+def fed(transformer, run):
+    """What a transformer is called with while `run` runs, by the names of its arguments."""
+    signature, calls = inspect.signature(type(transformer).forward), []
+
+    def record(module, args, kwargs):
+        arguments = signature.bind(module, *args, **kwargs).arguments
+        calls.append({k: v for k, v in arguments.items() if k not in {*IGNORED, "self"} and v is not None})
+
+    handle = transformer.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        run()
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+    return calls
+
+
+def assert_fed_alike(ours, theirs, name=""):
+    if isinstance(theirs, torch.Tensor):
+        assert ours.shape == theirs.shape, name
+        torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-6, atol=2e-6, msg=lambda text: f"{name}: {text}")
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), name
+        for key, value in theirs.items():
+            assert_fed_alike(ours[key], value, f"{name}.{key}")
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs), name
+        for index, value in enumerate(theirs):
+            assert_fed_alike(ours[index], value, f"{name}[{index}]")
+    else:
+        assert ours == theirs, name
 
 
 @pytest.mark.parametrize("prompt", [CAPTIONS[0], CAPTIONS[4]], ids=["short", "long"])
-def test_the_transformer_is_fed_as_the_pipeline_feeds_it(case, prompt):
-    frames, height, width = case.row.size
-    fed = []
-
-    def record(_module, args, kwargs):
-        assert not args
-        fed.append({name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)})
-
-    for transformer in (case.pipeline.transformer, case.transformer):
-        handle = transformer.register_forward_pre_hook(record, with_kwargs=True)
-        if transformer is case.pipeline.transformer:
-            sampling = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
-            case.pipeline(prompt, height=height, width=width, num_frames=frames, **sampling)
-            by_pipeline = fed[:]
-        else:
-            batch = make_batch(case, [prompt])
-            for step in by_pipeline:
-                latents = case.row.latents_of(step["hidden_states"])
-                sigma = step["timestep"].float() / 1000
-                with torch.no_grad():
-                    case.family.denoise(transformer, latents, sigma, batch)
-        handle.remove()
-    by_family = fed[len(by_pipeline) :]
-    assert len(by_pipeline) == len(by_family) == 2
-    assert by_pipeline[0]["timestep"] != by_pipeline[1]["timestep"]
-    for ours, theirs in zip(by_family, by_pipeline, strict=True):
-        assert ours.keys() == theirs.keys() >= {"hidden_states", "timestep", "encoder_hidden_states"}
-        for name, value in theirs.items():
-            assert ours[name].shape == value.shape, name
-            torch.testing.assert_close(ours[name], value.to(ours[name].dtype), rtol=1e-6, atol=0, msg=name)
-        assert torch.equal(ours["hidden_states"], theirs["hidden_states"])
-        assert torch.equal(ours["encoder_hidden_states"], theirs["encoder_hidden_states"])
+@pytest.mark.parametrize("case", **named(CASES))
+def test_the_transformer_is_fed_as_the_pipeline_feeds_it(case, prompt, monkeypatch):
+    # Some pipelines draw the image's latents from the posterior; the cache holds its mode.
+    posterior = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
+    monkeypatch.setattr(posterior, "sample", lambda self, generator=None: self.mode())
+    theirs = fed(trained_part(case.pipeline, case.row), lambda: sample(case, prompt, steps=4, output_type="latent"))
+    batch = make_batch(case, [prompt])
+    assert len(theirs) >= 2 if case.row.expert is None else theirs
+    assert len({str(step["timestep"].flatten().tolist()) for step in theirs}) == len(theirs)
+    for step in theirs:
+        latents = case.row.latents_of(step["hidden_states"])
+        sigma = step["timestep"].float().flatten(1).amax(dim=1) if step["timestep"].ndim > 1 else step["timestep"].float()
+        with torch.no_grad():
+            (ours,) = fed(
+                case.transformer,
+                lambda latents=latents, sigma=sigma: case.family.denoise(case.transformer, latents, sigma / 1000, batch),
+            )
+        mask = step.get("encoder_attention_mask")
+        if mask is not None:  # what is behind a caption's end is masked, and may differ
+            for call in (ours, step):
+                call["encoder_hidden_states"] = call["encoder_hidden_states"] * mask.unsqueeze(-1)
+        assert_fed_alike(ours, step)
+        assert torch.equal(ours["encoder_hidden_states"], step["encoder_hidden_states"])
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_the_exact_target_leads_the_sampler_to_the_clip(case, shift):
-    batch = make_batch(case)
-    process = FlowMatching("uniform")
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(7)
-    sample = batch.noise
+@pytest.mark.parametrize("case", **named([case for case in CASES if FAMILIES[case[0].family].text_is_padded]))
+def test_padding_of_text_is_never_seen(case):
+    """A caption in a batch with a longer one gives what it gives alone."""
+    both, alone = make_batch(case, ["a square", CAPTIONS[4]]), make_batch(case, ["a square"])
+    alone = replace(alone, noise=both.noise[:1], sigma=both.sigma[:1])
+    found, expected = predict(case, case.transformer, both)[:1], predict(case, case.transformer, alone)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", **named([case for case in CASES if case[1] == "i2v"]))
+def test_a_sample_without_its_image_is_one_of_text_alone(case, open_case):
+    batch = make_batch(case, given=[1.0, 0.0])
+    with_image, without = predict(case, case.transformer, batch)
+    everywhere = predict(case, case.transformer, make_batch(case))
+    torch.testing.assert_close(with_image, everywhere[0], rtol=1e-5, atol=1e-5)
+    assert (without - everywhere[1]).abs().max() > 1e-3
+    mask = case.family.loss_mask(batch)
+    if "t2v" in case.row.tasks:  # the same weights do both
+        as_text = open_case(case.row, "t2v")
+        torch.testing.assert_close(without, predict(as_text, case.transformer, make_batch(as_text))[1], rtol=1e-5, atol=1e-5)
+        assert mask.shape == (2, 1, case.grid.t, 1, 1)
+        assert mask.flatten(1).tolist() == [[0.0] + [1.0] * (case.grid.t - 1), [1.0] * case.grid.t]
+    else:
+        assert mask is None
+
+
+@pytest.mark.parametrize("case", **named(CASES))
+def test_the_exact_target_leads_the_families_sampler_to_the_clip(case):
+    batch, process = make_batch(case), FlowMatching("uniform")
+    scheduler = copy.deepcopy(case.pipeline.scheduler)
+    more = {"mu": 1.3} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(7, **more)
+    at = batch.latents.new_tensor(scheduler.sigmas[0].item())
+    current = process.add_noise(batch.latents, batch.noise, at.expand(2))
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
-        assert timestep.item() == pytest.approx(sigma.item() * 1000, rel=1e-5)
-        on_the_way = process.add_noise(batch.latents, batch.noise, sigma.expand(2))
-        torch.testing.assert_close(sample, on_the_way, rtol=1e-4, atol=1e-5)
-        sample = scheduler.step(process.target(batch.latents, batch.noise), timestep, sample, return_dict=False)[0]
-    torch.testing.assert_close(sample, batch.latents, rtol=1e-4, atol=1e-5)
+        assert float(timestep) == pytest.approx(float(sigma) * 1000, abs=1)  # some schedulers round it
+        on_the_way = process.add_noise(batch.latents, batch.noise, sigma.float().expand(2))
+        torch.testing.assert_close(current, on_the_way, rtol=1e-4, atol=1e-4)
+        current = scheduler.step(process.target(batch.latents, batch.noise), timestep, current, return_dict=False)[0]
+    torch.testing.assert_close(current, batch.latents, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", **named(CASES))
 @torch.no_grad()
 def test_encoding_is_the_vaes_mode_normalised(case):
     pixels = clip_pixels(case)
     latents = case.family.encode_video(case.vae, pixels)
-    torch.testing.assert_close(latents, case.row.encode(case.vae, pixels), rtol=1e-5, atol=1e-6)
+    expected = case.row.normalise(case.vae, case.vae.encode(pixels).latent_dist.mode())
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(latents, case.family.encode_video(case.vae, pixels))
     one = case.family.encode_video(case.vae, pixels[:1])
     torch.testing.assert_close(one, latents[:1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", **named([case for case in CASES if case[0].normalise is not by_factor]))
 @torch.no_grad()
-def test_decoding_undoes_what_encoding_normalised(case):
+def test_the_first_latent_frame_is_the_first_frames_alone(case):
+    """So a given first frame is what the clip's own latents begin with; but HunyuanVideo's VAE norms all frames at once."""
     pixels = clip_pixels(case)
-    ours = case.family.decode_latents(case.vae, case.family.encode_video(case.vae, pixels))
-    plain = case.vae.decode(case.vae.encode(pixels).latent_dist.mode(), return_dict=False)[0]
-    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    whole, first = (case.family.encode_video(case.vae, part) for part in (pixels, pixels[:, :, :1]))
+    torch.testing.assert_close(first, whole[:, :, :1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", **named(CASES))
 def test_decoding_is_the_pipelines(case):
-    frames, height, width = case.row.size
-    shared = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": 1, "guidance_scale": 1.0}
+    def run(output_type):
+        return sample(case, steps=2, output_type=output_type, generator=torch.Generator().manual_seed(5))
 
-    def sample(output_type):
-        return case.pipeline("a", **shared, output_type=output_type, generator=torch.Generator().manual_seed(5)).frames
-
-    latents, video = sample("latent"), sample("pt")
+    latents, video = case.row.latents_of(run("latent")), run("pt")
     with torch.no_grad():
         pixels = case.family.decode_latents(case.vae, latents)
     ours = case.pipeline.video_processor.postprocess_video(pixels, output_type="pt")
-    assert ((video > 0) & (video < 1)).float().mean() > 0.5
+    video = video if isinstance(video, torch.Tensor) else torch.stack(list(video))
+    assert ((video > 0) & (video < 1)).float().mean() > 0.3
     torch.testing.assert_close(ours, video, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("captions", [CAPTIONS, *([caption] for caption in CAPTIONS)], ids=lambda c: f"{len(c)}:{c[0][:9]!a}")
-def test_text_is_the_pipelines(case, captions):
-    texts = case.family.encode_text(case.text_encoder, captions)
-    collated = case.family.collate_text(texts)["prompt_embeds"]
-    with torch.no_grad():
-        expected, _ = case.pipeline.encode_prompt(
-            captions, do_classifier_free_guidance=False, max_sequence_length=case.row.text_length
-        )
-    assert expected.shape[1] == case.row.text_length
-    assert torch.equal(collated, expected)
-    assert not collated.requires_grad
-
-
+@pytest.mark.parametrize("case", **named([case for case in CASES if case[0].tiny != "tiny-timestep-vae"]))
 def test_text_is_kept_without_padding(case):
-    lengths = [len(case.pipeline.tokenizer(" ".join(caption.split())).input_ids) for caption in ("ab", "", CAPTIONS[4])]
     texts = case.family.encode_text(case.text_encoder, ["ab", "", CAPTIONS[4]])
-    assert [len(text["prompt_embeds"]) for text in texts] == [min(length, case.row.text_length) for length in lengths]
-    assert all(text["prompt_embeds"].untyped_storage().nbytes() == text["prompt_embeds"].nbytes for text in texts)
+    lengths = [len(text["prompt_embeds"]) for text in texts]
+    assert 0 < lengths[0] < lengths[2] <= case.family.spec.text_length
+    if case.row.family != "kandinsky5_video":  # whose template ends behind the caption
+        assert lengths[2] == case.family.spec.text_length
+    for text in texts:
+        embeds = text["prompt_embeds"]
+        assert embeds.untyped_storage().nbytes() <= 1.5 * embeds.nbytes
+        assert not embeds.requires_grad
 
 
-def test_export_names_are_the_original_ones(case):
+@pytest.mark.parametrize("case", **named(CASES))
+def test_export_names_are_the_readers_own(case):
     linears = target_modules(case.transformer, "all-linear", case.family.spec)
     expected = {
         module.format(block): name.format(block)
@@ -291,10 +567,13 @@ def test_export_names_are_the_original_ones(case):
         for module, name in case.row.names.items()
     }
     assert {module: case.family.export_name(module) for module in linears} == expected
+    assert {name.split(".", 2)[2] for name in linears} <= set(case.family.spec.linears)
+    assert dict(case.transformer.named_modules())[case.row.outside] is not None
     with pytest.raises(UserError, match=case.row.outside):
         case.family.export_name(case.row.outside)
 
 
+@pytest.mark.parametrize("case", **named(CASES))
 def test_diffusers_inverts_the_export_names(case):
     linears = target_modules(case.transformer, "all-linear", case.family.spec)
     marks = {module: torch.full((1, 1), float(number)) for number, module in enumerate(linears)}
@@ -303,39 +582,137 @@ def test_diffusers_inverts_the_export_names(case):
     assert state == {f"transformer.{m}.lora_{side}.weight": mark for m, mark in marks.items() for side in "AB"}
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "default"])
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 10), (4, 1), (3, 3)])
-def test_a_pipeline_that_loads_the_file_does_what_the_adapter_does(case, tmp_path, targets, rank, alpha):
+def align_term(case, seed=0):
+    torch.manual_seed(seed)
+    return CrepaTerm(Crepa(case.geometry.width, 48), CachedTeacher(), 1, 0.5)
+
+
+def with_teacher(case, batch):
+    generator = torch.Generator().manual_seed(9)
+    features = torch.randn(len(batch.keys), case.grid.t, case.grid.patches, 48, generator=generator)
+    return replace(batch, teacher=PatchFeatures(features, (case.grid.h, case.grid.w)))
+
+
+def live_adapter(case, targets="default", rank=4, alpha=10.0, rslora=False):
     live = case.family.load_transformer(str(case.folder), torch.float32)
     modules = target_modules(live, case.family.spec.lora_targets if targets == "default" else targets, case.family.spec)
     torch.manual_seed(rank)
-    add_lora(live, modules, rank=rank, alpha=alpha, dropout=0.0)
-    for parameter in trainable_parameters(live):
-        parameter.data.normal_(std=0.3)
-    write_adapter([tmp_path / "adapter.safetensors"], case.family, live, step=7)
+    add_lora(live, modules, rank=rank, alpha=alpha, dropout=0.0, rslora=rslora)
+    return live, modules
+
+
+@pytest.mark.parametrize("case", **named(TRAINABLE))
+def test_captured_states_carry_gradient_with_and_without_checkpointing(case):
+    gradients = []
+    for checkpointing in (False, True):
+        live, _ = live_adapter(case)
+        for parameter in trainable_parameters(live):
+            torch.manual_seed(parameter.numel())
+            parameter.data.normal_(std=0.1)
+        if checkpointing:
+            live.enable_gradient_checkpointing()
+        live.train()
+        term, blocks = align_term(case), case.family.blocks(live)
+        losses = training_loss(case.family, FlowMatching("uniform"), live, blocks, with_teacher(case, make_batch(case)), term)
+        losses.total.backward()
+        gradients.append({name: p.grad for name, p in live.named_parameters() if p.requires_grad})
+        early = [g for name, g in gradients[-1].items() if ".1." in name and g is not None]
+        assert early
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in term.crepa.parameters() if p.ndim > 1)
+    plain, recomputed = gradients
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        assert gradient is not None, name
+        assert torch.equal(gradient, recomputed[name]), name
+    assert max(gradient.abs().max() for gradient in plain.values()) > 0
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "default"])
+@pytest.mark.parametrize("case", **named(TRAINABLE))
+def test_five_steps_saved_and_loaded_by_the_pipeline(case, tmp_path, targets):
+    live, modules = live_adapter(case, targets)
+    live.train()
+    optimizer = torch.optim.AdamW(trainable_parameters(live), lr=0.05)
+    batch, blocks = with_teacher(case, make_batch(case)), case.family.blocks(live)
+    for _ in range(5):
+        losses = training_loss(case.family, FlowMatching("uniform"), live, blocks, batch, align_term(case))
+        losses.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    live.eval()
+    write_adapter([tmp_path / "adapter.safetensors"], case.family, live, step=5)
 
     file = load_file(tmp_path / "adapter.safetensors")
     assert set(file) == {f"{case.family.export_name(module)}.lora_{side}.weight" for module in modules for side in "AB"}
     assert not [key for key in file if "alpha" in key or "projector" in key or "crepa" in key]
     assert {tensor.dtype for tensor in file.values()} == {torch.float32}
 
-    pipeline = load_pipeline(case.folder)
-    batch = make_batch(case)
-    base = predict(case, pipeline.transformer, batch)
-    pipeline.load_lora_weights(tmp_path, weight_name="adapter.safetensors")
-    loaded = predict(case, pipeline.transformer, batch)
     expected = predict(case, live, batch)
-    assert (loaded - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max().item())
+    loaded = load_adapter(case, tmp_path)
+    found = predict(case, trained_part(loaded.pipeline, case.row), batch)
+    base = predict(case, case.transformer, batch)
+    assert (found - expected).abs().max() < case.row.tolerance * max(1.0, expected.abs().max().item())
     assert (expected - base).abs().max() > 0.05
+    video = sample(loaded, output_type="np")
+    assert np.isfinite(np.asarray(video)).all()
+    assert np.asarray(video).shape == (1, *case.row.size, 3)
 
 
+def load_adapter(case, folder: Path):
+    pipeline = load_pipeline(case.row, case.task, case.folder)
+    more = {"load_into_transformer_2": True} if case.row.expert == "low" else {}
+    pipeline.load_lora_weights(folder, weight_name="adapter.safetensors", **more)
+    return SimpleNamespace(**vars(case) | {"pipeline": pipeline})
+
+
+@pytest.mark.parametrize(("rank", "alpha", "rslora"), [(4, 10, False), (4, 1, False), (3, 3, False), (4, 8, True)])
+@pytest.mark.parametrize("case", **named([(row, row.tasks[0]) for row in ROWS if row.tiny == "tiny"]))
+def test_a_pipeline_that_loads_the_file_does_what_the_adapter_does(case, tmp_path, rank, alpha, rslora):
+    live, _ = live_adapter(case, "all-linear", rank, alpha, rslora)
+    for parameter in trainable_parameters(live):
+        parameter.data.normal_(std=0.2)
+    write_adapter([tmp_path / "adapter.safetensors"], case.family, live, step=7)
+    batch = make_batch(case)
+    expected = predict(case, live, batch)
+    found = predict(case, load_adapter(case, tmp_path).pipeline.transformer, batch)
+    assert (found - expected).abs().max() < case.row.tolerance * max(1.0, expected.abs().max().item())
+    assert (expected - predict(case, case.transformer, batch)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("case", **named([(row, row.tasks[0]) for row in ROWS if row.tiny == "tiny"]))
 def test_an_adapter_that_learned_nothing_changes_nothing(case, tmp_path):
-    live = case.family.load_transformer(str(case.folder), torch.float32)
-    add_lora(live, target_modules(live, "all-linear", case.family.spec), rank=4, alpha=8, dropout=0.0)
+    live, _ = live_adapter(case, "all-linear")
     write_adapter([tmp_path / "adapter.safetensors"], case.family, live, step=0)
-    pipeline = load_pipeline(case.folder)
-    pipeline.load_lora_weights(tmp_path, weight_name="adapter.safetensors")
     batch = make_batch(case)
     base = predict(case, case.transformer, batch)
-    assert torch.equal(predict(case, live, batch), base)
-    torch.testing.assert_close(predict(case, pipeline.transformer, batch), base, rtol=0, atol=1e-6)
+    torch.testing.assert_close(predict(case, live, batch), base, rtol=0, atol=1e-6)
+    torch.testing.assert_close(predict(case, load_adapter(case, tmp_path).pipeline.transformer, batch), base, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", **named([case for case in TRAINABLE if "t2v" in case[0].tasks]))
+def test_one_frame_is_a_clip(case):
+    """Images train as clips of one frame, as from text alone."""
+    assert case.family.variant.images
+    _, height, width = case.row.size
+    image = clip_pixels(case)[:, :, :1]
+    with torch.no_grad():
+        latents = case.family.encode_video(case.vae, image)
+    grid = case.geometry.token_grid(1, height, width)
+    assert latents.shape[2:] == case.geometry.latent_shape(1, height, width)
+    whole = make_batch(case)
+    batch = Batch(latents, torch.randn_like(latents), whole.sigma, whole.text, grid, FPS, whole.keys)
+    assert predict(case, case.transformer, batch).shape == latents.shape
+    assert case.family.loss_mask(batch) is None
+
+
+def test_nabla_says_where_it_cant_be_trained(open_case):
+    case = open_case(NABLA, "t2v")
+    assert "flex attention" in case.family.untrainable(torch.device("cpu"))
+    assert case.family.untrainable(torch.device("cuda")) is None
+    assert all(open_case(row, row.tasks[0]).family.untrainable(torch.device("cpu")) is None for row in ROWS)
+
+
+def test_every_tiny_model_is_in_the_contract():
+    assert {(row.family, row.tiny) for row in [*ROWS, NABLA]} == {
+        (name, tiny) for name in FAMILIES for tiny in family_class(name).tiny
+    }

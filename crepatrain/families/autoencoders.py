@@ -1,0 +1,50 @@
+"""Latents of the VAEs that more than one family uses: modes of what the encoder says, normalised."""
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+
+def load_wan_vae(path: str, dtype: torch.dtype) -> AutoencoderKLWan:
+    """AutoencoderKLWan of a pipeline folder, frozen."""
+    vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+    return vae.requires_grad_(False)
+
+
+def encode_wan(vae: Any, pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, F, H, W] -> (z - mean) / std with the config's mean and std, fp32."""
+    mean, std = _config_statistics(vae, pixels.device)
+    return (vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float() - mean) / std
+
+
+def decode_wan(vae: Any, latents: Tensor) -> Tensor:
+    """The inverse of `encode_wan`, as pixels."""
+    mean, std = _config_statistics(vae, latents.device)
+    return vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0]
+
+
+def _config_statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the latents, [1, C, 1, 1, 1] each, fp32."""
+    mean, std = torch.tensor([vae.config["latents_mean"], vae.config["latents_std"]]).to(device, non_blocking=True)
+    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+
+def encode_ltx(vae: Any, pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, F, H, W] -> (z - mean) * scaling_factor / std with the VAE's buffers, fp32."""
+    mean, std = _buffer_statistics(vae)
+    return (vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float() - mean) / std
+
+
+def decode_ltx(vae: Any, latents: Tensor) -> Tensor:
+    """The inverse of `encode_ltx`, as pixels; a VAE that is told the noise that is left is told that there is none."""
+    mean, std = _buffer_statistics(vae)
+    z = (latents.float() * std + mean).to(vae.dtype)
+    timestep = z.new_zeros(z.shape[0]) if vae.config.timestep_conditioning else None
+    return vae.decode(z, timestep, return_dict=False)[0]
+
+
+def _buffer_statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    std = vae.latents_std.float() / vae.config.scaling_factor
+    return vae.latents_mean.float().view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)

@@ -1,0 +1,264 @@
+"""Kandinsky 5 Video: Kandinsky5Transformer3DModel and AutoencoderKLHunyuanVideo of diffusers, Qwen2.5-VL and CLIP text."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    FlowMatchEulerDiscreteScheduler,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
+)
+from diffusers.pipelines.kandinsky5.pipeline_kandinsky import prompt_clean
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from crepatrain.config.specs import KANDINSKY5_VIDEO, ModelShapes
+from crepatrain.families.base import TRAIN_TIMESTEPS, Family, PipelineParts, inside_blocks, noisy_frames, with_clean_frames
+from crepatrain.geometry import TokenGrid
+from crepatrain.tensors import Batch
+
+_QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
+
+
+def _pipeline(**parts: Any) -> Kandinsky5T2VPipeline:
+    """The pipeline without most of its parts, for what its own methods know."""
+    return Kandinsky5T2VPipeline(**{**dict.fromkeys(_PARTS), **parts})
+
+
+def _tiny(**more: Any) -> ModelShapes:
+    transformer = {
+        "in_visual_dim": 16,
+        "in_text_dim": 32,
+        "in_text_dim2": 24,
+        "time_dim": 32,
+        "out_visual_dim": 16,
+        "patch_size": [1, 2, 2],
+        "model_dim": 48,
+        "ff_dim": 96,
+        "num_text_blocks": 1,
+        "num_visual_blocks": 10,
+        "axes_dims": [8, 8, 8],
+        "visual_cond": True,
+        "attention_type": "regular",
+        **more,
+    }
+    vae = {
+        "latent_channels": 16,
+        "block_out_channels": [8, 8, 8, 8],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "scaling_factor": 0.476986,
+    }
+    return ModelShapes(None, transformer, vae, next(iter(KANDINSKY5_VIDEO.released.values())).scheduler)
+
+
+class Kandinsky5VideoFamily(Family):
+    """Kandinsky 5 Lite and Pro, text-to-video and image-to-video, with dense and with NABLA attention."""
+
+    spec = KANDINSKY5_VIDEO
+    transformer_class = Kandinsky5Transformer3DModel
+    tiny = MappingProxyType(
+        {
+            "tiny": _tiny(),
+            "tiny-nabla": _tiny(
+                attention_type="nabla",
+                attention_P=0.9,
+                attention_wT=3,
+                attention_wW=3,
+                attention_wH=3,
+                attention_add_sta=True,
+                attention_method="topcdf",
+                axes_dims=[8, 4, 4],
+            ),
+        }
+    )
+
+    @property
+    def _nabla(self) -> bool:
+        return self.geometry.tile > 1
+
+    def untrainable(self, device: torch.device) -> str | None:
+        if self._nabla and device.type == "cpu":
+            return "its NABLA attention runs through flex attention, which has no backward on a CPU"
+        return None
+
+    def load_transformer(self, path: str, dtype: torch.dtype) -> Any:
+        transformer = super().load_transformer(path, dtype)
+        if self._nabla:
+            transformer.set_attention_backend("flex")
+        return transformer
+
+    def load_vae(self, path: str, dtype: torch.dtype) -> Any:
+        vae = AutoencoderKLHunyuanVideo.from_pretrained(path, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+        return vae.requires_grad_(False)
+
+    def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
+        """A pipeline of the text side alone: its `encode_prompt` is the one that sampling uses."""
+        qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, subfolder="text_encoder", dtype=dtype, use_safetensors=True
+        )
+        clip = CLIPTextModel.from_pretrained(path, subfolder="text_encoder_2", dtype=dtype, use_safetensors=True)
+        return _pipeline(
+            # The whole processor would need torchvision for pictures that no caption holds.
+            tokenizer=AutoTokenizer.from_pretrained(path, subfolder="tokenizer"),
+            text_encoder=qwen.requires_grad_(False),
+            tokenizer_2=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer_2"),
+            text_encoder_2=clip.requires_grad_(False),
+        )
+
+    def count_tokens(self, path: str, captions: Sequence[str]) -> list[int]:
+        pipeline = _pipeline()
+        tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
+        texts = [pipeline.prompt_template.format(prompt_clean(caption)) for caption in captions]
+        start = pipeline.prompt_template_encode_start_idx
+        return [min(len(tokenizer(text).input_ids) - start, self.spec.text_length) for text in texts]
+
+    def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """One by one: the encoder is given no mask, so a longer neighbour's padding would change a caption."""
+        encoded = []
+        for caption in captions:
+            embeds, pooled, _ = text_encoder.encode_prompt(caption, max_sequence_length=self.spec.text_length)
+            encoded.append({"prompt_embeds": embeds[0], "pooled": pooled[0]})
+        return encoded
+
+    def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """prompt_embeds [B, L, text width] of captions of one length, as the transformer has no mask; pooled [B, CLIP width]."""
+        return {name: torch.stack([text[name] for text in texts]) for name in ("prompt_embeds", "pooled")}
+
+    def encode_video(self, vae: Any, pixels: Tensor) -> Tensor:
+        return vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+
+    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
+        return vae.decode((latents.float() / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+
+    def denoise(self, transformer: nn.Module, noisy: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+        mask = noisy_frames(batch)
+        if mask is not None:
+            noisy = with_clean_frames(noisy, mask, batch)
+        _frames, height, width = noisy.shape[2:]
+        channels_last = noisy.permute(0, 2, 3, 4, 1)
+        if self.checkpoint.transformer.get("visual_cond"):
+            clean = channels_last.new_zeros(*channels_last.shape[:-1], 1)
+            if mask is not None:
+                clean = clean + (1 - mask).to(noisy.dtype).permute(0, 2, 3, 4, 1)
+            channels_last = torch.cat([channels_last, torch.zeros_like(channels_last), clean], dim=-1)
+        stride, device = self.geometry.spatial_stride, noisy.device
+        text = batch.text["prompt_embeds"].to(noisy.dtype)
+        prediction = transformer(
+            hidden_states=channels_last.contiguous(),
+            encoder_hidden_states=text,
+            pooled_projections=batch.text["pooled"].to(noisy.dtype),
+            timestep=sigma * TRAIN_TIMESTEPS,
+            visual_rope_pos=[torch.arange(size, device=device) for size in (batch.grid.t, batch.grid.h, batch.grid.w)],
+            text_rope_pos=torch.arange(text.shape[1], device=device),
+            scale_factor=_pipeline()._get_scale_factor(height * stride, width * stride),
+            sparse_params=self._sparse_params(batch.grid, device),
+            return_dict=False,
+        )
+        return prediction.permute(0, 4, 1, 2, 3)
+
+    def _sparse_params(self, grid: TokenGrid, device: torch.device) -> dict[str, Any] | None:
+        """What NABLA attention is told, in the words of the pipeline's own `get_sparse_params`."""
+        if not self._nabla:
+            return None
+        config, tile = self.checkpoint.transformer, self.geometry.tile
+        window = {name: config[f"attention_{name}"] for name in ("wT", "wH", "wW")}
+        tiles = Kandinsky5T2VPipeline.fast_sta_nabla(grid.t, grid.h // tile, grid.w // tile, **window, device=str(device))
+        return {
+            "sta_mask": tiles[None, None],
+            "attention_type": config["attention_type"],
+            "to_fractal": True,
+            "P": config["attention_P"],
+            **window,
+            "add_sta": config["attention_add_sta"],
+            "visual_shape": (grid.t, grid.h, grid.w),
+            "method": config["attention_method"],
+        }
+
+    def video_tokens(self, block_output: Tensor, grid: TokenGrid) -> Tensor:
+        """NABLA keeps the tokens of a frame tile by tile."""
+        tokens = super().video_tokens(block_output, grid)
+        if not self._nabla:
+            return tokens
+        side = self.geometry.tile
+        tiles = tokens.unflatten(1, (grid.t, grid.h // side, grid.w // side, side, side))
+        return tiles.transpose(3, 4).flatten(1, 5)
+
+    def export_name(self, module: str) -> str:
+        """diffusers and ComfyUI name everything alike."""
+        return f"transformer.{inside_blocks(module, self.spec)}"
+
+    @staticmethod
+    def random_parts(shapes: ModelShapes) -> PipelineParts:
+        qwen_tokenizer, clip_tokenizer = _qwen_tokenizer(), _clip_tokenizer()
+        sizes = {"hidden_size": shapes.transformer["in_text_dim"], "intermediate_size": 64, "num_hidden_layers": 2}
+        rope = {"type": "mrope", "mrope_section": [2, 3, 3]}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+        qwen = Qwen2_5_VLConfig(
+            text_config={**sizes, **heads, "head_dim": 16, "vocab_size": len(qwen_tokenizer), "rope_scaling": rope},
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "num_heads": 2,
+                "intermediate_size": 16,
+                "out_hidden_size": sizes["hidden_size"],
+            },
+        )
+        clip = CLIPTextConfig(
+            hidden_size=shapes.transformer["in_text_dim2"],
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=len(clip_tokenizer),
+            **{mark: getattr(clip_tokenizer, mark) for mark in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        )
+        return PipelineParts(
+            models={
+                "transformer": (Kandinsky5Transformer3DModel, shapes.transformer),
+                "vae": (AutoencoderKLHunyuanVideo, shapes.vae),
+            },
+            saved={
+                "text_encoder": Qwen2_5_VLForConditionalGeneration(qwen),
+                "tokenizer": qwen_tokenizer,
+                "text_encoder_2": CLIPTextModel(clip),
+                "tokenizer_2": clip_tokenizer,
+                "scheduler": FlowMatchEulerDiscreteScheduler.from_config(dict(shapes.scheduler)),
+            },
+        )
+
+
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    """Bytes as tokens; but what the pipeline puts before a prompt takes as many tokens as the pipeline crops."""
+    letters = sorted(bytes_to_unicode().values())
+    tokenizer = Qwen2Tokenizer(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": list(_QWEN_MARKS)})
+    pipeline = _pipeline()
+    mark, length = "<|im_start|>", pipeline.prompt_template_encode_start_idx
+    before = pipeline.prompt_template.partition("{}")[0].removeprefix(mark)
+    cut = next(cut for cut in range(len(before)) if len(tokenizer(before[cut:]).input_ids) == length - 2)
+    tokenizer.add_tokens([before[:cut]])
+    assert len(tokenizer(mark + before).input_ids) == length
+    return tokenizer
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    letters = sorted(bytes_to_unicode().values())
+    marks = ["<|startoftext|>", "<|endoftext|>"]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *marks]
+    return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
+
+
+FAMILY = Kandinsky5VideoFamily

@@ -1,0 +1,160 @@
+"""SANA-Video: SanaVideoTransformer3DModel of diffusers, the VAE of Wan or of LTX-2, Gemma-2 text."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLLTX2Video,
+    AutoencoderKLWan,
+    DPMSolverMultistepScheduler,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
+)
+from torch import Tensor, nn
+from transformers import AutoTokenizer, ByT5Tokenizer, Gemma2Config, Gemma2Model
+
+from crepatrain.config.specs import SANAVIDEO, ModelShapes
+from crepatrain.families.autoencoders import decode_ltx, decode_wan, encode_ltx, encode_wan, load_wan_vae
+from crepatrain.families.base import (
+    TRAIN_TIMESTEPS,
+    Family,
+    PipelineParts,
+    inside_blocks,
+    noisy_frames,
+    pad_rows,
+    rows_mask,
+    with_clean_frames,
+)
+from crepatrain.tensors import Batch
+
+# The instruction that the pipeline puts before every prompt, but not before a negative one.
+_INSTRUCTION = inspect.signature(SanaVideoPipeline.__call__).parameters["complex_human_instruction"].default
+
+
+class SanaVideoFamily(Family):
+    """SANA-Video 2B, text-to-video and image-to-video."""
+
+    spec = SANAVIDEO
+    transformer_class = SanaVideoTransformer3DModel
+    tiny = MappingProxyType(
+        {
+            "tiny": ModelShapes(
+                None,
+                {
+                    "in_channels": 16,
+                    "out_channels": 16,
+                    "num_attention_heads": 2,
+                    "attention_head_dim": 24,
+                    "num_layers": 12,
+                    "num_cross_attention_heads": 2,
+                    "cross_attention_head_dim": 24,
+                    "cross_attention_dim": 48,
+                    "caption_channels": 32,
+                    "mlp_ratio": 2.5,
+                    "sample_size": 30,
+                    "patch_size": [1, 2, 2],
+                    "qk_norm": "rms_norm_across_heads",
+                    "rope_max_seq_len": 64,
+                },
+                {
+                    "base_dim": 8,
+                    "z_dim": 16,
+                    "dim_mult": [1, 1, 1, 1],
+                    "num_res_blocks": 1,
+                    "temperal_downsample": [False, True, True],
+                },
+                next(iter(SANAVIDEO.released.values())).scheduler,
+            )
+        }
+    )
+
+    @property
+    def _wan_vae(self) -> bool:
+        return "z_dim" in self.checkpoint.vae
+
+    def load_vae(self, path: str, dtype: torch.dtype) -> Any:
+        if self._wan_vae:
+            return load_wan_vae(path, dtype)
+        vae = AutoencoderKLLTX2Video.from_pretrained(path, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+        return vae.requires_grad_(False)
+
+    def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
+        """A pipeline of the text side alone: its `encode_prompt` is the one that sampling uses."""
+        tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
+        encoder = Gemma2Model.from_pretrained(path, subfolder="text_encoder", dtype=dtype, use_safetensors=True)
+        nothing: dict[str, Any] = {"vae": None, "scheduler": None, "transformer": None}
+        return SanaVideoPipeline(tokenizer=tokenizer, text_encoder=encoder.requires_grad_(False), **nothing)
+
+    def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Captions behind the pipeline's instruction; the empty one alone, as the negative prompt that it is in sampling."""
+        encoded = []
+        for caption in captions:
+            embeds, mask, _, _ = text_encoder.encode_prompt(
+                caption,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.spec.text_length,
+                complex_human_instruction=_INSTRUCTION if caption else None,
+            )
+            encoded.append({"prompt_embeds": embeds[0, : int(mask.sum())].clone()})
+        return encoded
+
+    def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """prompt_embeds [B, 300, text width] and their mask [B, 300] of 1 and 0, 0 behind each caption's end."""
+        rows = [text["prompt_embeds"] for text in texts]
+        mask = rows_mask(rows, self.spec.text_length).long()
+        return {"prompt_embeds": pad_rows(rows, self.spec.text_length), "mask": mask}
+
+    def encode_video(self, vae: Any, pixels: Tensor) -> Tensor:
+        return encode_wan(vae, pixels) if self._wan_vae else encode_ltx(vae, pixels)
+
+    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
+        return decode_wan(vae, latents) if self._wan_vae else decode_ltx(vae, latents)
+
+    def denoise(self, transformer: nn.Module, noisy: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+        timestep = sigma * TRAIN_TIMESTEPS
+        mask = noisy_frames(batch)
+        if mask is not None:
+            noisy = with_clean_frames(noisy, mask, batch)
+            grid = batch.grid
+            timestep = (timestep.view(-1, 1, 1, 1, 1) * mask).expand(-1, 1, grid.t, grid.h, grid.w)
+        return transformer(
+            hidden_states=noisy,
+            encoder_hidden_states=batch.text["prompt_embeds"].to(noisy.dtype),
+            encoder_attention_mask=batch.text["mask"],
+            timestep=timestep,
+            return_dict=False,
+        )[0]
+
+    def export_name(self, module: str) -> str:
+        """For diffusers alone: ComfyUI has no such model."""
+        return f"transformer.{inside_blocks(module, self.spec)}"
+
+    @staticmethod
+    def random_parts(shapes: ModelShapes) -> PipelineParts:
+        tokenizer = ByT5Tokenizer(padding_side="right")
+        text = Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=shapes.transformer["caption_channels"],
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+        )
+        return PipelineParts(
+            models={
+                "transformer": (SanaVideoTransformer3DModel, shapes.transformer),
+                "vae": (AutoencoderKLWan if "z_dim" in shapes.vae else AutoencoderKLLTX2Video, shapes.vae),
+            },
+            saved={
+                "text_encoder": Gemma2Model(text),
+                "tokenizer": tokenizer,
+                "scheduler": DPMSolverMultistepScheduler.from_config(dict(shapes.scheduler)),
+            },
+        )
+
+
+FAMILY = SanaVideoFamily
