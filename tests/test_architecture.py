@@ -7,7 +7,9 @@ import pytest
 
 import crepatrain
 from crepatrain.config.load import parse, read_values
+from crepatrain.config.plan import read_plan
 from crepatrain.config.sections import CrepaConfig, RunConfig
+from crepatrain.config.specs import FAMILIES
 from crepatrain.errors import Problem
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +23,20 @@ METRICS = {
     "crepa_weight",
     "crepa_cutoff",
 }
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*-*.json")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_a_plan_without_a_download(path, clips):
+    plan = read_plan(path, ["--train_data", str(clips)], online=False)
+    assert plan.config.crepa_enabled
+    assert plan.config.crepa_scheduler == ("constant" if plan.task == "i2v" else "cosine") or "solid" in path.stem
+    assert plan.warnings == ()
+
+
+def test_every_family_and_task_has_a_config():
+    plans = [parse(read_values(path, (), []), [])[0] for path in (ROOT / "configs").glob("*-*.json")]
+    known = {(spec.name, task) for spec in FAMILIES.values() for task in spec.pipelines}
+    assert {(plan.model_family, "i2v" if "i2v" in plan.output_name else "t2v") for plan in plans} == known
 
 
 def test_every_shipped_config_parses():
@@ -40,6 +56,14 @@ def test_the_readme_names_no_key_that_is_not_there():
 @pytest.mark.parametrize("key", CrepaConfig.model_fields)
 def test_the_readme_tells_every_key_of_crepa(key):
     assert f"`{key}`" in README
+
+
+def test_the_guide_quotes_the_code_as_it_is():
+    guide = (ROOT / "docs" / "new-family.md").read_text(encoding="utf-8")
+    code = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    blocks = [part for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) for part in block.split("\n\n")]
+    assert len(blocks) > 4
+    assert [block for block in blocks if block.strip("\n") not in code] == []
 
 
 @pytest.mark.parametrize("refused", [r"torch\.hub", "trust_remote_code", r"weights_only\s*=\s*False", r"\bpickle\b"])

@@ -344,16 +344,25 @@ def _closing_table(run: Run, screen: Screen) -> None:
     ]
     spans = [f"steps {part[0]['step']}-{part[-1]['step']}" if tenth > 1 else f"step {part[0]['step']}" for part in parts]
     screen.table("training, first -> last", ("mean of", *spans), rows)
-    root = run.folder.root
     screen.rows(
         "result",
         [
-            ("adapter", str(root / ADAPTER_FILE)),
-            ("load it", f'pipeline.load_lora_weights("{root}", weight_name="{ADAPTER_FILE}")'),
+            *_result(run),
             ("all numbers", str(run.folder.metrics)),
             ("train on", f"{_further(run.config)} and give the same command"),
         ],
     )
+
+
+def _result(run: Run) -> list[tuple[str, str]]:
+    """What the run made, and how to load it."""
+    root, variant = run.folder.root, run.family.variant
+    if run.config.model_type == "full":
+        load = f'{run.family.spec.transformer_class}.from_pretrained("{root}", subfolder="{variant.transformer}")'
+        return [("transformer", str(root / variant.transformer)), ("load it", load)]
+    second = ", load_into_transformer_2=True" if variant.expert == "low" else ""
+    load = f'pipeline.load_lora_weights("{root}", weight_name="{ADAPTER_FILE}"{second})'
+    return [("adapter", str(root / ADAPTER_FILE)), ("load it", load)]
 
 
 def _mean(lines: Sequence[dict[str, Any]], key: str) -> str:

@@ -534,6 +534,9 @@ _NABLA = {
     "attention_method": "topcdf",
 }
 
+_KANDINSKY_LITE = _kandinsky_transformer(1792, 7168, (2, 32), [16, 24, 24], 512)
+_KANDINSKY_PRO = _kandinsky_transformer(4096, 16384, (4, 60), [32, 48, 48], 1024, **_NABLA)
+_KANDINSKY_I2V = {"_class_name": "Kandinsky5I2VPipeline"}
 _KANDINSKY_ATTENTIONS = tuple(
     f"{attention}.{layer}"
     for attention in ("self_attention", "cross_attention")
@@ -561,20 +564,29 @@ KANDINSKY5_VIDEO = FamilySpec(
     released=MappingProxyType(
         {
             "kandinsky5-lite": ModelShapes(
-                "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
-                _kandinsky_transformer(1792, 7168, (2, 32), [16, 24, 24], 512),
+                "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers", _KANDINSKY_LITE, _HUNYUAN_VAE, _KANDINSKY_SAMPLER
+            ),
+            "kandinsky5-i2v-lite": ModelShapes(
+                "kandinskylab/Kandinsky-5.0-I2V-Lite-5s-Diffusers",
+                _KANDINSKY_LITE,
                 _HUNYUAN_VAE,
                 _KANDINSKY_SAMPLER,
+                _KANDINSKY_I2V,
             ),
             "kandinsky5-pro": ModelShapes(
-                "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s-Diffusers",
-                _kandinsky_transformer(4096, 16384, (4, 60), [32, 48, 48], 1024, **_NABLA),
+                "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s-Diffusers", _KANDINSKY_PRO, _HUNYUAN_VAE, _KANDINSKY_SAMPLER
+            ),
+            "kandinsky5-i2v-pro": ModelShapes(
+                "kandinskylab/Kandinsky-5.0-I2V-Pro-sft-5s-Diffusers",
+                _KANDINSKY_PRO,
                 _HUNYUAN_VAE,
                 _KANDINSKY_SAMPLER,
+                _KANDINSKY_I2V,
             ),
         }
     ),
 )
+
 
 FAMILIES: Mapping[str, FamilySpec] = MappingProxyType({spec.name: spec for spec in (WAN, LTXVIDEO, SANAVIDEO, KANDINSKY5_VIDEO)})
 

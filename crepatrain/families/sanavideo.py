@@ -34,42 +34,53 @@ from crepatrain.tensors import Batch
 _INSTRUCTION = inspect.signature(SanaVideoPipeline.__call__).parameters["complex_human_instruction"].default
 
 
+_WAN_VAE = {
+    "base_dim": 8,
+    "z_dim": 16,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+}
+_LTX2_VAE = {
+    "latent_channels": 8,
+    "block_out_channels": [8, 16, 32, 64],
+    "decoder_block_out_channels": [8, 16, 32],
+    "layers_per_block": [1, 1, 1, 1, 1],
+    "decoder_layers_per_block": [1, 1, 1, 1],
+    "spatio_temporal_scaling": [True, True, True, True],
+    "patch_size": 4,
+    "patch_size_t": 1,
+    "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8,
+}
+
+
+def _tiny(vae: Mapping[str, Any], channels: int, patch: int, sample_size: int) -> ModelShapes:
+    transformer = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "num_layers": 12,  # the family's default block exists in it
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 24,
+        "cross_attention_dim": 48,
+        "caption_channels": 32,
+        "mlp_ratio": 2.5,
+        "sample_size": sample_size,
+        "patch_size": [1, patch, patch],
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 64,
+    }
+    return ModelShapes(None, transformer, vae, next(iter(SANAVIDEO.released.values())).scheduler)
+
+
 class SanaVideoFamily(Family):
     """SANA-Video 2B, text-to-video and image-to-video."""
 
     spec = SANAVIDEO
     transformer_class = SanaVideoTransformer3DModel
-    tiny = MappingProxyType(
-        {
-            "tiny": ModelShapes(
-                None,
-                {
-                    "in_channels": 16,
-                    "out_channels": 16,
-                    "num_attention_heads": 2,
-                    "attention_head_dim": 24,
-                    "num_layers": 12,
-                    "num_cross_attention_heads": 2,
-                    "cross_attention_head_dim": 24,
-                    "cross_attention_dim": 48,
-                    "caption_channels": 32,
-                    "mlp_ratio": 2.5,
-                    "sample_size": 30,
-                    "patch_size": [1, 2, 2],
-                    "qk_norm": "rms_norm_across_heads",
-                    "rope_max_seq_len": 64,
-                },
-                {
-                    "base_dim": 8,
-                    "z_dim": 16,
-                    "dim_mult": [1, 1, 1, 1],
-                    "num_res_blocks": 1,
-                    "temperal_downsample": [False, True, True],
-                },
-                next(iter(SANAVIDEO.released.values())).scheduler,
-            )
-        }
-    )
+    tiny = MappingProxyType({"tiny": _tiny(_WAN_VAE, 16, 2, 30), "tiny-720p": _tiny(_LTX2_VAE, 8, 1, 22)})
 
     @property
     def _wan_vae(self) -> bool:
