@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ SIZES: Mapping[str, tuple[Mapping[str, Any], tuple[int, int, int]]] = {
     "wan2.1-1.3b": (WAN.released["wan2.1-1.3b"].transformer, (81, 480, 832)),
     "wan2.1-14b": (WAN.released["wan2.1-14b"].transformer, (81, 480, 832)),
 }
-FAMILY: Family = get_family("wan")
+RELEASED = WAN.released["wan2.1-1.3b"]
+FAMILY: Family = get_family("wan", RELEASED.checkpoint)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -55,12 +57,12 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def geometry(config: Mapping[str, Any]) -> Geometry:
-    return WAN.geometry(config, WAN.released["wan2.1-1.3b"].vae)
+    return WAN.geometry(config, RELEASED.vae)
 
 
 def build_transformer(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype, *, checkpointing: bool = True) -> Any:
     """A Wan transformer with random weights and a LoRA of rank 32 on its attention, ready to train."""
-    transformer = FAMILY.empty_transformer(config)
+    transformer = get_family("wan", replace(RELEASED.checkpoint, transformer=config)).empty_transformer()
     if device.type != "meta":
         rope = type(transformer.rope)(
             transformer.config.attention_head_dim, transformer.config.patch_size, transformer.config.rope_max_seq_len
@@ -98,7 +100,7 @@ def build_batch(
         sigma=torch.full((1,), 0.5, device=device),
         text={"prompt_embeds": torch.randn(1, WAN.text_length, text_width, device=device)},
         grid=grid,
-        fps=WAN.fps,
+        fps=FAMILY.variant.fps,
         keys=("random",),
         teacher=teacher and features(grid, *teacher, device),
         pixels=torch.zeros(1, grid.t, 3, *size[1:], dtype=torch.uint8, device=device),

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import FAMILY, SMALL, arguments, build_batch, build_transformer, geometry, ratio, write
+from common import FAMILY, RELEASED, SMALL, arguments, build_batch, build_transformer, geometry, ratio, write
 
 from crepatrain.commands.demo_clips import make_clips
 from crepatrain.commands.fit import fit
 from crepatrain.config.plan import read_plan
-from crepatrain.config.specs import WAN, ReleasedModel
+from crepatrain.config.specs import ModelShapes
 from crepatrain.console import Screen
 from crepatrain.families.random import write_random_pipeline
 from crepatrain.training.diffusion import FlowMatching
@@ -62,8 +62,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         screen = Screen(quiet=True)
-        shapes = ReleasedModel("", SMALL, WAN.released["wan2.1-1.3b"].vae | {"base_dim": 24}, SMALL["text_dim"], flow_shift=3.0)
-        write_random_pipeline(FAMILY, folder / "model", released=shapes)
+        shapes = ModelShapes("", SMALL, {**RELEASED.vae, "base_dim": 24}, RELEASED.scheduler)
+        write_random_pipeline(type(FAMILY), folder / "model", shapes)
         make_clips(folder / "clips", screen)
         values = {
             "model_family": "wan",

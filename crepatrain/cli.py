@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,9 +16,9 @@ from crepatrain.config.sections import RunConfig
 from crepatrain.config.specs import FAMILIES, FamilySpec
 from crepatrain.config.summary import summarize
 from crepatrain.console import Screen
-from crepatrain.errors import DivergedError, UserError
+from crepatrain.errors import DivergedError, UserError, closest
 
-EXIT_USER_ERROR, EXIT_STOPPED, EXIT_DIVERGED = 2, 3, 4
+EXIT_USER_ERROR, EXIT_STOPPED, EXIT_DIVERGED, EXIT_DOES_NOT_FIT = 2, 3, 4, 5
 
 app = typer.Typer(
     name="crepatrain",
@@ -126,17 +126,168 @@ def validate_config(
 
 
 @app.command("dry-run", context_settings=_OPTIONS)
-def dry_run(context: typer.Context, config: ConfigFile) -> None:
-    """Look at every clip and say what training will use, take and cost on disk. Loads no weights."""
-    plan = _plan(config, context.args, online=False)
+def dry_run(
+    context: typer.Context,
+    config: ConfigFile,
+    estimate_vram: Annotated[
+        bool, typer.Option("--estimate-vram", help="Run the step on fake tensors and count its memory.")
+    ] = False,
+    fits: Annotated[
+        float | None, typer.Option(help="Exit with 5 if the estimate is above so many GB.", show_default=False)
+    ] = None,
+    assume_model: Annotated[
+        str | None, typer.Option(help="Shapes of a released model (see `crepatrain families`) rather than of the config's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the estimate alone, as JSON.")] = False,
+) -> None:
+    """Look at every clip and say what training will use, take and cost on disk, and in GPU memory. Loads no weights."""
+    plan = _plan(config, [*context.args, *_assumed(assume_model)], online=False)
 
     def work() -> None:
         from crepatrain.commands import dryrun
         from crepatrain.commands.stopping import StopSignal
 
-        _summary(plan)
+        screen = Screen(quiet=True) if as_json else _screen
+        if not as_json:
+            _summary(plan)
         with StopSignal() as stop:
-            dryrun.dry_run(plan, _screen, stop)
+            dataset = dryrun.dry_run(plan, screen, stop)
+        if not (estimate_vram or as_json or fits is not None):
+            return
+        estimate = dryrun.estimate_vram(plan, dataset, screen)
+        if as_json:
+            typer.echo(json.dumps(estimate.as_json(), indent=2))
+        if fits is not None and not dryrun.fits(estimate, fits, screen):
+            sys.exit(EXIT_DOES_NOT_FIT)
+
+    _stoppable(work)
+
+
+def _assumed(model: str | None) -> list[str]:
+    """Options that put a released model in the place of the config's."""
+    if model is None:
+        return []
+    known = {name: spec for spec in FAMILIES.values() for name in spec.released}
+    if model not in known:
+        close = closest(model, known)
+        raise UserError(
+            f"--assume-model {model}: unknown", f"did you mean {close}?" if close else f"use one of {', '.join(known)}"
+        )
+    spec = known[model]
+    expert = spec.variant(spec.released[model].checkpoint, None).expert
+    options = ["--model_family", spec.name, "--pretrained_model_name_or_path", str(spec.released[model].repo)]
+    return options + (["--wan_expert", expert] if expert else [])
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="output_dir of a run; several are drawn together", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="the file; without it report.html, in the folder of a single run")] = None,
+    with_map: Annotated[
+        bool, typer.Option("--map", help="Load the model and measure where in the picture it agrees with the teacher.")
+    ] = False,
+) -> None:
+    """Draw what runs have logged into one HTML file: curves, videos, config, dataset."""
+
+    def work() -> None:
+        from crepatrain.commands.alignment_map import write_alignment_map
+
+        for run in runs:
+            write_alignment_map(run, _screen)
+
+    if with_map:
+        _stoppable(work)
+    from crepatrain.commands.report import report as command
+
+    command(runs, output, _screen)
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="output_dir of a run", show_default=False)]) -> None:
+    """Say in five lines where a run stands, from its files alone."""
+    from crepatrain.commands.status import status as command
+
+    command(run, _screen)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="output_dir of a run", show_default=False)],
+    step: Annotated[int | None, typer.Option(help="of the checkpoint; without it the last", show_default=False)] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="of the file's tensors", show_default=False)
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="the file; of model_type full a folder", show_default=False)] = None,
+) -> None:
+    """Write the adapter of a checkpoint anew, or its whole transformer, also as one file for ComfyUI."""
+
+    def work() -> None:
+        from crepatrain.commands.export import export as command
+
+        command(run, step, dtype, output, _screen)
+
+    _stoppable(work)
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="an adapter, of this trainer or another", show_default=False)],
+    base: Annotated[
+        Path | None, typer.Option(help="a diffusers pipeline folder; its config.json files are enough", show_default=False)
+    ] = None,
+) -> None:
+    """Say what diffusers and ComfyUI read of an adapter file, and what is wrong with it. Exits with 2 if anything is."""
+
+    def work() -> None:
+        from crepatrain.commands.verify import verify as command
+
+        command(file, base, _screen)
+
+    _stoppable(work)
+
+
+@app.command()
+def sample(
+    target: Annotated[Path, typer.Argument(help="a run's folder, or an adapter of crepatrain", show_default=False)],
+    prompt: Annotated[str | None, typer.Option(help="what to show", show_default=False)] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="what not to show", show_default=False)] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="of image-to-video: an image, or a clip's first frame", show_default=False)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps", show_default=False)] = None,
+    guidance: Annotated[float | None, typer.Option(help="classifier-free guidance", show_default=False)] = None,
+    frames: Annotated[int | None, typer.Option(show_default=False)] = None,
+    height: Annotated[int | None, typer.Option(show_default=False)] = None,
+    width: Annotated[int | None, typer.Option(show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="the same for every video")] = 42,
+    strength: Annotated[str, typer.Option(help="of the adapter, one or several between commas")] = "1.0",
+    at: Annotated[str, typer.Option(help="steps of a run to compare, between commas", show_default=False)] = "",
+    base: Annotated[
+        str | None, typer.Option(help="pipeline folder or hub id in the place of the recipe's", show_default=False)
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="an .mp4", show_default=False)] = None,
+) -> None:
+    """Make a video with an adapter, and beside it the one without, from the same seed."""
+
+    def work() -> None:
+        from crepatrain.commands import sample as command
+
+        wish = command.Wish(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            image=image,
+            steps=steps,
+            guidance=guidance,
+            frames=frames,
+            height=height,
+            width=width,
+            seed=seed,
+            at=command.parse_numbers(at, int, "--at"),
+            strengths=command.parse_numbers(strength, float, "--strength") or (1.0,),
+            base=base,
+            output=output,
+        )
+        command.sample(target, wish, _screen)
 
     _stoppable(work)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 if TYPE_CHECKING:
     from crepatrain.families.base import Family
@@ -40,7 +42,7 @@ def tiny_family(name: str = "wan", size: str = "tiny", **options: Any) -> "Famil
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Gives a tiny random pipeline folder of a family and variant, with `encoder/` beside its parts; written once, not to be changed."""
+    """Gives a tiny random pipeline folder of a family and variant, with `encoder/` beside its parts; not to be changed."""
     from crepatrain.families import family_class
     from crepatrain.families.random import write_random_pipeline
 
@@ -75,6 +77,22 @@ def render_clip(path: Path, *, frames: int = 20, height: int = 96, width: int = 
             picture[top : top + 24, left : left + 24] = square
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
+
+
+def render_image(path: Path, *, height: int = 96, width: int = 160, seed: int = 0) -> None:
+    """Coloured blocks, in the format of the file's name."""
+    blocks = np.random.default_rng(seed).integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
+    Image.fromarray(blocks.repeat(8, axis=0).repeat(8, axis=1)).save(path)
+
+
+@pytest.fixture(scope="session")
+def clips_and_images(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clips and two captioned images."""
+    folder = Path(shutil.copytree(clips, tmp_path_factory.mktemp("mixed") / "mixed"))
+    for index, suffix in enumerate((".png", ".jpg")):
+        render_image(folder / f"image-{index}{suffix}", seed=index)
+        (folder / f"image-{index}.txt").write_text(f"coloured blocks, number {index}\n", encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import tiny_family
 
 import crepatrain
 from crepatrain import cli
 from crepatrain.config.plan import read_plan
 from crepatrain.config.sections import RunConfig
+from crepatrain.config.specs import FAMILIES
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "decord", "av")
 COMMANDS = ("validate-config", "dry-run", "cache", "fit")
@@ -72,6 +74,11 @@ main()
         (["validate-config"], {"num_frames": 50}, 2),
         (["validate-config"], {"pretrained_model_name_or_path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}, 0),
         (["validate-config"], {"pretrained_model_name_or_path": "some/thing"}, 2),
+        (["validate-config"], {"lora_targets": ["to_q", "to_z"]}, 2),
+        (["validate-config"], {"lora_targets": r"blocks\..*to_z"}, 2),
+        (["validate-config"], {"lora_targets": r"blocks\..*to_q"}, 0),
+        (["validate-config"], {"task": "i2v"}, 2),
+        (["validate-config"], {"model_type": "full"}, 0),
         (["fit"], {"num_frames": 50}, 2),
         (["validate-config", "--schema"], None, 0),
         (["families"], None, 0),
@@ -135,8 +142,12 @@ def test_a_command_without_its_file_is_refused(run):
 def test_families_are_listed(run):
     result = run("families")
     assert result.code == 0
-    for word in ("wan", "480x832", "81", "16", "wan2.1-1.3b", "wan2.1-14b"):
+    for word in ("wan", "480x832", "81", "16", "t2v, i2v", "8k+1, 32n", "4k+1, 128n"):
         assert word in result.out
+    for name, spec in FAMILIES.items():
+        assert f"{name} {spec.default_block};" in result.out
+        for model, shapes in spec.released.items():
+            assert f"{model} {shapes.repo}" in result.out
 
 
 def test_the_version_is_printed(run):
@@ -159,6 +170,10 @@ BAD_VALUES = [
     {"crepa_teacher_block_index": 3, "crepa_feature_source": "backbone"},
     {"crepa_similarity_threshold": 3},
     {"lora_targets": []},
+    {"lora_targets": ["to_z"]},
+    {"lora_targets": "to_z"},
+    {"task": "i2v"},
+    {"wan_expert": "high"},
     {"train_data": "/nowhere"},
     {"pretrained_model_name_or_path": "/nowhere"},
     {"pretrained_model_name_or_path": "some/thing"},
@@ -338,6 +353,20 @@ def test_a_dry_run_prints_its_table_and_writes_no_run(run, config_file, values, 
         assert words in result.out
     assert not Path(values["output_dir"]).exists()
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"index", "digests.json"}
+
+
+def test_a_dry_run_counts_every_weight_where_every_weight_is_trained(run, config_file):
+    result = run("dry-run", config_file(model_type="full"))
+    assert result.code == 0
+    weights = sum(parameter.numel() for parameter in tiny_family().empty_transformer().parameters())
+    assert f"transformer {weights:,}" in result.out
+    assert "adapter" not in result.out.partition("trainable parameters")[2].partition("cache")[0]
+
+
+def test_a_dry_run_counts_first_frames(run, config_file, tiny_checkpoint):
+    of = {"model_family": "ltxvideo", "pretrained_model_name_or_path": str(tiny_checkpoint("ltxvideo"))}
+    sizes = [run("dry-run", config_file(**of, task=task)).out.partition("latents ")[2].split(" ")[0] for task in ("t2v", "i2v")]
+    assert float(sizes[0]) < float(sizes[1])
 
 
 def test_make_random_refuses_what_it_does_not_know(run, tmp_path):

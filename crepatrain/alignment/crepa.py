@@ -101,6 +101,28 @@ class Crepa(nn.Module):
         alignment = aligned / count
         return CrepaOutput(-(alignment if self.normalize_by_frames else aligned), alignment.detach(), similar / count)
 
+    @torch.no_grad()
+    def patch_similarity(self, tokens: Tensor, teacher: PatchFeatures, grid: TokenGrid) -> Tensor:
+        """The cosine of every patch with its own features, whose mean is sim(f, f): [B, T, rows, columns], where both grids meet.
+
+        Args:
+            tokens, teacher, grid: as in `forward`.
+        """
+        with own_precision(tokens.device):
+            student = tokens.unflatten(1, (grid.t, grid.patches))
+            student, features = match_frames(student, teacher.values)
+            onto = common_grid((grid.h, grid.w), teacher.grid)
+            rows, columns = onto if self.spatial_align else (1, 1)
+            alone = [{frame: 1.0} for frame in range(student.shape[1])]
+            similar = student.new_empty((*student.shape[:2], rows, columns), dtype=torch.float32)
+            for sample in range(student.shape[0]):
+                for frame in range(student.shape[1]):
+                    chunk = student[sample : sample + 1, frame : frame + 1]
+                    _, own = self._teacher(features[sample], alone, range(frame, frame + 1), teacher.grid, onto)
+                    projected = unit(self._project(chunk, (grid.h, grid.w), onto))
+                    similar[sample, frame] = (projected * own).sum(dim=-1).view(rows, columns)
+        return similar
+
     def _weights(self, frames: int) -> list[dict[int, float]]:
         rows = neighbour_weights(frames, distance=self.distance, tau=self.tau, cumulative=self.cumulative_neighbors)
         if not self.normalize_neighbour_sum:

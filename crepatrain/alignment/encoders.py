@@ -1,7 +1,9 @@
 """Vision transformers of transformers' format as frozen teachers."""
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +67,19 @@ class VisionEncoder(nn.Module):
         if prefix not in {0, 1 + getattr(self.model.config, "num_register_tokens", 0)}:
             raise ValueError(f"{tokens.shape[1]} tokens for {patches} patches")
         return tokens[:, prefix:]
+
+
+def empty_encoder(shapes: Mapping[str, Any], patch: int, *, frames_per_forward: int, dtype: torch.dtype) -> VisionEncoder:
+    """An encoder on the meta device, for planning.
+
+    Args:
+        shapes: its config.json.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(**shapes)
+    with torch.device("meta"):
+        return VisionEncoder(AutoModel.from_config(config, dtype=dtype), patch, frames_per_forward)
 
 
 def load_encoder(

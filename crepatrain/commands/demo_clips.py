@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 
 from crepatrain.console import Screen
+from crepatrain.data.encode import write_video
 from crepatrain.errors import UserError
 
 
@@ -42,17 +42,6 @@ def make_clips(folder: Path, screen: Screen) -> None:
         write_video(path, _render(scene, seed=number), fps=16)
         path.with_suffix(".txt").write_text(scene.caption + "\n", encoding="utf-8")
     screen.say(f"wrote {len(_SCENES)} captioned clips to {folder}")
-
-
-def write_video(path: Path, frames: np.ndarray, *, fps: int) -> None:
-    """Write frames [F, H, W, 3] uint8 as H.264 in yuv420p."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for picture in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
 
 
 def _render(scene: _Scene, *, seed: int, frames: int = 36, height: int = 144, width: int = 208, radius: int = 26) -> np.ndarray:

@@ -1,14 +1,21 @@
 """Everything that can be said of a run without its weights."""
 
-from crepatrain.commands import preflight
+import torch
+
+from crepatrain.commands import preflight, vram
+from crepatrain.commands.preflight import Dataset
 from crepatrain.commands.stopping import StopSignal
+from crepatrain.commands.vram import GIB, Estimate
 from crepatrain.config.plan import Plan
 from crepatrain.console import Screen
 from crepatrain.training import build
 from crepatrain.training.lora import trainable_parameters
 
+# GiB that are free to use on a card of so many GB.
+_CARDS = {8: 7.8, 12: 11.8, 16: 15.8, 24: 23.6, 32: 31.5, 48: 47.5, 80: 79.1, 141: 139.7}
 
-def dry_run(plan: Plan, screen: Screen, stop: StopSignal) -> None:
+
+def dry_run(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
     """Look at the clips, build the modules on the meta device, and print what a run would use.
 
     Raises:
@@ -26,3 +33,52 @@ def dry_run(plan: Plan, screen: Screen, stop: StopSignal) -> None:
     if plan.config.crepa_enabled:
         trainable["projector"] = sum(p.numel() for p in build.build_crepa(plan).parameters())
     preflight.describe(plan, dataset, screen, trainable)
+    return dataset
+
+
+def estimate_vram(plan: Plan, dataset: Dataset, screen: Screen) -> Estimate:
+    """Estimate the memory of a run on this dataset, and print it.
+
+    Raises:
+        UserError: the model's step can't run on fake tensors.
+    """
+    screen.say("estimating GPU memory: the step itself, on tensors without values")
+    estimate = vram.estimate(plan, list(dataset.cut.buckets))
+    owners = dict.fromkeys(owner for stage in estimate.stages.values() for owner in stage.by_owner)
+    stages = estimate.stages.values()
+    rows = [(owner, *(_gib(stage.by_owner[owner]) if owner in stage.by_owner else "-" for stage in stages)) for owner in owners]
+    rows.append(("margin: CUDA context, allocator", *(_gib(stage.margin) for stage in stages)))
+    rows.append(("peak", *(_gib(stage.peak) for stage in stages)))
+    screen.table("GPU memory at its fullest, in GiB", ("", *estimate.stages), rows)
+    training = estimate.stages["training"]
+    lines = [
+        ("needed", f"{_gib(estimate.peak)} GiB, while {estimate.largest}; not calibrated on CUDA: the margin is a guess"),
+        ("training's peak", f"after {training.op}"),
+        ("fits", ", ".join(f"{card} GB {'yes' if estimate.peak <= room * GIB else 'no'}" for card, room in _CARDS.items())),
+    ]
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        verdict = "yes" if estimate.peak <= card.total_memory else "no"
+        lines.append(("this machine", f"{card.name} of {_gib(card.total_memory)} GiB: {verdict}"))
+    for number, (source, share) in enumerate(estimate.crepa.items()):
+        lines.append((f"CREPA, {source}", f"{_gib(share)} GiB of training's peak{'' if number else ', as configured'}"))
+    lines += [(change, f"{_gib(peak)} GiB in training") for change, peak in estimate.remedies]
+    if estimate.largest == "caching text":
+        lines.append(("caching text", "fill the cache once on a larger GPU: `crepatrain cache` with the same cache_dir"))
+    if plan.config.crepa_enabled and plan.config.crepa_feature_source == "cached":
+        lines.append(
+            ("a smaller crepa_encoder", "changes nothing in training, as its features are cached; it does while caching")
+        )
+    screen.rows("what it means, and what would change it", lines)
+    return estimate
+
+
+def fits(estimate: Estimate, gigabytes: float, screen: Screen) -> bool:
+    """Whether a run fits into so many GB, and say it."""
+    fitting = estimate.peak <= gigabytes * GIB
+    screen.say(f"{_gib(estimate.peak)} GiB {'fit' if fitting else 'do not fit'} into {gigabytes:g} GB")
+    return fitting
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"

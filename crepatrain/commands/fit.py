@@ -14,11 +14,16 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
+from crepatrain.commands.evaluation import Evaluation
 from crepatrain.commands.precompute import fill_caches, free_memory, plan_caches
-from crepatrain.commands.preflight import look_at_clips
+from crepatrain.commands.preflight import dataset_facts, hold_out, look_at_clips
+from crepatrain.commands.rehearsal import compare_memory, rehearse
+from crepatrain.commands.report import refresh_report
 from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder, expect_same_fingerprint
 from crepatrain.commands.session import Run, Start, build_run, prepare_start, save, take_fingerprint
 from crepatrain.commands.stopping import Stopped, StopSignal
+from crepatrain.commands.trackers import tracking
+from crepatrain.commands.validation import Validation
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.console import Screen, TrainingView
@@ -27,18 +32,23 @@ from crepatrain.errors import DivergedError, UserError
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.checkpoint import checkpoints, read_plain
-from crepatrain.training.metrics import HostCopy, StepNumbers, StepSums
+from crepatrain.training.clock import StepClock
+from crepatrain.training.metrics import SIGMA_RANGES, HostCopy, StepNumbers, StepSums
 from crepatrain.training.optim import clip_gradients
 from crepatrain.training.step import CrepaTerm, training_loss
 
 _GIB = 1 << 30
+_OF_SIGMA = "sigma_loss "  # names the window's means per range of sigma
 _SMALLER = (
     "set gradient_checkpointing, or lower num_frames, height and width, train_batch_size or lora_rank; checkpoints are kept"
 )
 
 
-def fit(plan: Plan, screen: Screen) -> None:
+def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False) -> None:
     """Train a plan to its end, from the beginning or from its last checkpoint.
+
+    Args:
+        rehearsed: try a step before the first one on a CPU too, as is always done on a GPU.
 
     Raises:
         UserError: something that the user can mend, before or between steps.
@@ -53,7 +63,7 @@ def fit(plan: Plan, screen: Screen) -> None:
     with StopSignal() as stop:
         resume = folder.look()
         with accelerator.main_process_first():
-            dataset = look_at_clips(plan, screen, stop)
+            dataset, held = hold_out(plan, look_at_clips(plan, screen, stop), screen, stop)
             start = prepare_start(plan, dataset, accelerator.num_processes, device, resume)
             caches = plan_caches(plan, dataset, screen, device, teacher=start.state.asks_teacher)
             fingerprint = take_fingerprint(dataset, caches, start)
@@ -63,14 +73,23 @@ def fit(plan: Plan, screen: Screen) -> None:
                 screen.say(f"this run is complete: {start.state.step} steps. {_further(plan.config)} to go on")
                 return
             fill_caches(plan, dataset, caches, screen, device, stop)
+            held_caches = held and plan_caches(plan, held, screen, device, teacher=start.state.asks_teacher)
+            if held and held_caches:
+                fill_caches(plan, held, held_caches, screen, device, stop)
         _expect_one_start(start, accelerator.num_processes)
         folder.claim(start.state.step)
-        with _status(folder, start):
+        folder.describe(dataset_facts(plan, dataset, start.sampler))
+        with _reported(folder), _status(folder, start), tracking(folder, plan.config, start.state.step):
             run = build_run(plan, screen, accelerator, folder, dataset, caches, start, fingerprint)
             if accelerator.num_processes == 1:  # several leave together, from within the loop
                 stop.check("before its first step")
-            _train(run, screen, stop)
+            if device.type == "cuda" or rehearsed:
+                rehearse(run, plan, list(dataset.cut.buckets), screen)
+            evaluation = Evaluation.of(run, plan, held, held_caches) if held and held_caches else None
+            _train(run, screen, stop, Validation(run, plan, caches, screen), evaluation)
     _closing_table(run, screen)
+    if device.type == "cuda":
+        compare_memory(plan, list(dataset.cut.buckets), screen)
 
 
 def _expect_one_start(start: Start, processes: int) -> None:
@@ -113,6 +132,17 @@ def _status(folder: RunFolder, start: Start) -> Iterator[None]:
     folder.status("completed", state.step)
 
 
+@contextlib.contextmanager
+def _reported(folder: RunFolder) -> Iterator[None]:
+    """However the training ends, report.html shows it."""
+    try:
+        yield
+    finally:
+        if folder.writes:
+            with contextlib.suppress(UserError):  # how training ended says more than a report that can't be written
+                refresh_report(folder.root)
+
+
 @dataclass(frozen=True, eq=False)
 class Launched:
     """An optimizer step that the device may still be working on.
@@ -122,6 +152,7 @@ class Launched:
         scores: means over micro-batches and processes, and whether any process was asked to stop. Copied after the last forward:
             reading them does not wait for backward.
         checks: gradient norms, and whether any number was not finite, in this step or before.
+        clock: of its parts.
     """
 
     step: int
@@ -132,12 +163,15 @@ class Launched:
     clips: list[str]
     scores: HostCopy
     checks: HostCopy
+    clock: StepClock
 
 
-def _train(run: Run, screen: Screen, stop: StopSignal) -> None:
+def _train(run: Run, screen: Screen, stop: StopSignal, validation: Validation, evaluation: Evaluation | None) -> None:
     """The loop. A step is settled after the next one is launched, so that the device never waits for the host."""
     state, schedule = run.state, run.state.schedule
     alone = run.accelerator.num_processes == 1
+    if state.step == 0:
+        _look_at_the_base(validation, evaluation)
     batches = run.open_batches(state.step)
     before, stopping = None, False
     if run.accelerator.device.type == "cuda":
@@ -162,9 +196,29 @@ def _train(run: Run, screen: Screen, stop: StopSignal) -> None:
             if ending or state.step % run.config.checkpointing_steps == 0:
                 _settle(run, launched, view, ending=ending)
                 before = None
-                save(run)
+                _keep(run, None if stopping else evaluation)
+            if not stopping and validation.due(ending=ending):
+                if before:
+                    _settle(run, before, view)
+                    before = None
+                validation.make()
     if state.step < run.total:
         raise Stopped(f"saved at step {state.step}; the same command goes on from there")
+
+
+def _look_at_the_base(validation: Validation, evaluation: Evaluation | None) -> None:
+    """What the model does before its first step."""
+    if evaluation:
+        evaluation.make()
+    if validation.due(ending=False):
+        validation.make()
+
+
+def _keep(run: Run, evaluation: Evaluation | None) -> None:
+    """A checkpoint, measured before it is written, so that the best one is known when the oldest is given up."""
+    if evaluation:
+        evaluation.make()
+    save(run)
 
 
 def _launch(run: Run, batches: Iterator[Batch], stop: StopSignal) -> Launched:
@@ -173,27 +227,31 @@ def _launch(run: Run, batches: Iterator[Batch], stop: StopSignal) -> Launched:
     # Decided once per optimizer step, from what all processes know alike.
     weight = schedule.weight(state.step) if schedule else 0.0
     measured = schedule is not None and schedule.needs_score(state.step)
-    crepa = _crepa_term(run, weight) if measured else None
+    clock = StepClock(device)
+    crepa = _crepa_term(run, weight, clock) if measured else None
     torch.manual_seed(keyed_generator("dropout", config.seed, state.step, run.accelerator.process_index).initial_seed())
 
     sums, clips = StepSums(), []
     scores = arriving = None
     for micro in range(config.gradient_accumulation_steps):
         last = micro == config.gradient_accumulation_steps - 1
-        batch = next(batches).to(device)
+        with clock.waiting("data"):
+            batch = next(batches).to(device)
         clips += batch.keys
         with _gradients_shared_at_the_end(run, last=last):
-            with build.autocast(config, device):
+            with clock.part("forward"), build.autocast(config, device):
                 losses = training_loss(run.family, run.process, run.transformer, run.blocks, batch, crepa, run.layersync)
-            sums.add(losses)
+            sums.add(losses, batch.sigma)
             if last:
                 scores = _over_processes(run, sums.packed(), stop)
                 arriving = HostCopy(scores)
-            run.accelerator.backward(losses.total / config.gradient_accumulation_steps)
+            with clock.part("backward"):
+                run.accelerator.backward(losses.total / config.gradient_accumulation_steps)
 
     assert scores is not None
     assert arriving is not None
-    norms = torch.stack([clip_gradients(learner.parameters, config.max_grad_norm) for learner in run.learners.values()])
+    with clock.part("optimizer"):
+        norms = torch.stack([clip_gradients(learner.parameters, config.max_grad_norm) for learner in run.learners.values()])
     run.diverged = torch.maximum(run.diverged, 1 - torch.isfinite(torch.cat([scores, norms.to(scores)])).all().float())
     launched = Launched(
         step=state.step,
@@ -204,21 +262,23 @@ def _launch(run: Run, batches: Iterator[Batch], stop: StopSignal) -> Launched:
         clips=clips,
         scores=arriving,
         checks=HostCopy(torch.cat([norms, run.diverged.view(1).to(norms)])),
+        clock=clock,
     )
     if not all(learner.guarded for learner in run.learners.values()):
         _expect_finite(run, launched)
-    for learner in run.learners.values():
-        learner.step(run.diverged)
+    with clock.part("optimizer"):
+        for learner in run.learners.values():
+            learner.step(run.diverged)
     state.step += 1
     state.samples_seen += run.sampler.unit
     return launched
 
 
-def _crepa_term(run: Run, weight: float) -> CrepaTerm:
+def _crepa_term(run: Run, weight: float, clock: StepClock) -> CrepaTerm:
     assert run.crepa is not None
     assert run.teacher is not None
     assert run.config.crepa_block_index is not None
-    return CrepaTerm(run.crepa, run.teacher, run.config.crepa_block_index, weight)
+    return CrepaTerm(run.crepa, run.teacher, run.config.crepa_block_index, weight, timed=lambda: clock.part("crepa"))
 
 
 @contextlib.contextmanager
@@ -265,9 +325,11 @@ def _settle(run: Run, launched: Launched, view: TrainingView, *, ending: bool = 
         DivergedError: a number is not finite; no weight has moved since.
     """
     _expect_finite(run, launched)
-    config, schedule = run.config, run.state.schedule
+    config, schedule, window = run.config, run.state.schedule, run.state.window
     numbers, _ = _numbers(run, launched)
-    run.state.window.add(
+    seconds = launched.clock.seconds()
+    crepa_seconds = seconds.get("crepa", 0.0)
+    window.add(
         loss=numbers.total(launched.weight, config.layersync_lambda),
         diffusion_loss=numbers.diffusion_loss,
         crepa_loss=launched.weight * (numbers.crepa_raw or 0.0) if schedule else None,
@@ -275,7 +337,14 @@ def _settle(run: Run, launched: Launched, view: TrainingView, *, ending: bool = 
         crepa_similarity_self=numbers.self_similarity,
         layersync_loss=None if numbers.layersync_raw is None else config.layersync_lambda * numbers.layersync_raw,
         grad_norm=launched.checks.read()[0],
+        data_seconds=seconds["data"],
+        forward_seconds=seconds["forward"] - crepa_seconds,
+        crepa_seconds=crepa_seconds if launched.measured else None,
+        backward_seconds=seconds["backward"],
+        optimizer_seconds=seconds["optimizer"],
     )
+    for sigmas, (total, count) in zip(SIGMA_RANGES, numbers.by_sigma, strict=True):
+        window.add_mean(f"{_OF_SIGMA}{sigmas}", total, count)
     if ending or (launched.step + 1) % config.logging_steps == 0:
         view.log(_log(run, launched))
 
@@ -315,7 +384,9 @@ def _log(run: Run, launched: Launched) -> dict[str, Any]:
         "crepa_alignment_score_ema": schedule.ema if schedule else None,
         "learning_rate": launched.learning_rate,
         "grad_norm": means["grad_norm"],
+        "sigma_loss": {name.removeprefix(_OF_SIGMA): mean for name, mean in sorted(means.items()) if name.startswith(_OF_SIGMA)},
         "step_seconds": seconds,
+        **{f"{part}_seconds": means.get(f"{part}_seconds") for part in ("data", "forward", "crepa", "backward", "optimizer")},
         "samples_per_second": run.sampler.unit / seconds,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / _GIB if cuda else None,
     }
@@ -326,7 +397,7 @@ def _log(run: Run, launched: Launched) -> dict[str, Any]:
 
 
 def _closing_table(run: Run, screen: Screen) -> None:
-    lines = run.folder.lines()
+    lines = [line for line in run.folder.lines() if "loss" in line]
     if not lines:
         return
     tenth = max(len(lines) // 10, 1)  # one step alone says more of its noise level than of the training

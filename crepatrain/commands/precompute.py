@@ -18,7 +18,7 @@ from crepatrain.config.plan import Plan
 from crepatrain.console import Screen
 from crepatrain.data.buckets import Bucket, Window
 from crepatrain.data.cache import CacheStore, Kind, entry_key, pack_features
-from crepatrain.data.decode import Unreadable, read_frames
+from crepatrain.data.decode import Unreadable, as_video, read_frames
 from crepatrain.data.loader import Sample
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
@@ -82,7 +82,7 @@ def plan_caches(plan: Plan, dataset: Dataset, screen: Screen, device: torch.devi
     windows = dataset.cut.windows
     text = _text_keys(plan, dataset, models, device)
     latents = _latents_keys(plan, windows, models)
-    image = _image_keys(plan, windows, models)
+    image = _image_keys(plan, windows, models, device)
     features = _teacher_keys(plan, dataset, models, device) if source == "cached" else {}
     samples = tuple(
         Sample(
@@ -137,7 +137,7 @@ def _text_keys(plan: Plan, dataset: Dataset, models: Mapping[str, str], device: 
         "models": {part: digest for part, digest in models.items() if part.startswith(("text_encoder", "tokenizer"))},
         "dtype": str(encoding_dtype(device)),
     }
-    captions = sorted({window.clip.caption for window in dataset.cut.windows} | {""})
+    captions = sorted({window.clip.caption for window in dataset.cut.windows} | {"", *(plan.config.validation_prompts or ())})
     return {caption: entry_key(kind="text", caption=caption, **facts) for caption in captions}
 
 
@@ -146,7 +146,7 @@ def _latents_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, st
     return {window: entry_key(kind="latents", **_source(window, window.frames), **facts) for window in windows}
 
 
-def _image_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str]) -> dict[Window, str]:
+def _image_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str], device: torch.device) -> dict[Window, str]:
     """Of clips; an image is trained as from text alone, as nothing would be left to learn beside it."""
     if plan.task != "i2v":
         return {}
@@ -155,6 +155,7 @@ def _image_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str]
         "family": plan.spec.name,
         "models": {part: models[part] for part in parts if part in models},
         "dtype": plan.config.vae_dtype,
+        "seen": str(encoding_dtype(device)) if "image_encoder" in models else None,
     }
     return {
         window: entry_key(kind="image", length=len(window.frames), **_source(window, window.frames[:1]), **facts)
@@ -291,11 +292,6 @@ def _read_window(window: Window) -> Tensor:
         return read_frames(window.path, window.frames, (window.bucket.height, window.bucket.width))
     except Unreadable as error:
         raise UserError(f"{window.path}: {error}", "mend or remove it") from error
-
-
-def as_video(frames: Tensor) -> Tensor:
-    """Frames [F, 3, H, W] uint8 -> [1, 3, F, H, W] in [-1, 1], as a VAE takes them."""
-    return (frames.float() / 127.5 - 1).transpose(0, 1).unsqueeze(0)
 
 
 def _check_disk(plan: Plan, dataset: Dataset, root: Path, missing: Mapping[Kind, Collection[Window]], screen: Screen) -> None:

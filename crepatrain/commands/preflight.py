@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from crepatrain.commands.stopping import StopSignal
+from crepatrain.config.checks import maximum_score
 from crepatrain.config.plan import Plan
 from crepatrain.console import Screen
 from crepatrain.data.buckets import Bucket, Cut, cut_clips
@@ -82,6 +85,33 @@ def look_at_clips(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
     return Dataset(cut, grids, tuple(refused), digests)
 
 
+def hold_out(plan: Plan, dataset: Dataset, screen: Screen, stop: StopSignal) -> tuple[Dataset, Dataset | None]:
+    """What is trained on, and what is held out; None where nothing is.
+
+    A clip is held out by its content, so that it stays so whatever else joins the dataset.
+
+    Raises:
+        UserError: nothing would be left of one of the two.
+    """
+    config = plan.config
+    if config.eval_data:
+        elsewhere = replace(plan, config=config.model_copy(update={"train_data": config.eval_data}))
+        return dataset, look_at_clips(elsewhere, screen, stop)
+    if not config.eval_share:
+        return dataset, None
+    windows = dataset.cut.windows
+    held = [window for window in windows if int(window.clip.digest[:8], 16) / 2**32 < config.eval_share]
+    kept = [window for window in windows if window not in set(held)]
+    if not held or not kept:
+        which = "none" if not held else "all"
+        raise UserError(
+            f"eval_share={config.eval_share:g}: {which} of the clips would be held out", "change it, or give eval_data"
+        )
+    screen.note(f"{len(held)} of {len(windows)} windows are held out, of {len({window.path for window in held})} clips")
+    trained, measured = (replace(dataset, cut=replace(dataset.cut, windows=tuple(part))) for part in (kept, held))
+    return trained, measured
+
+
 def _no_images(plan: Plan) -> str | None:
     """Why images can't be used; None where they can."""
     if not plan.variant.images:
@@ -105,9 +135,9 @@ def _look_at_threshold(plan: Plan, cut: Cut, screen: Screen) -> None:
     frames = {bucket.frames for bucket in cut.buckets}
     if not config.crepa_enabled or threshold is None or config.crepa_threshold_metric == "self" or 1 not in frames:
         return
-    if frames != {1}:
+    if frames != {1} and maximum_score(config, plan.grid.t) > 1:
         screen.note("images score at most 1 and clips more, so the EMA depends on their mix; set crepa_threshold_metric to self")
-    elif threshold > 1:
+    elif frames == {1} and threshold > 1:
         raise UserError(
             f"crepa_similarity_threshold={threshold:g}: the score of images can't exceed 1, and there are no clips",
             "use 1 or less",
@@ -199,6 +229,33 @@ def describe(plan: Plan, dataset: Dataset, screen: Screen, trainable: Mapping[st
             ("cache on disk", f"latents {in_words(latents)}, teacher features {in_words(teacher)}, in {plan.config.cache_dir}"),
         ],
     )
+
+
+def dataset_facts(plan: Plan, dataset: Dataset, sampler: StepSampler) -> dict[str, Any]:
+    """What a run trains on, for its folder: plain values."""
+    cut = dataset.cut
+    windows = Counter(window.clip for window in cut.windows)
+    teacher_grids = {bucket: "x".join(map(str, plan.teacher_grid(grid))) for bucket, grid in dataset.grids.items()}
+    return {
+        "train_data": plan.config.train_data,
+        "clips": len(windows),
+        "windows": len(cut.windows),
+        "left_out": len(dataset.refused),
+        "unit": sampler.unit,
+        "steps_per_epoch": sampler.steps_per_epoch,
+        "steps": total_steps(plan, sampler),
+        "buckets": [
+            {
+                "bucket": str(bucket),
+                "windows": count,
+                "grid": str(dataset.grids[bucket]),
+                "tokens": dataset.grids[bucket].tokens,
+                "teacher_grid": teacher_grids[bucket] if plan.config.crepa_enabled else None,
+            }
+            for bucket, count in cut.buckets.items()
+        ],
+        "captions": [{"file": clip.path.name, "windows": count, "caption": clip.caption} for clip, count in windows.items()],
+    }
 
 
 def in_words(count: float) -> str:

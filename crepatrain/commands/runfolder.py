@@ -4,13 +4,25 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from crepatrain.config.sections import RunConfig
+from crepatrain.config.sources import read_checkpoint
+from crepatrain.config.specs import FAMILIES
 from crepatrain.errors import UserError
+from crepatrain.families import get_family
+from crepatrain.families.base import Family
 from crepatrain.training.checkpoint import checkpoints, replace_json, step_of
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+
+
+class Tracker(Protocol):
+    """Where logged lines go beside metrics.jsonl."""
+
+    def log(self, line: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class RunFolder:
@@ -22,7 +34,8 @@ class RunFolder:
     """
 
     def __init__(self, config: RunConfig, *, writes: bool = True) -> None:
-        self._writes = writes
+        self.writes = writes
+        self.trackers: list[Tracker] = []
         self.root = Path(config.output_dir)
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
@@ -43,12 +56,23 @@ class RunFolder:
         self._expect_same_run()
         return self._checkpoint()
 
+    def best(self) -> dict[str, Any] | None:
+        """The step and the value of the smallest eval_loss; None where nothing was held out yet."""
+        path = self.root / "best.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def mark_best(self, step: int, eval_loss: float) -> None:
+        """Remember a step if no other's eval_loss is smaller."""
+        best = self.best()
+        if best is None or eval_loss < best["eval_loss"]:
+            replace_json(self.root / "best.json", {"step": step, "eval_loss": eval_loss})
+
     def claim(self, step: int) -> None:
         """Make the folder this run's, from `step` on.
 
         Checkpoints of later steps, which a resume from an earlier one leaves behind, are set aside as step-N.left.
         """
-        if not self._writes:
+        if not self.writes:
             return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -130,8 +154,8 @@ class RunFolder:
             aside.replace(self.metrics)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        if not self._writes:
+        """Append a line to metrics.jsonl, and tell the trackers."""
+        if not self.writes:
             return
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
@@ -140,11 +164,18 @@ class RunFolder:
             raise UserError(
                 f"{self.metrics} can't be written ({error})", "free disk space, then give the same command"
             ) from error
+        for tracker in self.trackers:
+            tracker.log(line)
 
     def status(self, status: Literal["running", "completed", "stopped", "failed"], step: int, reason: str = "") -> None:
         """Say where the run stands."""
-        if self._writes:
+        if self.writes:
             replace_json(self._status_file, {"status": status, "step": step, "reason": reason})
+
+    def describe(self, dataset: Mapping[str, Any]) -> None:
+        """Write down what is trained on, for the report."""
+        if self.writes:
+            replace_json(self.root / "dataset.json", dataset)
 
     def lines(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds."""
@@ -181,3 +212,28 @@ def _step_of_line(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError):
         return float("inf")
+
+
+def config_of(run: Path) -> RunConfig:
+    """The config of a run's folder.
+
+    Raises:
+        UserError: it holds no run.
+    """
+    path = run / "config.json"
+    try:
+        return RunConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} can't be read ({reason})", "give the folder of a run, its output_dir") from error
+
+
+def family_of(config: RunConfig) -> Family:
+    """The family as a run's base is; of the base only the JSON files are read.
+
+    Raises:
+        UserError: the base is gone.
+    """
+    source, revision = config.pretrained_model_name_or_path, config.revision
+    checkpoint, _ = read_checkpoint(source, revision, FAMILIES[config.model_family], config.wan_expert, online=False)
+    return get_family(config.model_family, checkpoint, task=config.task, expert=config.wan_expert)

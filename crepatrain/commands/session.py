@@ -1,7 +1,7 @@
 """One run in memory: put together from a plan, taken up from a checkpoint, saved to one."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -73,6 +73,7 @@ def take_fingerprint(dataset: Dataset, caches: Caches, start: Start) -> dict[str
         "models": dict(caches.models),
         "samples": samples_digest(dataset),
         "unit": start.sampler.unit,
+        "windows": len(dataset.cut.windows),
         "total": start.total,
         "versions": {"crepatrain": crepatrain.__version__} | {package: version(package) for package in packages},
     }
@@ -141,7 +142,7 @@ def build_run(
             "the blocks are compiled in the first step, and once more for a second bucket: that takes minutes, the rest is faster"
         )
     if start.resume:
-        _restore(start.resume, config, adapted, projector, learners)
+        restore(start.resume, config, adapted, projector, learners)
         screen.say(f"going on from {start.resume} at step {state.step} of {start.total}")
     return Run(
         config=config,
@@ -181,26 +182,10 @@ def _batch_source(
     CREPA is cut off or comes back.
     """
     config = plan.config
-    fps = config.fps
-    assert fps is not None
 
     def open_batches(step: int) -> Iterator[Batch]:
         schedule = copy.deepcopy(start.state.schedule)
-        training_set = TrainingSet(
-            samples=caches.samples,
-            store=caches.store,
-            empty_text=caches.empty_text,
-            caption_dropout=config.caption_dropout,
-            captions_drop_together=not plan.spec.text_is_padded,
-            image_dropout=config.i2v_dropout,
-            seed=config.seed,
-            fps=fps,
-            draw_sigma=process.draw_sigma,
-            collate_text=family.collate_text,
-            grids=dataset.grids,
-            teacher_grids=caches.teacher_grids,
-            needs_teacher=schedule.needs_score if schedule else _never,
-        )
+        training_set = build_training_set(plan, family, process, dataset, caches, schedule.needs_score if schedule else _never)
         batches = MicroBatches(
             start.sampler,
             start=step,
@@ -218,12 +203,40 @@ def _never(_step: int) -> bool:
     return False
 
 
+def build_training_set(
+    plan: Plan,
+    family: Family,
+    process: FlowMatching,
+    dataset: Dataset,
+    caches: Caches,
+    needs_teacher: Callable[[int], bool],
+) -> TrainingSet:
+    """What reads the samples of a run as training sees them."""
+    config = plan.config
+    assert config.fps is not None
+    return TrainingSet(
+        samples=caches.samples,
+        store=caches.store,
+        empty_text=caches.empty_text,
+        caption_dropout=config.caption_dropout,
+        captions_drop_together=not plan.spec.text_is_padded,
+        image_dropout=config.i2v_dropout,
+        seed=config.seed,
+        fps=config.fps,
+        draw_sigma=process.draw_sigma,
+        collate_text=family.collate_text,
+        grids=dataset.grids,
+        teacher_grids=caches.teacher_grids,
+        needs_teacher=needs_teacher,
+    )
+
+
 def save(run: Run) -> None:
     """A checkpoint, its small adapter, and the run's last adapter."""
     if run.accelerator.is_main_process:
         step = run.state.step
         # The result first: a kill in between then leaves no checkpoint without it.
-        write_result(run.folder, run.config, run.family, run.adapted, step)
+        write_result(run.folder, run.config, run.family, run.fingerprint, run.adapted, step)
         tensors = {_TRAINED[run.config.model_type]: trained_state(run.adapted)}
         if run.projector:
             tensors["projector"] = run.projector.state_dict()
@@ -233,14 +246,16 @@ def save(run: Run) -> None:
             trees={f"{name}_learner": learner.state_dict() for name, learner in run.learners.items()},
             plain={"state": run.state.state_dict(), "fingerprint": run.fingerprint},
         )
-        rotate(run.folder.checkpoints, run.config.checkpoints_total_limit)
+        best = run.folder.best()
+        rotate(run.folder.checkpoints, run.config.checkpoints_total_limit, keep=best["step"] if best else None)
         run.folder.status("running", step)
     run.accelerator.wait_for_everyone()
 
 
-def _restore(
-    checkpoint: Path, config: RunConfig, adapted: nn.Module, projector: Crepa | None, learners: dict[str, Learner]
+def restore(
+    checkpoint: Path, config: RunConfig, adapted: nn.Module, projector: Crepa | None, learners: Mapping[str, Learner]
 ) -> None:
+    """Put a checkpoint's tensors into modules and learners that are built."""
     load_trained_state(adapted, read_tensors(checkpoint, _TRAINED[config.model_type]))
     if projector:
         projector.load_state_dict(read_tensors(checkpoint, "projector"))

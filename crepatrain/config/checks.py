@@ -95,6 +95,13 @@ def check_optimizer(config: RunConfig) -> list[Problem]:
     return problems
 
 
+def check_trackers(config: RunConfig) -> list[Problem]:
+    """The packages that logged lines go to are installed."""
+    if "wandb" not in config.report_to or find_spec("wandb") is not None:
+        return []
+    return [Problem("report_to=wandb: wandb is not installed", 'run pip install "crepatrain[wandb]", or leave it out')]
+
+
 def check_variant(config: RunConfig, variant: Variant) -> list[Problem]:
     """The checkpoint can do the task, and one of its experts is chosen where it has two."""
     problems = []
@@ -119,12 +126,44 @@ def check_variant(config: RunConfig, variant: Variant) -> list[Problem]:
     return problems
 
 
+def check_validation(config: RunConfig, variant: Variant) -> list[Problem]:
+    """The videos that are asked for on the way can be made."""
+    prompts, images = config.validation_prompts, config.validation_images
+    if prompts is None:
+        return []
+    if variant.expert:
+        use = "leave it out; `crepatrain sample` makes videos with both transformers"
+        return [Problem("validation_prompts: a video takes both experts, and a run holds one of them", use)]
+    if config.task == "i2v" and len(images or ()) != len(prompts):
+        what = f"validation_images: {len(images or ())} for {len(prompts)} validation_prompts"
+        return [Problem(what, "give one for each, as task is i2v")]
+    missing = [image for image in images or () if not Path(image).is_file()]
+    return [Problem(f"validation_images: {image} does not exist", "check the path") for image in missing]
+
+
+def check_eval(config: RunConfig) -> list[Problem]:
+    """Held-out clips come from one place."""
+    if config.eval_data and config.eval_share:
+        what = f"eval_data={config.eval_data}, eval_share={config.eval_share:g}: both are set"
+        return [Problem(what, "set one of them")]
+    if config.eval_data and not Path(config.eval_data).exists():
+        return [Problem(f"eval_data={config.eval_data}: it does not exist", "give a folder of clips, or a .jsonl or .csv list")]
+    return []
+
+
+def check_images(config: RunConfig, variant: Variant, geometry: Geometry) -> list[Problem]:
+    """A transformer that must be told a first frame has frames behind it to learn."""
+    if config.num_frames != 1 or variant.images:
+        return []
+    return [Problem(f"num_frames=1: {variant.title} is trained on clips alone", f"use {geometry.nearest_frames(1)[-1]} or more")]
+
+
 def check_targets(config: RunConfig, spec: FamilySpec, depth: int) -> list[Problem]:
     """Every target of the adapter names a layer that a block of the family may have."""
     targets = config.lora_targets
-    assert targets is not None
     if config.model_type != "lora" or targets == "all-linear":
         return []
+    assert targets is not None
     names = [f"{spec.blocks}.{block}.{linear}" for block in range(depth) for linear in spec.linears]
     if isinstance(targets, str):
         if any(re.fullmatch(targets, name) for name in names):
@@ -277,9 +316,12 @@ def warnings(config: RunConfig, said: RunConfig, geometry: Geometry, grid: Token
         )
     if config.crepa_enabled and config.crepa_drop_vae_encoder and config.crepa_feature_source != "latents":
         told.append("crepa_drop_vae_encoder: without effect, as only crepa_feature_source=latents keeps a VAE in training")
+    if config.validation_images and config.task != "i2v":
+        told.append("validation_images: without effect, as task is t2v")
     if config.i2v_dropout and config.task != "i2v":
         told.append("i2v_dropout: without effect, as task is t2v")
-    lora = [key for key in LoraConfig.model_fields if key in said.model_fields_set]
+    fields = LoraConfig.model_fields
+    lora = [key for key in fields if key in said.model_fields_set and getattr(said, key) != fields[key].default]
     if lora and config.model_type != "lora":
         told.append(f"{', '.join(lora)}: without effect, as model_type is {config.model_type}")
     if config.lr_scheduler == "constant" and config.lr_warmup_steps:

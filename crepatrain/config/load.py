@@ -95,6 +95,7 @@ FOREIGN_KEYS: Mapping[str, str] = {
     "save_last_n_steps": "checkpoints_total_limit",
     "resume": "resume_from_checkpoint",
     "logging_dir": "output_dir",
+    "log_with": "report_to",
     "save_root": "output_dir",
     "num_workers": "dataloader_num_workers",
     "max_data_loader_n_workers": "dataloader_num_workers",
@@ -282,6 +283,8 @@ def _plain_types(annotation: Any) -> set[type]:
 def _choices(annotation: Any) -> set[Any]:
     if get_origin(annotation) is Literal:
         return set(get_args(annotation))
+    if get_origin(annotation) is list:  # a choice of its entries is none of the value
+        return set()
     return set().union(*(_choices(arg) for arg in get_args(annotation)))
 
 

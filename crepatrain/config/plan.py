@@ -113,16 +113,20 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     resolved = _resolve(config, spec, variant, checkpoint, geometry)
     problems += checks.check_paths(resolved)
     problems += checks.check_length(resolved)
+    problems += checks.check_eval(resolved)
     problems += checks.check_optimizer(resolved)
+    problems += checks.check_trackers(resolved)
     problems += checks.check_source(config)
     if checkpoint:
         problems += checks.check_variant(resolved, variant)
+        problems += checks.check_validation(resolved, variant)
     if resolved.crepa_enabled and resolved.crepa_feature_source != "backbone":
         encoder = _attempt(problems, lambda: read_encoder(resolved.crepa_encoder))
     if encoder:
         problems += checks.check_encoder_size(resolved, encoder)
     if geometry:
         problems += checks.check_size(resolved, geometry)
+        problems += checks.check_images(resolved, variant, geometry)
         problems += checks.check_blocks(resolved, geometry.depth)
         problems += checks.check_targets(resolved, spec, geometry.depth)
         problems += checks.check_threshold(resolved, geometry)
@@ -158,11 +162,11 @@ def _resolve(
         "width": width,
         "num_frames": frames,
         "fps": variant.fps,
-        "lora_alpha": float(config.lora_rank),
-        "lora_targets": list(spec.lora_targets),
         "flow_shift": 1.0,
         "cache_dir": str(cache),
     }
+    if config.model_type == "lora":
+        defaults |= {"lora_alpha": float(config.lora_rank), "lora_targets": list(spec.lora_targets)}
     if config.crepa_enabled:
         defaults |= {"crepa_block_index": spec.default_block, "crepa_projector_lr": config.learning_rate}
     update = {key: value for key, value in defaults.items() if getattr(config, key) is None}

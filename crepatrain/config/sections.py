@@ -163,6 +163,13 @@ class LoopConfig(Section):
         description="of the files in adapters/",
         json_schema_extra=_MAY_CHANGE,
     )
+    trigger_word: str | None = Field(
+        None,
+        min_length=1,
+        max_length=200,
+        description="told in the adapter's header, for programs that show it",
+        json_schema_extra=_MAY_CHANGE,
+    )
     seed: int = Field(42, ge=0, lt=2**31, description="of data order, noise, dropout and new weights")
     max_train_steps: int | None = Field(
         None, ge=1, description="optimizer steps; or num_train_epochs", json_schema_extra=_MAY_CHANGE
@@ -190,6 +197,31 @@ class LoopConfig(Section):
         "latest", description="latest, a folder in checkpoints/, or null: never", json_schema_extra=_MAY_CHANGE
     )
     logging_steps: int = Field(1, ge=1, description="optimizer steps of one line in metrics.jsonl", json_schema_extra=_MAY_CHANGE)
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        ["tensorboard"], description="where logged lines go too; event files need no package", json_schema_extra=_MAY_CHANGE
+    )
+
+
+class ValidationConfig(Section):
+    """What is looked at on the way: videos, and clips that are not trained on."""
+
+    validation_prompts: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description="a video of each before the first step, every validation_steps and at the end",
+        json_schema_extra=_MAY_CHANGE,
+    )
+    validation_images: Annotated[list[PathText], Field(min_length=1)] | None = Field(
+        None, description="of i2v: the first frame for each prompt, an image or a clip", json_schema_extra=_MAY_CHANGE
+    )
+    validation_steps: int = Field(500, ge=1, description="optimizer steps between them", json_schema_extra=_MAY_CHANGE)
+    validation_seed: int = Field(42, ge=0, lt=2**31, description="the same for every video", json_schema_extra=_MAY_CHANGE)
+    eval_data: PathText | None = Field(
+        None,
+        description="clips that are never trained on; their loss is taken at every checkpoint",
+        json_schema_extra=_MAY_CHANGE,
+    )
+    eval_share: float = Field(0.0, ge=0, le=0.5, description="or a share of the clips, chosen by their content, held out")
+    validation_sampling_steps: int = Field(25, ge=2, le=1000, description="denoising steps", json_schema_extra=_MAY_CHANGE)
 
 
 class CrepaConfig(Section):
@@ -262,12 +294,23 @@ SECTIONS: tuple[type[Section], ...] = (
     DiffusionConfig,
     OptimConfig,
     LoopConfig,
+    ValidationConfig,
     CrepaConfig,
     LayerSyncConfig,
 )
 
 
-class RunConfig(ModelConfig, DataConfig, LoraConfig, DiffusionConfig, OptimConfig, LoopConfig, CrepaConfig, LayerSyncConfig):
+class RunConfig(
+    ModelConfig,
+    DataConfig,
+    LoraConfig,
+    DiffusionConfig,
+    OptimConfig,
+    LoopConfig,
+    ValidationConfig,
+    CrepaConfig,
+    LayerSyncConfig,
+):
     """A whole run, as one flat object."""
 
     @classmethod

@@ -56,9 +56,11 @@ def read_checkpoint(
             raise
         raise UserError(error.problems[0].what, f"did you mean {close}?") from error
     if local:
-        expect_parts(key, folder, ("transformer", "vae", "scheduler"), ())
+        expect_parts(key, folder, ("vae", "scheduler") if expert == "low" else ("transformer", "vae", "scheduler"), ())
     model_index = _read_json(key, folder, "model_index.json")
     second = expert == "low" and any(model_index.get("transformer_2") or ())
+    if local:
+        expect_parts(key, folder, ("transformer_2",) if second else ("transformer",), ())
     transformer, vae, scheduler = (_read_json(key, folder, name) for name in (transformers[second], *files))
     found = transformer.get("_class_name", spec.transformer_class)
     if found != spec.transformer_class:
@@ -116,7 +118,7 @@ def read_encoder(name: str) -> EncoderSpec:
         )
     if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
         raise UserError(f"{key}={name}: it lacks *.safetensors", "copy the whole model folder")
-    return EncoderSpec(name, width, patch)
+    return EncoderSpec(name, width, patch, values)
 
 
 def _expect_hub_id(key: str, path: str, kind: str) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -60,6 +60,24 @@ class ModelShapes:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a model's own pipeline is best asked for a video.
+
+    Attributes:
+        guidance: `guidance_scale`; of two experts the high-noise one's.
+        guidance_2: of the low-noise expert; None where there is one transformer.
+        negative_prompt: None: the pipeline's own.
+        decode: arguments of the pipeline that only its VAE needs.
+    """
+
+    steps: int = 50
+    guidance: float = 5.0
+    guidance_2: float | None = None
+    negative_prompt: str | None = None
+    decode: JSON = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Variant:
     """What one checkpoint is among those of its family.
 
@@ -73,6 +91,8 @@ class Variant:
         images: whether one-frame clips can train it.
         size: (height, width, num_frames) where the config says none.
         fps: frames per second that it was trained at.
+        sampling: how it is sampled.
+        architecture: as files that are shared name what they are for.
     """
 
     title: str
@@ -84,6 +104,8 @@ class Variant:
     expert: Expert | None = None
     sigmas: tuple[float, float] = (0.0, 1.0)
     images: bool = True
+    sampling: Sampling = Sampling()
+    architecture: str = field(kw_only=True)
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -108,10 +130,12 @@ class FamilySpec:
         linears: every Linear layer that a block may have, by its name inside the block.
         blocks: attribute of the transformer that holds its blocks.
         text_length: tokens of a caption at most.
+        text_parameters: of the released models' text encoders together.
         text_is_padded: whether captions of several lengths fit into one batch.
         geometry: reads a checkpoint's transformer and VAE config.
         variant: says what a checkpoint is; with two experts, for one of them. Raises Unsupported.
         released: released models by name.
+        comfyui: how keys of an adapter file may begin for ComfyUI, before the original's names; empty: it has no such model.
     """
 
     name: str
@@ -123,10 +147,12 @@ class FamilySpec:
     linears: tuple[str, ...]
     blocks: str
     text_length: int
+    text_parameters: int
     text_is_padded: bool
     geometry: Callable[[JSON, JSON], Geometry]
     variant: Callable[[Checkpoint, Expert | None], Variant]
     released: Mapping[str, ModelShapes]
+    comfyui: tuple[str, ...] = ("diffusion_model.", "lora_unet_")
 
     def default_variant(self) -> Variant:
         """Of the first released model."""
@@ -136,6 +162,20 @@ class FamilySpec:
 _TEXT_AND_VAE = ("vae", "text_encoder", "tokenizer", "scheduler")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _ATTENTIONS = tuple(f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in _ATTENTION)
+
+
+_WAN_NEGATIVE = (
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall gray, "
+    "worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
+    "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three legs, "
+    "many people in the background, walking backwards"
+)
+_LTX_NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
+_SANA_NEGATIVE = (
+    "A chaotic sequence with misshapen, deformed limbs in heavy motion blur, sudden disappearance, jump cuts, jerky movements, "
+    "rapid shot changes, frames out of sync, inconsistent character shapes, temporal artifacts, jitter, and ghosting effects, "
+    "creating a disorienting visual experience."
+)
 
 
 def _wan_geometry(transformer: JSON, vae: JSON) -> Geometry:
@@ -159,16 +199,21 @@ def _wan_variant(files: Checkpoint, expert: Expert | None) -> Variant:
         raise Unsupported("it is a model of first and last frames")
     if channels not in {latents, 2 * latents + files.vae.get("scale_factor_temporal", 4)}:
         raise Unsupported(f"its transformer takes {channels} channels, of which {latents} are latents")
+    sampling = Sampling(negative_prompt=_WAN_NEGATIVE)
     if index.get("expand_timesteps"):
         parts = ("transformer", *_TEXT_AND_VAE)
-        return Variant("Wan 2.2 text- and image-to-video", ("t2v", "i2v"), parts, (704, 1280, 121), 24.0)
+        size = (704, 1280, 121)
+        return Variant(
+            "Wan 2.2 text- and image-to-video", ("t2v", "i2v"), parts, size, 24.0, sampling=sampling, architecture="wan2.2"
+        )
     i2v = channels != latents
     tasks: tuple[Task, ...] = ("i2v",) if i2v else ("t2v",)
     words = "image-to-video" if i2v else "text-to-video"
     image = ("image_encoder", "image_processor") if clip else ()
     size, fps = (480, 832, 81), 16.0
     if not two_experts:
-        return Variant(f"Wan 2.1 {words}", tasks, ("transformer", *_TEXT_AND_VAE, *image), size, fps, images=not i2v)
+        parts = ("transformer", *_TEXT_AND_VAE, *image)
+        return Variant(f"Wan 2.1 {words}", tasks, parts, size, fps, images=not i2v, sampling=sampling, architecture="wan2.1")
     boundary = index.get("boundary_ratio")
     if not isinstance(boundary, (int, float)) or not 0 < boundary < 1:
         raise Unsupported(f"it has two experts, and boundary_ratio={boundary} in its model_index.json")
@@ -184,6 +229,8 @@ def _wan_variant(files: Checkpoint, expert: Expert | None) -> Variant:
         expert="low" if low else "high",
         sigmas=(0.0, boundary) if low else (boundary, 1.0),
         images=not i2v,
+        sampling=replace(sampling, guidance=3.5 if i2v else 4.0, guidance_2=3.5 if i2v else 3.0),
+        architecture="wan2.2",
     )
 
 
@@ -253,6 +300,7 @@ WAN = FamilySpec(
     ),
     blocks="blocks",
     text_length=512,
+    text_parameters=5_680_910_336,
     text_is_padded=True,
     geometry=_wan_geometry,
     variant=_wan_variant,
@@ -318,7 +366,11 @@ def _ltx_geometry(transformer: JSON, vae: JSON) -> Geometry:
 def _ltx_variant(files: Checkpoint, _expert: Expert | None) -> Variant:
     if (files.transformer["patch_size"], files.transformer["patch_size_t"]) != (1, 1):
         raise Unsupported("its transformer has patches of several latents")
-    return Variant("LTX-Video", ("t2v", "i2v"), ("transformer", *_TEXT_AND_VAE), (512, 704, 121), 25.0)
+    # A VAE with timestep conditioning does the last of the denoising itself.
+    decode = {"decode_timestep": 0.05, "decode_noise_scale": 0.025} if files.vae.get("timestep_conditioning") else {}
+    sampling = Sampling(guidance=3.0, negative_prompt=_LTX_NEGATIVE, decode=decode)
+    parts, size = ("transformer", *_TEXT_AND_VAE), (512, 704, 121)
+    return Variant("LTX-Video", ("t2v", "i2v"), parts, size, 25.0, sampling=sampling, architecture="ltx-video")
 
 
 def _ltx_transformer(head_dim: int, layers: int) -> JSON:
@@ -386,6 +438,7 @@ LTXVIDEO = FamilySpec(
     ),
     blocks="transformer_blocks",
     text_length=128,
+    text_parameters=4_762_310_656,
     text_is_padded=True,
     geometry=_ltx_geometry,
     variant=_ltx_variant,
@@ -422,7 +475,9 @@ def _sana_variant(files: Checkpoint, _expert: Expert | None) -> Variant:
         raise Unsupported("its transformer is told the guidance, as a distilled one is")
     hd = files.transformer.get("sample_size") == 22
     size = (704, 1280, 81) if hd else (480, 832, 81)
-    return Variant("SANA-Video", ("t2v", "i2v"), ("transformer", *_TEXT_AND_VAE), size, 16.0)
+    sampling = Sampling(guidance=6.0, negative_prompt=_SANA_NEGATIVE)
+    parts = ("transformer", *_TEXT_AND_VAE)
+    return Variant("SANA-Video", ("t2v", "i2v"), parts, size, 16.0, sampling=sampling, architecture="sana-video")
 
 
 SANAVIDEO = FamilySpec(
@@ -435,9 +490,11 @@ SANAVIDEO = FamilySpec(
     linears=_ATTENTIONS,
     blocks="transformer_blocks",
     text_length=300,
+    text_parameters=2_614_341_888,
     text_is_padded=True,
     geometry=_sana_geometry,
     variant=_sana_variant,
+    comfyui=(),
     released=MappingProxyType(
         {
             "sana-2b": ModelShapes(
@@ -492,7 +549,7 @@ def _kandinsky_variant(files: Checkpoint, _expert: Expert | None) -> Variant:
         tasks = ("i2v", "t2v") if i2v else ("t2v", "i2v")
     elif i2v:
         raise Unsupported("it is an image-to-video model whose transformer takes no image")
-    return Variant("Kandinsky 5", tasks, parts, (512, 768, 121), 24.0)
+    return Variant("Kandinsky 5", tasks, parts, (512, 768, 121), 24.0, architecture="Kandinsky-5")
 
 
 def _kandinsky_transformer(width: int, ff: int, layers: tuple[int, int], axes: list[int], time: int, **more: Any) -> JSON:
@@ -558,9 +615,11 @@ KANDINSKY5_VIDEO = FamilySpec(
     ),
     blocks="visual_transformer_blocks",
     text_length=512,
+    text_parameters=8_415_227_136,
     text_is_padded=False,
     geometry=_kandinsky_geometry,
     variant=_kandinsky_variant,
+    comfyui=("diffusion_model.", "transformer.", "lora_unet_", ""),
     released=MappingProxyType(
         {
             "kandinsky5-lite": ModelShapes(
@@ -598,19 +657,42 @@ def released_model(spec: FamilySpec, repo: str) -> ModelShapes | None:
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """A vision transformer as a teacher: where it is, E, and the pixels of one patch."""
+    """A vision transformer as a teacher: where it is, E, and the pixels of one patch.
+
+    Attributes:
+        shapes: what its config.json says, for transformers' AutoConfig.
+    """
 
     repo: str
     width: int
     patch: int
+    shapes: JSON
 
 
 def _dinov2() -> dict[str, EncoderSpec]:
-    sizes = {"vits14": ("small", 384), "vitb14": ("base", 768), "vitl14": ("large", 1024), "vitg14": ("giant", 1536)}
+    sizes = {
+        "vits14": ("small", 384, 12, 6),
+        "vitb14": ("base", 768, 12, 12),
+        "vitl14": ("large", 1024, 24, 16),
+        "vitg14": ("giant", 1536, 40, 24),
+    }
     specs = {}
-    for short, (size, width) in sizes.items():
-        specs[f"dinov2_{short}"] = EncoderSpec(f"facebook/dinov2-{size}", width, 14)
-        specs[f"dinov2_{short}_reg"] = EncoderSpec(f"facebook/dinov2-with-registers-{size}", width, 14)
+    for short, (size, width, layers, heads) in sizes.items():
+        shapes = {
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "image_size": 518,
+            "patch_size": 14,
+            "use_swiglu_ffn": size == "giant",
+        }
+        specs[f"dinov2_{short}"] = EncoderSpec(f"facebook/dinov2-{size}", width, 14, {"model_type": "dinov2"} | shapes)
+        specs[f"dinov2_{short}_reg"] = EncoderSpec(
+            f"facebook/dinov2-with-registers-{size}",
+            width,
+            14,
+            {"model_type": "dinov2_with_registers", "num_register_tokens": 4} | shapes,
+        )
     return specs
 
 

@@ -111,7 +111,10 @@ def _picture(path: Path) -> np.ndarray:
     """An image as it is shown, [H, W, 3] uint8, on white where it is transparent."""
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
+                upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).astype(np.uint8))
+            upright = upright.convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         raise Unreadable("it is no image, or is cut off") from error
     white = Image.new("RGBA", upright.size, "white")
@@ -170,3 +173,8 @@ def crop_resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
         return frames.contiguous()
     resized = F.interpolate(frames.float(), size=size, mode="bicubic", align_corners=False, antialias=True)
     return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def as_video(frames: Tensor) -> Tensor:
+    """Frames [F, 3, H, W] uint8 -> [1, 3, F, H, W] in [-1, 1], as a VAE takes them."""
+    return (frames.float() / 127.5 - 1).transpose(0, 1).unsqueeze(0)

@@ -62,6 +62,7 @@ class StepSampler:
 
     def __init__(self, buckets: Sequence[Bucket], unit: int, seed: int) -> None:
         assert buckets
+        self._buckets = tuple(buckets)
         self._by_bucket: dict[Bucket, list[int]] = {}
         for index, bucket in enumerate(buckets):
             self._by_bucket.setdefault(bucket, []).append(index)
@@ -81,6 +82,10 @@ class StepSampler:
         if self._plan[0] != epoch:
             self._plan = (epoch, self._shuffle(epoch))
         return self._plan[1][position]
+
+    def bucket(self, step: int) -> Bucket:
+        """Of all samples of an optimizer step."""
+        return self._buckets[self.samples(step)[0]]
 
     def _shuffle(self, epoch: int) -> list[list[int]]:
         order = random.Random(f"{self.seed}/{epoch}")
@@ -163,11 +168,16 @@ class TrainingSet(Dataset[Any]):
     def __getitems__(self, draws: Sequence[Draw]) -> "Batch | list[Problem]":
         """The batch of one micro-batch's draws, or what the user has to mend: an error itself can't leave a worker process."""
         try:
-            return self._read(draws)
+            return self.read(draws)
         except UserError as error:
             return error.problems
 
-    def _read(self, draws: Sequence[Draw]) -> Batch:
+    def read(self, draws: Sequence[Draw]) -> Batch:
+        """The batch of one micro-batch's draws.
+
+        Raises:
+            UserError: something of it can't be read.
+        """
         bucket = self.samples[draws[0].sample].bucket
         assert all(self.samples[draw.sample].bucket == bucket for draw in draws)
         latents, noise, sigma, texts, images, teacher, pixels = [], [], [], [], [], [], []

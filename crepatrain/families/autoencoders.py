@@ -3,14 +3,7 @@
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
-
-
-def load_wan_vae(path: str, dtype: torch.dtype) -> AutoencoderKLWan:
-    """AutoencoderKLWan of a pipeline folder, frozen."""
-    vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
-    return vae.requires_grad_(False)
 
 
 def encode_wan(vae: Any, pixels: Tensor) -> Tensor:

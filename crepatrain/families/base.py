@@ -34,12 +34,13 @@ class Family(ABC):
     """One DiT family, as one of its checkpoints is. Holds no weights: modules are loaded by it and handed back to it.
 
     Attributes:
-        transformer_class: of diffusers.
+        transformer_class, vae_class: of diffusers.
         tiny: small models by name, the plainest first: one of every variant, with random weights, for tests and demos.
     """
 
     spec: ClassVar[FamilySpec]
     transformer_class: ClassVar[Any]
+    vae_class: Any
     tiny: ClassVar[Mapping[str, ModelShapes]]
 
     def __init__(self, checkpoint: Checkpoint, variant: Variant, task: Task) -> None:
@@ -63,9 +64,15 @@ class Family(ABC):
         with torch.device("meta"):
             return self.transformer_class.from_config(dict(self.checkpoint.transformer))
 
-    @abstractmethod
     def load_vae(self, path: str, dtype: torch.dtype) -> Any:
         """The VAE with its weights, frozen, in eval mode."""
+        vae = self.vae_class.from_pretrained(path, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+        return vae.requires_grad_(False)
+
+    def empty_vae(self) -> Any:
+        """The VAE on the meta device."""
+        with torch.device("meta"):
+            return self.vae_class.from_config(dict(self.checkpoint.vae)).requires_grad_(False)
 
     @abstractmethod
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
@@ -82,6 +89,10 @@ class Family(ABC):
     @abstractmethod
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Per caption the tensors that the transformer is conditioned on, without padding and without a batch dimension."""
+
+    @abstractmethod
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what `encode_text` makes of the longest caption."""
 
     @abstractmethod
     def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -101,6 +112,15 @@ class Family(ABC):
         """
         return {"first_frame": self.encode_video(vae, image)}
 
+    def image_shapes(self, latents: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
+        """Of what `encode_image` makes of a clip, without a batch dimension.
+
+        Args:
+            latents: (C, T', H', W') of the clip.
+        """
+        channels, _, height, width = latents
+        return {"first_frame": (channels, 1, height, width)}
+
     @abstractmethod
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
         """Latents [B, C, T', H', W'] -> pixels [B, 3, F, H, W] in about [-1, 1]."""
@@ -118,6 +138,24 @@ class Family(ABC):
             noisy: [B, C, T', H', W'].
             sigma: [B].
         """
+
+    def ask(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """What the family's pipeline is called with, beside prompt and image, for a video as a recipe's `sample` says."""
+        arguments = {
+            "height": sample["height"],
+            "width": sample["width"],
+            "num_frames": sample["frames"],
+            "num_inference_steps": sample["steps"],
+            "guidance_scale": sample["guidance"],
+            **sample["decode"],
+        }
+        if sample["guidance_2"] is not None:
+            arguments["guidance_scale_2"] = sample["guidance_2"]
+        return arguments
+
+    @abstractmethod
+    def ask_text(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A prompt and a negative one, of `collate_text` with B = 1, as the pipeline takes them in the place of words."""
 
     def loss_mask(self, batch: Batch) -> Tensor | None:
         """[B, 1, T', 1, 1], 1 where the loss counts; None: everywhere."""
@@ -141,6 +179,18 @@ class Family(ABC):
         Raises:
             UserError: a module that such a file can't hold.
         """
+
+    def original_name(self, name: str) -> str:
+        """What the original's own files, and ComfyUI, call a module or a weight of the transformer: here, the same.
+
+        Raises:
+            UserError: a family whose original keeps several in one.
+        """
+        return name
+
+    def original_metadata(self) -> dict[str, str]:
+        """What ComfyUI must find in the header of a whole transformer's file, beside its weights."""
+        return {}
 
     @staticmethod
     @abstractmethod

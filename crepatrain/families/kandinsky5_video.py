@@ -70,6 +70,7 @@ class Kandinsky5VideoFamily(Family):
 
     spec = KANDINSKY5_VIDEO
     transformer_class = Kandinsky5Transformer3DModel
+    vae_class = AutoencoderKLHunyuanVideo
     tiny = MappingProxyType(
         {
             "tiny": _tiny(),
@@ -101,10 +102,6 @@ class Kandinsky5VideoFamily(Family):
             transformer.set_attention_backend("flex")
         return transformer
 
-    def load_vae(self, path: str, dtype: torch.dtype) -> Any:
-        vae = AutoencoderKLHunyuanVideo.from_pretrained(path, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
-        return vae.requires_grad_(False)
-
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
         """A pipeline of the text side alone: its `encode_prompt` is the one that sampling uses."""
         qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -133,6 +130,10 @@ class Kandinsky5VideoFamily(Family):
             embeds, pooled, _ = text_encoder.encode_prompt(caption, max_sequence_length=self.spec.text_length)
             encoded.append({"prompt_embeds": embeds[0], "pooled": pooled[0]})
         return encoded
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.checkpoint.transformer
+        return {"prompt_embeds": (self.spec.text_length, config["in_text_dim"]), "pooled": (config["in_text_dim2"],)}
 
     def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """prompt_embeds [B, L, text width] of captions of one length, as the transformer has no mask; pooled [B, CLIP width]."""
@@ -196,6 +197,17 @@ class Kandinsky5VideoFamily(Family):
         side = self.geometry.tile
         tiles = tokens.unflatten(1, (grid.t, grid.h // side, grid.w // side, side, side))
         return tiles.transpose(3, 4).flatten(1, 5)
+
+    def ask_text(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        arguments = {}
+        for prefix, of in (("", text), ("negative_", negative)):
+            length = torch.tensor([0, of["prompt_embeds"].shape[1]], dtype=torch.int32, device=of["prompt_embeds"].device)
+            arguments |= {
+                f"{prefix}prompt_embeds_qwen": of["prompt_embeds"],
+                f"{prefix}prompt_embeds_clip": of["pooled"],
+                f"{prefix}prompt_cu_seqlens": length,
+            }
+        return arguments
 
     def export_name(self, module: str) -> str:
         """diffusers and ComfyUI name everything alike."""

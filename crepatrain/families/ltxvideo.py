@@ -1,5 +1,7 @@
 """LTX-Video 0.9: LTXVideoTransformer3DModel and AutoencoderKLLTXVideo of diffusers, T5 text."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +24,13 @@ from crepatrain.families.base import (
     with_clean_frames,
 )
 from crepatrain.tensors import Batch
+
+# diffusers' names on the left, the original's (and ComfyUI's) on the right.
+_ORIGINAL_NAMES = (
+    (r"^proj_in(?=\.|$)", "patchify_proj"),
+    (r"^time_embed(?=\.)", "adaln_single"),
+    (r"\.norm_(q|k)(?=\.|$)", r".\1_norm"),
+)
 
 
 def _tiny(**vae: Any) -> ModelShapes:
@@ -56,11 +65,8 @@ class LtxVideoFamily(Family):
 
     spec = LTXVIDEO
     transformer_class = LTXVideoTransformer3DModel
+    vae_class = AutoencoderKLLTXVideo
     tiny = MappingProxyType({"tiny": _tiny(), "tiny-timestep-vae": _tiny(timestep_conditioning=True)})
-
-    def load_vae(self, path: str, dtype: torch.dtype) -> Any:
-        vae = AutoencoderKLLTXVideo.from_pretrained(path, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
-        return vae.requires_grad_(False)
 
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
         """A pipeline of the text side alone: its `encode_prompt` is the one that sampling uses."""
@@ -74,6 +80,9 @@ class LtxVideoFamily(Family):
             list(captions), do_classifier_free_guidance=False, max_sequence_length=self.spec.text_length
         )
         return [{"prompt_embeds": row[:length].clone()} for row, length in zip(embeds, mask.sum(dim=1).tolist(), strict=True)]
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.spec.text_length, self.checkpoint.transformer["caption_channels"])}
 
     def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """prompt_embeds [B, 128, text width] and their mask [B, 128], False behind each caption's end."""
@@ -111,9 +120,38 @@ class LtxVideoFamily(Family):
         )[0]
         return packed.transpose(1, 2).reshape(-1, channels, frames, height, width)
 
+    def ask(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        return super().ask(sample) | {"frame_rate": sample["fps"]}
+
+    def ask_text(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            "prompt_embeds": text["prompt_embeds"],
+            "prompt_attention_mask": text["mask"],
+            "negative_prompt_embeds": negative["prompt_embeds"],
+            "negative_prompt_attention_mask": negative["mask"],
+        }
+
     def export_name(self, module: str) -> str:
         """Inside the blocks diffusers and the original name everything alike."""
         return f"diffusion_model.{inside_blocks(module, self.spec)}"
+
+    def original_name(self, name: str) -> str:
+        for pattern, original in _ORIGINAL_NAMES:
+            name = re.sub(pattern, original, name)
+        return name
+
+    def original_metadata(self) -> dict[str, str]:
+        """What of the shapes ComfyUI does not see in the weights; times are as in diffusers' pipeline, and so in training."""
+        told = (
+            "in_channels",
+            "cross_attention_dim",
+            "attention_head_dim",
+            "num_attention_heads",
+            "caption_channels",
+            "num_layers",
+        )
+        config = {key: value for key, value in self.checkpoint.transformer.items() if key in told}
+        return {"config": json.dumps({"transformer": config | {"causal_temporal_positioning": False}})}
 
     @staticmethod
     def random_parts(shapes: ModelShapes) -> PipelineParts:

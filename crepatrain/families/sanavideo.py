@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, ByT5Tokenizer, Gemma2Config, Gemma2Model
 
 from crepatrain.config.specs import SANAVIDEO, ModelShapes
-from crepatrain.families.autoencoders import decode_ltx, decode_wan, encode_ltx, encode_wan, load_wan_vae
+from crepatrain.errors import UserError
+from crepatrain.families.autoencoders import decode_ltx, decode_wan, encode_ltx, encode_wan
 from crepatrain.families.base import (
     TRAIN_TIMESTEPS,
     Family,
@@ -86,11 +87,9 @@ class SanaVideoFamily(Family):
     def _wan_vae(self) -> bool:
         return "z_dim" in self.checkpoint.vae
 
-    def load_vae(self, path: str, dtype: torch.dtype) -> Any:
-        if self._wan_vae:
-            return load_wan_vae(path, dtype)
-        vae = AutoencoderKLLTX2Video.from_pretrained(path, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
-        return vae.requires_grad_(False)
+    @property
+    def vae_class(self) -> Any:
+        return AutoencoderKLWan if self._wan_vae else AutoencoderKLLTX2Video
 
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
         """A pipeline of the text side alone: its `encode_prompt` is the one that sampling uses."""
@@ -111,6 +110,9 @@ class SanaVideoFamily(Family):
             )
             encoded.append({"prompt_embeds": embeds[0, : int(mask.sum())].clone()})
         return encoded
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.spec.text_length, self.checkpoint.transformer["caption_channels"])}
 
     def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """prompt_embeds [B, 300, text width] and their mask [B, 300] of 1 and 0, 0 behind each caption's end."""
@@ -139,9 +141,27 @@ class SanaVideoFamily(Family):
             return_dict=False,
         )[0]
 
+    def ask(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = super().ask(sample) | {"use_resolution_binning": False}
+        return arguments | {"frames": arguments.pop("num_frames")}
+
+    def ask_text(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            "prompt_embeds": text["prompt_embeds"],
+            "prompt_attention_mask": text["mask"],
+            "negative_prompt_embeds": negative["prompt_embeds"],
+            "negative_prompt_attention_mask": negative["mask"],
+        }
+
     def export_name(self, module: str) -> str:
         """For diffusers alone: ComfyUI has no such model."""
         return f"transformer.{inside_blocks(module, self.spec)}"
+
+    def original_name(self, name: str) -> str:
+        raise UserError(
+            f"{name}: the original keeps queries, keys and values in one, under no name of theirs; ComfyUI has no SANA-Video",
+            "load it with diffusers",
+        )
 
     @staticmethod
     def random_parts(shapes: ModelShapes) -> PipelineParts:

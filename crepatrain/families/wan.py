@@ -25,9 +25,16 @@ from transformers import (
 )
 
 from crepatrain.config.specs import WAN, ModelShapes
-from crepatrain.errors import UserError
-from crepatrain.families.autoencoders import decode_wan, encode_wan, load_wan_vae
-from crepatrain.families.base import TRAIN_TIMESTEPS, Family, PipelineParts, noisy_frames, pad_rows, with_clean_frames
+from crepatrain.families.autoencoders import decode_wan, encode_wan
+from crepatrain.families.base import (
+    TRAIN_TIMESTEPS,
+    Family,
+    PipelineParts,
+    inside_blocks,
+    noisy_frames,
+    pad_rows,
+    with_clean_frames,
+)
 from crepatrain.tensors import Batch
 
 # diffusers' names on the left, the original's (and ComfyUI's) on the right; matched as a whole, as `norm2` and `norm3` swap.
@@ -39,7 +46,25 @@ _ORIGINAL_NAMES = (
     (r"blocks\.(\d+)\.attn2\.add_(k|v)_proj", r"blocks.\1.cross_attn.\2_img"),
     (r"blocks\.(\d+)\.ffn\.net\.0\.proj", r"blocks.\1.ffn.0"),
     (r"blocks\.(\d+)\.ffn\.net\.2", r"blocks.\1.ffn.2"),
+    (r"blocks\.(\d+)\.attn1\.norm_(q|k)", r"blocks.\1.self_attn.norm_\2"),
+    (r"blocks\.(\d+)\.attn2\.norm_(q|k)", r"blocks.\1.cross_attn.norm_\2"),
+    (r"blocks\.(\d+)\.attn2\.norm_added_k", r"blocks.\1.cross_attn.norm_k_img"),
+    (r"blocks\.(\d+)\.norm2", r"blocks.\1.norm3"),
+    (r"blocks\.(\d+)\.scale_shift_table", r"blocks.\1.modulation"),
+    (r"condition_embedder\.(text|time)_embedder\.linear_1", r"\1_embedding.0"),
+    (r"condition_embedder\.(text|time)_embedder\.linear_2", r"\1_embedding.2"),
+    (r"condition_embedder\.time_proj", "time_projection.1"),
+    (r"condition_embedder\.image_embedder\.norm1", "img_emb.proj.0"),
+    (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
+    (r"condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
+    (r"condition_embedder\.image_embedder\.norm2", "img_emb.proj.4"),
+    (r"patch_embedding", "patch_embedding"),
+    (r"proj_out", "head.head"),
+    (r"scale_shift_table", "head.modulation"),
 )
+
+# What the released CLIP makes of an image.
+_IMAGE_TOKENS = 257
 
 
 def _tiny(channels: int = 16, latents: int = 16, vae: Mapping[str, Any] | None = None, **more: Any) -> ModelShapes:
@@ -92,6 +117,7 @@ class WanFamily(Family):
 
     spec = WAN
     transformer_class = WanTransformer3DModel
+    vae_class = AutoencoderKLWan
     tiny = MappingProxyType(
         {
             "tiny": _tiny(),
@@ -101,9 +127,6 @@ class WanFamily(Family):
             "tiny-i2v-a14b": _tiny(36, **_TWO_EXPERTS),
         }
     )
-
-    def load_vae(self, path: str, dtype: torch.dtype) -> Any:
-        return load_wan_vae(path, dtype)
 
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
         """A pipeline of the text side alone: its `encode_prompt` is the one that sampling uses."""
@@ -129,6 +152,9 @@ class WanFamily(Family):
         lengths = embeds.ne(0).any(dim=-1).sum(dim=1).tolist()
         return [{"prompt_embeds": row[:length].clone()} for row, length in zip(embeds, lengths, strict=True)]
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.spec.text_length, self.checkpoint.transformer["text_dim"])}
+
     def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """prompt_embeds [B, 512, text width], zeros behind each caption's end."""
         return {"prompt_embeds": pad_rows([text["prompt_embeds"] for text in texts], self.spec.text_length)}
@@ -150,6 +176,12 @@ class WanFamily(Family):
             ]
             conditioning["image_embeds"] = image_encoder.encode_image(pictures)
         return conditioning
+
+    def image_shapes(self, latents: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
+        if self._per_token:
+            return super().image_shapes(latents)
+        width = self.checkpoint.transformer.get("image_dim")
+        return {"condition": latents} | ({"image_embeds": (_IMAGE_TOKENS, width)} if width else {})
 
     @property
     def _per_token(self) -> bool:
@@ -186,15 +218,16 @@ class WanFamily(Family):
             image_embeds = image_embeds.to(noisy.dtype) * given.view(-1, 1, 1)
         return torch.cat([noisy, mask, condition], dim=1), image_embeds
 
+    def ask_text(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"prompt_embeds": text["prompt_embeds"], "negative_prompt_embeds": negative["prompt_embeds"]}
+
     def export_name(self, module: str) -> str:
-        for pattern, original in _ORIGINAL_NAMES:
-            match = re.fullmatch(pattern, module)
-            if match:
-                return f"diffusion_model.{match.expand(original)}"
-        raise UserError(
-            f"lora_targets: {module} is outside of what a Wan adapter file can hold for both diffusers and ComfyUI",
-            'use names inside the blocks, such as "to_q", or "all-linear"',
-        )
+        return f"diffusion_model.{self.original_name(inside_blocks(module, self.spec))}"
+
+    def original_name(self, name: str) -> str:
+        stem = name.removesuffix(".weight").removesuffix(".bias")
+        original = next(match.expand(known) for pattern, known in _ORIGINAL_NAMES if (match := re.fullmatch(pattern, stem)))
+        return original + name[len(stem) :]
 
     @staticmethod
     def random_parts(shapes: ModelShapes) -> PipelineParts:

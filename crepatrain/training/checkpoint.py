@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +106,23 @@ def step_of(checkpoint: Path) -> int:
     return int(match.group(1))
 
 
-def rotate(folder: Path, limit: int | None) -> None:
-    """Keep the newest `limit` checkpoints; None keeps all."""
+def rotate(folder: Path, limit: int | None, keep: int | None = None) -> None:
+    """Keep the newest `limit` checkpoints, None keeps all, and the one of step `keep`."""
     for old in checkpoints(folder)[: -limit if limit else 0]:
+        if step_of(old) == keep:
+            continue
         doomed = old.with_name(old.name + ".tmp")
         old.rename(doomed)  # first out of sight: a half removed folder is never taken for a checkpoint
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def replace_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def replace_file(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], check: Callable[[Path], None] = lambda _: None
+) -> None:
     """Write a safetensors file aside and rename it.
+
+    Args:
+        check: called with the file aside; what it raises leaves `path` as it was.
 
     Raises:
         UserError: the disk is full or can't be written to.
@@ -123,6 +130,7 @@ def replace_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     try:
         with written_aside(path) as aside:
             save_file(dict(tensors), aside, metadata=dict(metadata))
+            check(aside)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(path, error) from error
 

@@ -29,29 +29,29 @@ class FlowMatching:
 
     def draw_sigma(self, generator: torch.Generator) -> Tensor:
         """The noise level of one sample, a scalar in (0, 1)."""
-        low, high = self.between
-        if self.sampling == "logit_normal" and self.between == (0.0, 1.0):
+        if self.sampling != "logit_normal":
+            sigma = self._draw_shifted(generator)
+        elif self.between == (0.0, 1.0):
             sigma = torch.sigmoid(self.logit_mean + self.logit_std * torch.randn((), generator=generator))
         else:
-            share = torch.rand((), generator=generator)
-            sigma = self._quantile(self._share_below(low) + (self._share_below(high) - self._share_below(low)) * share)
+            sigma = self._draw_cut_logit_normal(generator)
+        low, high = self.between
         return sigma.clamp(max(low, _SMALLEST), high * (1 - _SMALLEST))
 
-    def _share_below(self, sigma: float) -> float:
-        """The distribution function."""
-        if self.sampling == "uniform" or sigma in {0.0, 1.0}:
-            return sigma
-        if self.sampling == "shifted":
-            return sigma / (self.shift - (self.shift - 1) * sigma)
-        return 0.5 * math.erfc((self.logit_mean - math.log(sigma / (1 - sigma))) / (self.logit_std * math.sqrt(2)))
+    def _draw_shifted(self, generator: torch.Generator) -> Tensor:
+        """Of a uniform share between those that the limits have."""
+        k = self.shift if self.sampling == "shifted" else 1.0
+        first, last = (sigma / (k - (k - 1) * sigma) for sigma in self.between)
+        share = first + (last - first) * torch.rand((), generator=generator)
+        return k * share / (1 + (k - 1) * share)
 
-    def _quantile(self, share: Tensor) -> Tensor:
-        """The inverse of the distribution function."""
-        if self.sampling == "uniform":
-            return share
-        if self.sampling == "shifted":
-            return self.shift * share / (1 + (self.shift - 1) * share)
-        return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(share))
+    def _draw_cut_logit_normal(self, generator: torch.Generator) -> Tensor:
+        """By the normal quantile of a share, in the mirrored tail where that is the one whose shares keep their digits."""
+        low, high = ((_logit(sigma) - self.logit_mean) / self.logit_std for sigma in self.between)
+        mirror = -1.0 if low > 0 else 1.0
+        first, last = sorted(0.5 * math.erfc(-mirror * z / math.sqrt(2)) for z in (low, high))
+        share = first + (last - first) * torch.rand((), generator=generator, dtype=torch.float64)
+        return torch.sigmoid(self.logit_mean + self.logit_std * mirror * torch.special.ndtri(share)).float()
 
     def add_noise(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Latents and noise [B, ...], sigma [B] -> noisy latents [B, ...]."""
@@ -74,3 +74,7 @@ class FlowMatching:
             return error.flatten(1).mean(dim=1)
         kept = mask.flatten(1).sum(dim=1) * (math.prod(error.shape[1:]) // math.prod(mask.shape[1:]))
         return (error * mask).flatten(1).sum(dim=1) / kept
+
+
+def _logit(sigma: float) -> float:
+    return math.log(sigma / (1 - sigma)) if 0 < sigma < 1 else math.copysign(math.inf, sigma - 0.5)

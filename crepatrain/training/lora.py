@@ -1,10 +1,10 @@
 """The adapter: where it sits in a transformer, and its tensors."""
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -61,6 +61,14 @@ def add_lora(transformer: Any, modules: Sequence[str], *, rank: int, alpha: floa
         parameter.data = parameter.data.float()
 
 
+def put_on_cpu(transformer: nn.Module) -> None:
+    """Give the adapter of a transformer on the meta device tensors that can be filled; the rest stays without."""
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            for part in (module.lora_A[ADAPTER], module.lora_B[ADAPTER]):
+                part.to_empty(device="cpu")
+
+
 def leave_casts_to_autocast(transformer: nn.Module) -> None:
     """Keep peft from casting a layer's input to fp32, which autocast would only cast back: the same numbers for less memory."""
     for module in transformer.modules():
@@ -95,15 +103,26 @@ def load_trained_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> N
     assert not [key for key in result.missing_keys if "lora_" in key], result.missing_keys
 
 
-@torch.no_grad()
-def baked_adapter(transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per adapted module lora_A [r, in] and lora_B [out, r] with the adapter's scale inside lora_B, on the CPU."""
-    baked = {}
+def live_adapter(transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Per adapted module lora_A [r, in], lora_B [out, r] and the scale that is applied to lora_B lora_A."""
+    live = {}
     for name, module in transformer.named_modules():
         if isinstance(module, LoraLayer):
             down, up = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
             assert isinstance(down, nn.Linear)
             assert isinstance(up, nn.Linear)
-            scaled = up.weight.float() * module.scaling[ADAPTER]
-            baked[name] = (down.weight.float().cpu().contiguous(), scaled.cpu().contiguous())
-    return baked
+            live[name] = (down.weight.detach(), up.weight.detach(), module.scaling[ADAPTER])
+    return live
+
+
+def baked_adapter(transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per adapted module lora_A [r, in] and lora_B [out, r] with the adapter's scale inside lora_B, on the CPU."""
+    return {
+        name: (down.float().cpu().contiguous(), (up.float() * scale).cpu().contiguous())
+        for name, (down, up, scale) in live_adapter(transformer).items()
+    }
+
+
+def unknown_settings(names: Iterable[str]) -> set[str]:
+    """Those of an adapter's settings that the installed peft does not take."""
+    return set(names) - {field.name for field in dataclasses.fields(PeftLoraConfig)}

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from crepatrain.training.step import StepLosses
 
-# One optimizer step's numbers, in the order in which they travel packed.
+# One optimizer step's numbers, in the order in which they travel packed; behind them a sum and a count per range of sigma.
 _PACKED = ("diffusion_loss", "crepa_raw", "alignment", "self_similarity", "layersync_raw")
+
+# Ranges of sigma [low, high) over which the diffusion loss is told apart: what it is depends on the noise level most of all.
+SIGMA_RANGES = ("0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0")
 
 
 class StepSums:
@@ -19,19 +22,29 @@ class StepSums:
         self._sum: Tensor | None = None
         self._count = 0
 
-    def add(self, losses: StepLosses) -> None:
+    def add(self, losses: StepLosses, sigma: Tensor) -> None:
+        """A micro-batch's losses, and the noise levels [B] of its samples."""
         crepa, layersync = losses.crepa, losses.layersync
         absent = losses.diffusion.new_zeros(1)
         scores = (crepa.loss, crepa.alignment, crepa.self_similarity) if crepa else (absent,) * 3
         values = (losses.diffusion, *scores, absent if layersync is None else layersync)
-        packed = torch.stack([value.float().mean() for value in values])
+        means = torch.stack([value.float().mean() for value in values])
+        packed = torch.cat([means, *_by_sigma(losses.diffusion.float(), sigma)])
         self._sum = packed if self._sum is None else self._sum + packed
         self._count += 1
 
     def packed(self) -> Tensor:
-        """[5], means over the micro-batches; 0 for what was not measured."""
+        """[15], means over the micro-batches: five numbers, 0 for what was not measured; a sum and a count per range of sigma."""
         assert self._sum is not None
         return self._sum / self._count
+
+
+def _by_sigma(losses: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [B] and their sigma [B] -> sums [5] and counts [5] over the ranges of sigma."""
+    ranges = torch.arange(len(SIGMA_RANGES), device=sigma.device)
+    index = (sigma.float() * len(SIGMA_RANGES)).long().clamp(max=len(SIGMA_RANGES) - 1)
+    within = (index.unsqueeze(1) == ranges).to(losses)
+    return (within * losses.unsqueeze(1)).sum(dim=0), within.sum(dim=0)
 
 
 class HostCopy:
@@ -54,20 +67,28 @@ class HostCopy:
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """One optimizer step, as plain numbers: means over micro-batches and processes; None where nothing was measured."""
+    """One optimizer step, as plain numbers: means over micro-batches and processes; None where nothing was measured.
+
+    Attributes:
+        by_sigma: per range of sigma the sum of its samples' diffusion losses and their count, each divided by the same number.
+    """
 
     diffusion_loss: float
     crepa_raw: float | None
     alignment: float | None
     self_similarity: float | None
     layersync_raw: float | None
+    by_sigma: tuple[tuple[float, float], ...]
 
     @classmethod
     def of(cls, packed: list[float], *, crepa: bool, layersync: bool) -> "StepNumbers":
-        values = dict(zip(_PACKED, packed, strict=True))
+        scores, ranges = packed[: len(_PACKED)], packed[len(_PACKED) :]
+        values = dict(zip(_PACKED, scores, strict=True))
+        by_sigma = tuple(zip(ranges[: len(SIGMA_RANGES)], ranges[len(SIGMA_RANGES) :], strict=True))
         measured = {"diffusion_loss"} | ({"crepa_raw", "alignment", "self_similarity"} if crepa else set())
         measured |= {"layersync_raw"} if layersync else set()
-        return cls(**{name: value if name in measured else None for name, value in values.items()})  # type: ignore[arg-type]
+        told = {name: value if name in measured else None for name, value in values.items()}
+        return cls(**told, by_sigma=by_sigma)  # type: ignore[arg-type]
 
     def total(self, crepa_weight: float, layersync_weight: float) -> float:
         """The loss that was optimised."""
@@ -79,13 +100,19 @@ class Window:
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, float] = {}
 
     def add(self, **values: float | None) -> None:
         for name, value in values.items():
             if value is not None:
                 self._sums[name] = self._sums.get(name, 0.0) + value
                 self._counts[name] = self._counts.get(name, 0) + 1
+
+    def add_mean(self, name: str, total: float, count: float) -> None:
+        """Part of a mean over samples: their sum and their count."""
+        if count:
+            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._counts[name] = self._counts.get(name, 0.0) + count
 
     def take(self) -> dict[str, Any]:
         """The means, and an empty window again."""

@@ -1,6 +1,8 @@
 """The method, once: what one micro-batch costs, in fit, in the memory estimate and in the benchmarks."""
 
+import contextlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +28,14 @@ class CrepaTerm:
         crepa: the module, or a wrapper around it.
         block: whose output is aligned.
         weight: of this step; 0 measures the score without a gradient.
+        timed: entered around all that CREPA adds, its gradient included.
     """
 
     crepa: CrepaForward
     teacher: Teacher
     block: int
     weight: float
+    timed: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
 
 
 @dataclass(frozen=True)
@@ -104,5 +108,5 @@ def training_loss(
 
 
 def _align(term: CrepaTerm, batch: Batch, tokens: Mapping[int, Tensor]) -> CrepaOutput:
-    with torch.set_grad_enabled(torch.is_grad_enabled() and term.weight > 0):
+    with term.timed(), torch.set_grad_enabled(torch.is_grad_enabled() and term.weight > 0):
         return term.crepa(tokens[term.block], term.teacher.features(batch, tokens), batch.grid)

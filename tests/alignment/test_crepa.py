@@ -102,6 +102,26 @@ def test_frames_and_grids(clip, kind, spatial_align, distance):
     check(*clip, kind=kind, spatial_align=spatial_align, distance=distance, cumulative_neighbors=distance == 2, tau=1.7)
 
 
+@pytest.mark.parametrize("options", [{}, {"cumulative_neighbors": True}, {"normalize_neighbour_sum": True}], ids=str)
+@pytest.mark.parametrize("distance", [1, 3])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_an_image_is_aligned_as_plain_repa_does(kind, distance, options):
+    """One frame has no neighbours: the score is the mean cosine of its patches with its own features."""
+    tokens, teacher = draw(1, (2, 3), 1, (2, 3))
+    tokens.requires_grad_()
+    grid, features = token_grid(1, 2, 3), PatchFeatures(teacher, (2, 3))
+    module, plain = build(kind, distance=distance, **options), build(kind, distance=0)
+    output, expected = module(tokens, features, grid), plain(tokens, features, grid)
+    assert torch.equal(output.loss, expected.loss)
+    assert torch.equal(output.alignment, output.self_similarity)
+    torch.testing.assert_close(output.loss.detach(), -output.self_similarity)
+    if kind == "linear":
+        cosine = torch.nn.functional.cosine_similarity(module.projector(tokens), teacher[:, 0], dim=-1).mean(dim=1)
+        torch.testing.assert_close(output.alignment, cosine.detach())
+    for mine, theirs in zip(gradients(output.loss, module, tokens), gradients(expected.loss, plain, tokens), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_single_precision(kind):
     tokens, teacher = draw(4, (4, 5), 4, (3, 3))

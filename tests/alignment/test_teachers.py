@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_family
 from transformers import (
     ConvNextConfig,
     ConvNextModel,
@@ -18,7 +19,6 @@ from crepatrain.alignment.encoders import VisionEncoder, load_encoder
 from crepatrain.alignment.layersync import layersync_loss
 from crepatrain.alignment.teachers import BackboneTeacher, CachedTeacher, LatentTeacher, PixelTeacher
 from crepatrain.errors import UserError
-from crepatrain.families import get_family
 from crepatrain.geometry import TokenGrid
 from crepatrain.tensors import Batch, PatchFeatures
 
@@ -117,7 +117,7 @@ def test_the_encoder_keeps_its_own_precision_in_a_step_under_autocast():
 
 @pytest.mark.parametrize("source", ["pixels", "latents"])
 def test_a_step_under_autocast_has_the_teacher_that_the_cache_has(wan, source):
-    family = get_family("wan")
+    family = tiny_family()
     vae = family.load_vae(str(wan), torch.float32)
     encoder = VisionEncoder(build(0), 14, 8)
     decoded = LatentTeacher(encoder, lambda _: SIZE, lambda latents: family.decode_latents(vae, latents))
@@ -178,7 +178,7 @@ def test_the_pixel_teacher_encodes_the_batchs_frames():
 
 
 def test_the_latent_teacher_decodes_and_takes_the_last_frame_of_each_span(wan):
-    family = get_family("wan")
+    family = tiny_family()
     vae = family.load_vae(str(wan), torch.float32)
     encoder = VisionEncoder(build(0), 14, 8)
     clean = batch()
@@ -201,7 +201,7 @@ def test_the_latent_teacher_decodes_and_takes_the_last_frame_of_each_span(wan):
 
 
 def test_the_latent_teacher_needs_no_vae_encoder(wan):
-    family = get_family("wan")
+    family = tiny_family()
     vae = family.load_vae(str(wan), torch.float32)
     encoder = VisionEncoder(build(0), 14, 8)
     teacher = LatentTeacher(encoder, lambda _: SIZE, lambda latents: family.decode_latents(vae, latents))

@@ -63,8 +63,8 @@ def test_an_optimizer_without_a_guard_is_asked_for_one_read(config_file, monkeyp
 def test_a_cached_step_is_within_two_thousandths_of_the_plain_one(name: str):
     """On the meta device at 480 x 832 x 81: LoRA rank 32, gradient checkpointing, a teacher of the width of DINOv2-g."""
     config = WAN.released[name].transformer
-    family = get_family("wan")
-    transformer = family.empty_transformer(config)
+    family = get_family("wan", WAN.released[name].checkpoint)
+    transformer = family.empty_transformer()
     add_lora(transformer, target_modules(transformer, WAN.lora_targets, WAN), rank=32, alpha=32, dropout=0.0)
     transformer.enable_gradient_checkpointing()
     geometry = WAN.geometry(config, WAN.released[name].vae)

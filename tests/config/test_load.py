@@ -147,6 +147,16 @@ def test_a_missing_file_is_answered_with_the_one_that_is_there(tmp_path):
         (["--lora_targets", "to_q,to_k"], {"lora_targets": ["to_q", "to_k"]}),
         (["--lora_targets", '["to_q", "to_k"]'], {"lora_targets": ["to_q", "to_k"]}),
         (["--lora_targets", "all-linear"], {"lora_targets": "all-linear"}),
+        (["--lora_targets", "to_q, ffn.net.0.proj"], {"lora_targets": ["to_q", "ffn.net.0.proj"]}),
+        (["--lora_targets", "attn1.to_out.0"], {"lora_targets": ["attn1.to_out.0"]}),
+        (["--lora_targets", r"blocks\..*to_q"], {"lora_targets": r"blocks\..*to_q"}),
+        (["--lora_targets", ".*(to_q|to_k)"], {"lora_targets": ".*(to_q|to_k)"}),
+        (["--lora_targets", r"blocks\.(3,4)"], {"lora_targets": r"blocks\.(3,4)"}),
+        (["--lora-use-rslora"], {"lora_use_rslora": True}),
+        (["--task", "i2v", "--i2v-dropout=0.1"], {"task": "i2v", "i2v_dropout": 0.1}),
+        (["--wan_expert", "low"], {"wan_expert": "low"}),
+        (["--wan_expert", "null"], {"wan_expert": None}),
+        (["--model_type", "full"], {"model_type": "full"}),
         (["--mixed_precision", "no"], {"mixed_precision": "no"}),
         (["--output_name", "123"], {"output_name": "123"}),
         (["--revision", "1e5"], {"revision": "1e5"}),
@@ -301,7 +311,7 @@ def test_keys_of_options_are_checked_as_those_of_files():
         ("timestep_sampling", "logitnormal", "did you mean logit_normal?"),
         ("missing_captions", "ignore", "use one of: error, empty, filename, skip"),
         ("mixed_precision", "fp16", "no, bf16"),
-        ("model_type", "full", "lora"),
+        ("model_type", "fll", "did you mean full?"),
         ("model_family", "wann", "did you mean wan?"),
         ("model_family", 3, "text"),
         ("train_data", None, "text"),
@@ -309,6 +319,12 @@ def test_keys_of_options_are_checked_as_those_of_files():
         ("output_name", "../up", "letters, digits"),
         ("lora_targets", 3, "list"),
         ("lora_targets", [], "list"),
+        ("lora_targets", "blocks.(", "list of names, or mend it"),
+        ("lora_use_rslora", 1, "true or false"),
+        ("task", "v2v", "did you mean"),
+        ("task", "text", "t2v, i2v"),
+        ("wan_expert", "hihg", "did you mean high?"),
+        ("i2v_dropout", 1.5, "use 1"),
         ("lora_rank", 0, "use 1 or more"),
         ("lora_alpha", 0, "above 0"),
         ("revision", 1, "text"),
@@ -322,6 +338,13 @@ def test_a_wrong_value_is_told_with_key_value_and_remedy(key, value, remedy):
     what, _, fix = problems[0].partition("\n  -> ")
     assert what.startswith(f"{key}={json.dumps(value)}")
     assert remedy in fix
+
+
+@pytest.mark.parametrize(("targets", "told"), [([""], '""'), (["to_q", 3], "3"), ([["to_q"]], '["to_q"]')])
+def test_a_wrong_name_in_a_list_is_told(targets, told):
+    _, problems = parsed(lora_targets=targets)
+    assert len(problems) == 1
+    assert problems[0].startswith(f"lora_targets={told}: ")
 
 
 def test_a_whole_number_is_a_number():

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from crepatrain.config.plan import Plan, read_plan
+from crepatrain.config.specs import FAMILIES
 from crepatrain.config.summary import summarize
 from crepatrain.errors import Problem, UserError
 
@@ -18,6 +19,7 @@ TINY_DEPTH = 10
 BACKBONE = {"crepa_feature_source": "backbone"}
 CONV = {"crepa_projector": "conv", "crepa_spatial_align": False}
 LAYERSYNC = {"layersync_enabled": True}
+REPOS = [(family, model.repo) for family, spec in FAMILIES.items() for model in spec.released.values()]
 
 
 @pytest.fixture
@@ -36,9 +38,30 @@ def problems(config_file) -> Callable[..., list[Problem]]:
 
 
 @pytest.fixture
-def checkpoint(wan, tmp_path) -> Path:
-    """A copy of the tiny Wan, to be spoilt; its weights are links."""
-    return Path(shutil.copytree(wan, tmp_path / "spoilt", copy_function=lambda a, b: Path(b).symlink_to(a)))
+def copied(tiny_checkpoint, tmp_path) -> Callable[..., Path]:
+    """Gives a copy of a tiny checkpoint, to be spoilt; its files are links."""
+
+    def copy(*which: str) -> Path:
+        return Path(
+            shutil.copytree(tiny_checkpoint(*which), tmp_path / "spoilt", copy_function=lambda a, b: Path(b).symlink_to(a))
+        )
+
+    return copy
+
+
+@pytest.fixture
+def checkpoint(copied) -> Path:
+    """A copy of the tiny Wan, to be spoilt."""
+    return copied("wan", "tiny")
+
+
+@pytest.fixture
+def tiny(tiny_checkpoint) -> Callable[..., dict[str, str]]:
+    """The keys of a config that name a tiny checkpoint."""
+    return lambda family, size="tiny": {
+        "model_family": family,
+        "pretrained_model_name_or_path": str(tiny_checkpoint(family, size)),
+    }
 
 
 def rewrite(path: Path, **changes: Any) -> None:
@@ -209,10 +232,20 @@ def test_a_checkpoint_without_a_part_is_refused(problems, checkpoint, gone, name
 
 def test_every_missing_part_is_told_at_once(problems, clips):
     [problem] = problems(pretrained_model_name_or_path=str(clips))
-    for part in ("model_index.json", "transformer/", "vae/", "text_encoder/", "tokenizer/", "scheduler/"):
+    for part in ("model_index.json", "transformer/", "vae/", "scheduler/"):
         assert part in problem.what
     assert "-Diffusers" in problem.fix
     assert "make-random" in problem.fix
+
+
+def test_every_missing_part_of_a_variant_is_told_at_once(problems, copied):
+    folder = copied("wan", "tiny-i2v")
+    for part in ("text_encoder", "tokenizer", "image_processor"):
+        shutil.rmtree(folder / part)
+    (folder / "image_encoder" / "model.safetensors").unlink()
+    [problem] = problems(pretrained_model_name_or_path=str(folder))
+    for part in ("text_encoder/", "tokenizer/", "image_processor/", "image_encoder/*.safetensors"):
+        assert part in problem.what
 
 
 @pytest.mark.parametrize(
@@ -254,22 +287,223 @@ def test_another_familys_checkpoint_is_refused(problems, checkpoint):
     assert "model_family" in problem.fix
 
 
+TWO_EXPERTS = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
+
+
 @pytest.mark.parametrize(
-    ("file", "changes", "word"),
+    ("family", "file", "changes", "words"),
     [
-        ("transformer/config.json", {"in_channels": 36}, "image-to-video"),
-        ("transformer/config.json", {"image_dim": 1280}, "image-to-video"),
-        ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "A14B"),
-        ("model_index.json", {"boundary_ratio": 0.875}, "A14B"),
-        ("model_index.json", {"expand_timesteps": True}, "TI2V"),
+        ("wan", "transformer/config.json", {"pos_embed_seq_len": 514}, ["first and last frames"]),
+        ("wan", "transformer/config.json", {"in_channels": 17}, ["17 channels", "16 are latents"]),
+        ("wan", "transformer/config.json", {"in_channels": 32}, ["32 channels"]),
+        ("wan", "transformer/config.json", {"in_channels": 52}, ["52 channels"]),
+        ("wan", "model_index.json", TWO_EXPERTS, ["two experts", "boundary_ratio=None"]),
+        ("wan", "model_index.json", TWO_EXPERTS | {"boundary_ratio": None}, ["boundary_ratio=None"]),
+        ("wan", "model_index.json", TWO_EXPERTS | {"boundary_ratio": 0}, ["boundary_ratio=0"]),
+        ("wan", "model_index.json", TWO_EXPERTS | {"boundary_ratio": 1.0}, ["boundary_ratio=1.0"]),
+        ("wan", "model_index.json", TWO_EXPERTS | {"boundary_ratio": "0.9"}, ["boundary_ratio=0.9"]),
+        ("ltxvideo", "transformer/config.json", {"patch_size": 2}, ["patches of several latents"]),
+        ("ltxvideo", "transformer/config.json", {"patch_size_t": 2}, ["patches of several latents"]),
+        ("sanavideo", "transformer/config.json", {"guidance_embeds": True}, ["guidance"]),
+        ("sanavideo", "vae/config.json", {"_class_name": "AutoencoderDC", "z_dim": ...}, ["AutoencoderDC"]),
     ],
 )
-def test_a_wan_that_can_not_be_trained_yet_is_refused(problems, checkpoint, file, changes, word):
+def test_a_checkpoint_that_can_not_be_trained_is_refused_with_the_reason(problems, copied, family, file, changes, words):
+    checkpoint = copied(family)
     rewrite(checkpoint / file, **changes)
-    [problem] = problems(pretrained_model_name_or_path=str(checkpoint))
-    assert str(checkpoint) in problem.what
-    assert word in problem.what
-    assert "Wan 2.1 text-to-video" in problem.fix
+    [problem] = problems(model_family=family, pretrained_model_name_or_path=str(checkpoint))
+    assert problem.what.startswith(f"pretrained_model_name_or_path={checkpoint}: ")
+    for word in words:
+        assert word in problem.what
+    assert problem.fix == f"use a {FAMILIES[family].title} checkpoint"
+
+
+def test_an_image_to_video_kandinsky_whose_transformer_takes_no_image_is_refused(problems, copied):
+    checkpoint = copied("kandinsky5_video")
+    rewrite(checkpoint / "model_index.json", _class_name="Kandinsky5I2VPipeline")
+    rewrite(checkpoint / "transformer/config.json", visual_cond=False)
+    [problem] = problems(model_family="kandinsky5_video", pretrained_model_name_or_path=str(checkpoint))
+    assert "takes no image" in problem.what
+
+
+# Tasks and experts
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "tasks"),
+    [
+        ("wan", "tiny", ["t2v"]),
+        ("wan", "tiny-i2v", ["i2v"]),
+        ("wan", "tiny-ti2v", ["t2v", "i2v"]),
+        ("wan", "tiny-a14b", ["t2v"]),
+        ("wan", "tiny-i2v-a14b", ["i2v"]),
+        ("ltxvideo", "tiny", ["t2v", "i2v"]),
+        ("ltxvideo", "tiny-timestep-vae", ["t2v", "i2v"]),
+        ("sanavideo", "tiny", ["t2v", "i2v"]),
+        ("kandinsky5_video", "tiny", ["t2v", "i2v"]),
+    ],
+)
+def test_a_checkpoint_is_trained_for_what_it_can_do_its_own_task_first(plan, problems, tiny, family, size, tasks):
+    of = tiny(family, size) | ({"wan_expert": "high"} if "a14b" in size else {})
+    assert plan(**of).config.task == plan(**of).task == tasks[0]
+    for task in ("t2v", "i2v"):
+        if task in tasks:
+            assert plan(**of, task=task).task == task
+        else:
+            [problem] = problems(**of, task=task)
+            assert problem.what.startswith(f"task={task}: ")
+            assert f"for {tasks[0]} alone" in problem.what
+            assert f"set task to {tasks[0]}" in problem.fix
+
+
+def test_the_kandinsky_pipeline_says_which_task_is_its_own(plan, problems, copied):
+    checkpoint = copied("kandinsky5_video")
+    of = {"model_family": "kandinsky5_video", "pretrained_model_name_or_path": str(checkpoint)}
+    rewrite(checkpoint / "model_index.json", _class_name="Kandinsky5I2VPipeline")
+    assert plan(**of).task == "i2v"
+    assert plan(**of, task="t2v").task == "t2v"
+    rewrite(checkpoint / "model_index.json", _class_name="Kandinsky5T2VPipeline")
+    rewrite(checkpoint / "transformer/config.json", visual_cond=False)
+    assert plan(**of).task == "t2v"
+    [problem] = problems(**of, task="i2v")
+    assert "for t2v alone" in problem.what
+
+
+@pytest.mark.parametrize("size", ["tiny-a14b", "tiny-i2v-a14b"])
+def test_one_of_two_experts_has_to_be_chosen(plan, problems, tiny, size):
+    [problem] = problems(**tiny("wan", size))
+    assert problem.what.startswith("wan_expert is missing: ")
+    assert "high or low" in problem.fix
+    boundary = 0.875
+    high, low = (plan(**tiny("wan", size), wan_expert=expert).variant for expert in ("high", "low"))
+    assert (high.transformer, high.sigmas, high.expert) == ("transformer", (boundary, 1.0), "high")
+    assert (low.transformer, low.sigmas, low.expert) == ("transformer_2", (0.0, boundary), "low")
+    assert "transformer_2" not in high.parts
+    assert "transformer" not in low.parts
+
+
+@pytest.mark.parametrize("size", ["tiny", "tiny-i2v", "tiny-ti2v"])
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_an_expert_of_a_checkpoint_with_one_transformer_is_refused(problems, tiny, size, expert):
+    [problem] = problems(**tiny("wan", size), wan_expert=expert)
+    assert problem.what.startswith(f"wan_expert={expert}: ")
+    assert "one transformer" in problem.what
+    assert problem.fix == "leave it out"
+
+
+def test_an_expert_of_another_family_is_refused(problems, tiny):
+    [problem] = problems(**tiny("ltxvideo"), wan_expert="low")
+    assert problem.what.startswith("wan_expert=low: ")
+
+
+def test_the_low_expert_is_read_from_its_own_config(plan, problems, copied):
+    checkpoint = copied("wan", "tiny-a14b")
+    rewrite(checkpoint / "transformer_2/config.json", num_layers=9, attention_head_dim=12)
+    of = {"pretrained_model_name_or_path": str(checkpoint)}
+    high, low = (plan(**of, wan_expert=expert).geometry for expert in ("high", "low"))
+    assert (high.depth, high.width) == (10, 48)
+    assert (low.depth, low.width) == (9, 24)
+    [problem] = problems(**of, wan_expert="low", crepa_block_index=9)
+    assert "9 blocks" in problem.what
+
+
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_only_the_folder_of_the_trained_expert_is_needed(plan, problems, copied, expert):
+    checkpoint = copied("wan", "tiny-a14b")
+    other, own = ("transformer_2", "transformer") if expert == "high" else ("transformer", "transformer_2")
+    of = {"pretrained_model_name_or_path": str(checkpoint), "wan_expert": expert}
+    (checkpoint / other / "diffusion_pytorch_model.safetensors").unlink()
+    assert plan(**of).variant.transformer == own
+    (checkpoint / own / "diffusion_pytorch_model.safetensors").unlink()
+    [problem] = problems(**of)
+    assert f"{own}/*.safetensors" in problem.what
+
+
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_the_other_experts_folder_may_be_gone(plan, copied, expert):
+    checkpoint = copied("wan", "tiny-a14b")
+    shutil.rmtree(checkpoint / ("transformer_2" if expert == "high" else "transformer"))
+    assert plan(pretrained_model_name_or_path=str(checkpoint), wan_expert=expert).variant.expert == expert
+
+
+def test_a_second_transformer_that_is_named_but_not_there_is_none(plan, copied):
+    """As the released TI2V-5B has it: {"transformer_2": [null, null], "boundary_ratio": null}."""
+    checkpoint = copied("wan", "tiny-ti2v")
+    rewrite(checkpoint / "model_index.json", transformer_2=[None, None], boundary_ratio=None)
+    assert plan(pretrained_model_name_or_path=str(checkpoint)).variant.expert is None
+
+
+# Adapters
+
+
+def ends_and_wholes(family: str) -> list[str]:
+    spec = FAMILIES[family]
+    return [*spec.lora_targets, *spec.linears, f"{spec.blocks}.3.{spec.linears[0]}"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_targets_are_ends_of_names_a_regex_or_all(plan, tiny, family):
+    spec, of = FAMILIES[family], tiny(family)
+    assert plan(**of).config.lora_targets == list(spec.lora_targets)
+    for targets in (
+        "all-linear",
+        ends_and_wholes(family),
+        rf"{spec.blocks}\.[0-3]\..*",
+        rf".*\.({'|'.join(spec.lora_targets)})".replace("to_out.0", r"to_out\.0"),
+    ):
+        assert plan(**of, lora_targets=targets).config.lora_targets == targets
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "target", ["to_z", "o_q", "proj_out", "norm2", "patch_embedding", "blocks", "{blocks}.99.{linear}", r".*\.{linear}"]
+)
+def test_a_target_that_is_no_linear_of_a_block_is_refused(problems, tiny, family, target):
+    spec = FAMILIES[family]
+    target = target.format(blocks=spec.blocks, linear=spec.linears[0])
+    [problem] = problems(**tiny(family), lora_targets=[spec.linears[1], target])
+    assert problem.what == f"lora_targets: {target!r} is no Linear of a block"
+    for end in (*spec.linears, "all-linear"):
+        assert end in problem.fix
+
+
+def test_every_wrong_target_is_told(problems):
+    found = problems(lora_targets=["to_q", "to_y", "to_z"])
+    assert [problem.what.split("'")[1] for problem in found] == ["to_y", "to_z"]
+
+
+@pytest.mark.parametrize(
+    "regex", ["to_q", r"blocks\.10\..*", r"block\..*to_q", "transformer.*", r"blocks\.\d\.norm2", "all_linear"]
+)
+def test_a_regex_that_matches_no_whole_name_is_refused(problems, regex):
+    [problem] = problems(lora_targets=regex)
+    assert problem.what.startswith(f"lora_targets={regex}: ")
+    assert "whole name" in problem.what
+    assert "blocks.0.attn1.to_q" in problem.fix
+    assert "list" in problem.fix
+
+
+def test_a_regex_that_is_none_is_refused(problems):
+    [problem] = problems(lora_targets=r"blocks\.(\d+")
+    assert problem.what.startswith("lora_targets=")
+    assert "list of names" in problem.fix
+
+
+def test_targets_are_read_from_the_command_line(config_file, problems):
+    def targets(text: str) -> Any:
+        return read_plan(config_file(), ["--lora_targets", text], online=False).config.lora_targets
+
+    assert targets("to_q,ffn.net.0.proj") == ["to_q", "ffn.net.0.proj"]
+    assert targets(r"blocks\..*to_q") == r"blocks\..*to_q"
+    assert targets("all-linear") == "all-linear"
+    [problem] = problems("--lora_targets", "to_q,to_z")
+    assert "'to_z'" in problem.what
+    [problem] = problems("--lora_targets", r"blocks\..*to_z")
+    assert "whole name" in problem.what
+
+
+def test_targets_are_of_no_interest_where_every_weight_is_trained(plan):
+    assert plan(model_type="full", lora_targets=["to_z"]).config.model_type == "full"
 
 
 @pytest.mark.parametrize(
@@ -298,16 +532,46 @@ def test_a_hub_that_does_not_let_us_is_told_which_way(problems, monkeypatch, err
     assert fix in problem.fix
 
 
-@pytest.mark.parametrize(
-    ("repo", "depth", "width"), [("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 30, 1536), ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 40, 5120)]
-)
-def test_a_released_model_is_known_offline(plan, problems, repo, depth, width):
-    released = {"pretrained_model_name_or_path": repo, "height": 480, "width": 832, "num_frames": 81}
+SIZELESS = {"height": ..., "width": ..., "num_frames": ...}
+# Of each released model: blocks, width, token grid at its own size, its tasks, and the shift it is sampled with.
+RELEASED = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (30, 1536, (21, 30, 52), "t2v", 3),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": (40, 5120, (21, 30, 52), "t2v", 3),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": (40, 5120, (21, 30, 52), "i2v", 3),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (30, 3072, (31, 22, 40), "t2v", 5),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (40, 5120, (21, 30, 52), "t2v", 3),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": (40, 5120, (21, 30, 52), "i2v", 3),
+    "Lightricks/LTX-Video": (28, 2048, (16, 16, 22), "t2v", 13.464),
+    "Lightricks/LTX-Video-0.9.7-dev": (48, 4096, (16, 16, 22), "t2v", 13.464),
+    "Efficient-Large-Model/SANA-Video_2B_480p_diffusers": (20, 2240, (21, 30, 52), "t2v", 8),
+    "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": (32, 1792, (31, 32, 48), "t2v", 5),
+    "kandinskylab/Kandinsky-5.0-I2V-Lite-5s-Diffusers": (32, 1792, (31, 32, 48), "i2v", 5),
+    "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s-Diffusers": (60, 4096, (31, 32, 48), "t2v", 5),
+    "kandinskylab/Kandinsky-5.0-I2V-Pro-sft-5s-Diffusers": (60, 4096, (31, 32, 48), "i2v", 5),
+}
+
+
+def test_every_released_model_is_tried():
+    assert {repo for _, repo in REPOS} == RELEASED.keys()
+
+
+@pytest.mark.parametrize(("family", "repo"), REPOS)
+def test_a_released_model_is_known_offline(plan, problems, family, repo):
+    depth, width, grid, task, shift = RELEASED[repo]
+    experts = {"wan_expert": "low"} if "A14B" in repo else {}
+    released = {"model_family": family, "pretrained_model_name_or_path": repo, **SIZELESS, **experts}
     found = plan(**released)
+    assert found.checkpoint.origin == "package"
     assert (found.geometry.depth, found.geometry.width) == (depth, width)
-    assert (found.grid.t, found.grid.h, found.grid.w) == (21, 30, 52)
-    assert found.grid.teacher_frames == tuple(range(0, 81, 4))
+    assert (found.grid.t, found.grid.h, found.grid.w) == grid
+    assert found.task == task
+    assert found.config.flow_shift == pytest.approx(shift, rel=1e-3)
     assert "not on this machine yet" in summary(found)["model"]
+    stride = found.geometry.temporal_stride
+    assert found.grid.teacher_frames == tuple(range(0, stride * (grid[0] - 1) + 1, stride))
+    if experts:
+        [problem] = problems(**released | {"wan_expert": ...})
+        assert "wan_expert is missing" in problem.what
     [problem] = problems(**released | {"crepa_block_index": depth})
     assert f"0 to {depth - 1}" in problem.fix
 
@@ -340,6 +604,53 @@ def test_an_encoder_without_weights_is_refused(problems, wan, tmp_path):
 def test_no_encoder_is_asked_for_where_none_is_used(plan):
     assert plan(crepa_enabled=False, crepa_encoder="resnet").encoder is None
     assert plan(crepa_feature_source="backbone", crepa_teacher_block_index=9, crepa_encoder="resnet").encoder is None
+
+
+# Sizes of the families
+
+
+def test_ltx_takes_8k_plus_1_frames_and_multiples_of_32(plan, problems, tiny):
+    of = tiny("ltxvideo")
+    assert plan(**of, num_frames=9).grid.t == 2
+    assert plan(**of, num_frames=1).grid.t == 1
+    assert plan(**of, height=32, width=64).grid.patches == 2
+    [problem] = problems(**of, num_frames=13)
+    assert "8k+1" in problem.what
+    assert problem.fix == "use 9 or 17"
+    [problem] = problems(**of, height=80)
+    assert "height=80: this model takes multiples of 32" in problem.what
+    assert problem.fix == "use 64 or 96"
+    [problem] = problems(**of, width=48)
+    assert problem.fix == "use 32 or 64"
+
+
+def test_nabla_attention_takes_multiples_of_128(plan, problems, tiny):
+    of, dense = tiny("kandinsky5_video", "tiny-nabla"), tiny("kandinsky5_video")
+    assert plan(**of, height=128, width=256).grid.patches == 8 * 16
+    assert plan(**of, height=128, width=256, num_frames=1).grid.t == 1
+    [height, width] = problems(**of, height=144, width=64)
+    assert "height=144: this model takes multiples of 128" in height.what
+    assert height.fix == "use 128 or 256"
+    assert width.fix == "use 128"
+    assert plan(**dense, height=144, width=64).grid.patches == 9 * 4
+    [problem] = problems(**dense, height=136)
+    assert "multiples of 16" in problem.what
+
+
+def test_ti2v_takes_multiples_of_32(plan, problems, tiny):
+    assert plan(**tiny("wan", "tiny-ti2v")).grid.patches == 2 * 3
+    [problem] = problems(**tiny("wan", "tiny-ti2v"), height=80)
+    assert problem.fix == "use 64 or 96"
+
+
+@pytest.mark.parametrize("size", ["tiny-i2v", "tiny-i2v-a14b"])
+def test_image_to_video_channels_need_frames_behind_the_first(plan, problems, tiny, size):
+    """As images are refused there: of a clip of one frame nothing is told that the transformer must be told."""
+    of = tiny("wan", size) | ({"wan_expert": "high"} if "a14b" in size else {})
+    assert plan(**of, num_frames=5).grid.t == 2
+    [problem] = problems(**of, num_frames=1)
+    assert "num_frames=1" in problem.what
+    assert "5" in problem.fix
 
 
 # Several at once
@@ -446,6 +757,22 @@ def test_keys_without_effect_are_told(plan):
     assert "constant_with_warmup" in warning
 
 
+def test_a_dropout_of_first_frames_that_nothing_is_told_is_told(plan, tiny):
+    [warning] = plan(i2v_dropout=0.1).warnings
+    assert warning == "i2v_dropout: without effect, as task is t2v"
+    [warning] = plan(**tiny("ltxvideo"), i2v_dropout=0.1).warnings
+    assert "i2v_dropout" in warning
+    assert plan(**tiny("ltxvideo"), task="i2v", i2v_dropout=0.1).warnings == ()
+    assert plan(i2v_dropout=0.0).warnings == ()
+
+
+def test_keys_of_an_adapter_without_an_adapter_are_told(plan):
+    [warning] = plan(model_type="full", lora_alpha=2.0, lora_use_rslora=True).warnings
+    assert warning == "lora_rank, lora_alpha, lora_use_rslora: without effect, as model_type is full"
+    assert plan(model_type="full", lora_rank=...).warnings == ()
+    assert plan(lora_alpha=2.0, lora_use_rslora=True).warnings == ()
+
+
 # In words
 
 
@@ -457,8 +784,24 @@ def test_the_summary_says_what_will_happen(plan, wan, clips):
     assert "9 frames of 64 x 96 at 16 fps" in rows["clips"]
     assert "3 x 4 x 6 = 72" in rows["tokens"]
     assert "3 optimizer steps" in rows["steps"]
-    assert "rank 4" in rows["adapter"]
+    assert rows["task"] == "text-to-video"
+    assert "LoRA rank 4, scaled by alpha 4 / rank, on to_q, to_k, to_v, to_out.0" in rows["trained"]
     assert "0.001" in rows["optimizer"]
+    assert rows["precision"].startswith("fp32;")
+
+
+def test_the_summary_tells_what_is_trained_of_what_for_what(plan, tiny):
+    rows = summary(plan(**tiny("wan", "tiny-i2v-a14b"), wan_expert="low", i2v_dropout=0.25, lora_use_rslora=True))
+    assert "Wan 2.2 image-to-video, the low-noise expert (noise levels 0 to 0.875)" in rows["model"]
+    assert rows["task"] == "image-to-video from each clip's first frame, 25% of the samples without it"
+    assert "alpha 4 / sqrt(rank)" in rows["trained"]
+    rows = summary(plan(**tiny("ltxvideo"), task="i2v", model_type="full", mixed_precision="bf16"))
+    assert "LTX-Video" in rows["model"]
+    assert rows["task"] == "image-to-video from each clip's first frame"
+    assert rows["trained"] == "every weight of the transformer"
+    assert rows["precision"].startswith("bf16 arithmetic, fp32 weights")
+    assert "every Linear of the blocks" in summary(plan(lora_targets="all-linear"))["trained"]
+    assert r"what blocks\..*to_q matches" in summary(plan(lora_targets=r"blocks\..*to_q"))["trained"]
 
 
 def test_the_summary_tells_block_and_teacher(plan, wan):

@@ -160,6 +160,8 @@ def test_every_key_is_described_and_ranges_hold_their_default(key, values):
         {"crepa_feature_source": "backbone", "crepa_block_index": 3, "crepa_teacher_block_index": 9},
         {"max_train_steps": ..., "num_train_epochs": 2, "lora_targets": "all-linear", "crepa_projector_lr": 1e-2},
         {"layersync_enabled": True, "layersync_student_block": 2, "layersync_teacher_block": 7},
+        {"lora_targets": r"blocks\..*to_q", "lora_use_rslora": True},
+        {"model_type": "full", "lora_rank": ...},
     ],
     ids=lambda changes: ",".join(changes) or "plain",
 )
@@ -180,14 +182,30 @@ def test_a_resolved_config_means_the_same_again(config_file, changes):
 def test_a_resolved_config_has_every_default_filled_in(config_file):
     config = read_plan(config_file(height=..., width=..., num_frames=..., cache_dir=...)).config
     spec = FAMILIES["wan"]
-    assert (config.height, config.width, config.num_frames) == spec.default_size
-    assert config.fps == spec.fps
+    assert (config.height, config.width, config.num_frames) == (480, 832, 81)
+    assert config.fps == 16
+    assert config.task == "t2v"
     assert config.lora_alpha == config.lora_rank
     assert config.lora_targets == list(spec.lora_targets)
     assert config.crepa_projector_lr == config.learning_rate
     assert config.flow_shift is not None
     assert config.cache_dir is not None
     assert config.cache_dir.endswith("crepatrain")
+
+
+def test_a_resolved_config_of_another_family_has_its_defaults(config_file, tiny_checkpoint):
+    of = {"model_family": "ltxvideo", "pretrained_model_name_or_path": str(tiny_checkpoint("ltxvideo"))}
+    config = read_plan(config_file(**of, height=..., width=..., num_frames=...)).config
+    assert (config.height, config.width, config.num_frames, config.fps) == (512, 704, 121, 25)
+    assert config.flow_shift == pytest.approx(13.464, rel=1e-3), "at the config's own size"
+    smaller = read_plan(config_file(**of)).config
+    assert smaller.flow_shift is not None
+    assert smaller.flow_shift < 3
+    of = {"model_family": "kandinsky5_video", "pretrained_model_name_or_path": str(tiny_checkpoint("kandinsky5_video"))}
+    config = read_plan(config_file(**of, height=..., width=..., num_frames=..., lora_rank=8)).config
+    assert (config.height, config.width, config.num_frames, config.fps) == (512, 768, 121, 24)
+    assert (config.lora_alpha, config.lora_targets) == (8, list(FAMILIES["kandinsky5_video"].lora_targets))
+    assert config.flow_shift == 5
 
 
 def test_the_flow_shift_is_the_checkpoints_unless_it_is_said(config_file, wan):
@@ -210,4 +228,5 @@ def test_only_how_a_run_is_watched_or_how_long_it_is_may_change():
     may = {key for key in RunConfig.model_fields if RunConfig.may_change(key)}
     assert {"max_train_steps", "checkpointing_steps", "logging_steps", "output_name"} <= may
     assert [key for key in may if key.startswith(("crepa_", "lora_", "layersync_", "adam_"))] == ["crepa_encoder"]
+    assert not may & {"task", "wan_expert", "i2v_dropout", "model_type"}
     assert not may & {"learning_rate", "seed", "height", "width", "num_frames", "fps", "train_batch_size", "model_family"}

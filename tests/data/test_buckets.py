@@ -18,7 +18,18 @@ def clip(frames: int, *, fps: float = 16, height: int = 64, width: int = 96, nam
     )
 
 
-def cut(*clips: Clip, frames: int = 9, fps: float = 16, aspect_buckets: bool = False, limit: int = 0) -> Cut:
+def image(name: str = "image.png", *, height: int = 64, width: int = 96) -> Clip:
+    return Clip(Path(name), "a caption", f"digest of {name}", ClipInfo(height, width, (0.0,)))
+
+
+def cut(
+    *clips: Clip,
+    frames: int = 9,
+    fps: float = 16,
+    aspect_buckets: bool = False,
+    limit: int = 0,
+    no_images: str | None = None,
+) -> Cut:
     return cut_clips(
         clips,
         size=(frames, 64, 96),
@@ -26,6 +37,7 @@ def cut(*clips: Clip, frames: int = 9, fps: float = 16, aspect_buckets: bool = F
         multiple=(16, 16),
         aspect_buckets=aspect_buckets,
         max_windows_per_clip=limit,
+        no_images=no_images,
     )
 
 
@@ -107,6 +119,51 @@ def test_buckets_are_counted_the_largest_first():
 
 def test_a_window_says_its_clip_and_frames():
     assert cut(clip(18)).windows[1].name == "clip.mp4 frames 9-17"
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3])
+@pytest.mark.parametrize("suffix", [".png", ".JPG", ".webp"])
+def test_an_image_is_a_window_of_one_frame(suffix: str, limit: int):
+    result = cut(image(f"a{suffix}"), clip(18), image(f"b{suffix}", height=640, width=960), limit=limit)
+    pictures = [window for window in result.windows if window.path.suffix == suffix]
+    assert [window.frames for window in pictures] == [(0,), (0,)]
+    assert {window.bucket for window in pictures} == {Bucket(1, 64, 96)}
+    assert not result.refused
+    assert not result.slower
+    assert len(result.buckets) == 2
+    assert pictures[0].name == f"a{suffix} frames 0-0"
+
+
+def test_images_are_cut_by_their_aspect_too():
+    result = cut(image("wide.png"), image("tall.png", height=400, width=100), aspect_buckets=True)
+    wide, tall = (window.bucket for window in result.windows)
+    assert wide == Bucket(1, 64, 96)
+    assert tall.frames == 1
+    assert tall.height > tall.width
+
+
+def test_an_image_has_the_bucket_of_a_clip_of_one_frame():
+    result = cut(image(), clip(3), frames=1)
+    assert result.buckets == {Bucket(1, 64, 96): 4}
+
+
+def test_images_that_can_not_be_used_are_refused_with_the_reason():
+    result = cut(image(), clip(9), no_images="this model is trained on clips alone")
+    assert [window.path.name for window in result.windows] == ["clip.mp4"]
+    (refusal,) = result.refused
+    assert refusal.path.name == "image.png"
+    assert refusal.reason == "it is an image, and this model is trained on clips alone"
+    assert refusal.remedy == "remove it"
+
+
+def test_a_clip_of_one_frame_is_too_short_for_more():
+    assert [refusal.path.name for refusal in cut(clip(1, name="one.mp4")).refused] == ["one.mp4"]
+
+
+def test_buckets_of_other_caption_lengths_are_others():
+    buckets = [Bucket(9, 64, 96), Bucket(9, 64, 96, caption_tokens=7), Bucket(9, 64, 96, caption_tokens=8)]
+    assert len(set(buckets)) == len(set(map(str, buckets))) == 3
+    assert str(buckets[1]) == "9 x 64 x 96, 7 caption tokens"
 
 
 SIDES = st.integers(16, 2000)

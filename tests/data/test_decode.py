@@ -1,7 +1,9 @@
 """Reading frames: which ones, and what is in them."""
 
+import contextlib
 import itertools
 import math
+import random
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED
+from PIL import Image
 from torch import Tensor
 
-from crepatrain.data.decode import ClipInfo, Unreadable, crop_resize, probe, read_frames, resample_frames
+from crepatrain.data.decode import ClipInfo, Unreadable, crop_resize, is_image, probe, read_frames, resample_frames
 
 HARD = SHARED / "hard_clips"
 STEP = 6  # of brightness, from frame to frame
@@ -213,3 +216,179 @@ def test_hard_clips_give_every_frame_in_the_order_of_its_time(name: str):
     assert info.frames == len(expected)
     frames = read_frames(HARD / name, tuple(range(info.frames)), (info.height, info.width))
     assert frames.float().mean(dim=(1, 2, 3)).tolist() == pytest.approx(expected, abs=2.5)
+
+
+# Images
+
+
+def shown(path: Path) -> np.ndarray:
+    """An image as it is read at its own size, [H, W, 3]."""
+    info = probe(path)
+    frames = read_frames(path, (0,), (info.height, info.width))
+    assert frames.shape == (1, 3, info.height, info.width)
+    assert frames.dtype == torch.uint8
+    return frames[0].permute(1, 2, 0).numpy()
+
+
+@pytest.fixture
+def colours() -> np.ndarray:
+    """[48, 80, 3], smooth, with a gradient of its own in every channel and direction."""
+    y, x = np.mgrid[0:48, 0:80]
+    return np.stack([y * 5, x * 3, (x + y) * 2 % 256], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "off"),
+    [
+        (".png", {}, 0),
+        (".bmp", {}, 0),
+        (".webp", {"lossless": True}, 0),
+        (".webp", {"quality": 95}, 6),
+        (".jpg", {"quality": 95}, 3),
+        (".jpeg", {"quality": 95}, 3),
+        (".JPG", {"quality": 95, "progressive": True}, 3),
+        (".PNG", {}, 0),
+    ],
+)
+def test_an_image_is_a_clip_of_one_frame(tmp_path: Path, colours: np.ndarray, suffix: str, options: dict, off: int):
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(colours).save(path, **options)
+    assert is_image(path)
+    info = probe(path)
+    assert (info.frames, info.height, info.width, info.fps) == (1, 48, 80, 0)
+    assert resample_frames(info, 16) == [0]
+    difference = np.abs(shown(path).astype(int) - colours)
+    assert difference.mean() <= off
+    assert off or not difference.any()
+
+
+def test_an_image_is_cropped_and_resized_as_a_clip_is(tmp_path: Path, colours: np.ndarray):
+    path = tmp_path / "image.png"
+    Image.fromarray(colours).save(path)
+    frames = torch.from_numpy(colours).permute(2, 0, 1)[None]
+    for size in ((32, 32), (96, 64), (48, 80)):
+        assert torch.equal(read_frames(path, (0,), size), crop_resize(frames, size))
+
+
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a.transpose(1, 0, 2)[:, ::-1],
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: a.transpose(1, 0, 2)[::-1],
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_an_image_is_turned_as_its_camera_says(tmp_path: Path, colours: np.ndarray, orientation: int, suffix: str):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(colours).save(path, exif=exif)
+    upright = UPRIGHT[orientation](colours)
+    info = probe(path)
+    assert (info.height, info.width) == upright.shape[:2]
+    assert np.abs(shown(path).astype(int) - upright).mean() <= (0 if suffix == ".png" else 4)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_what_is_transparent_is_white(tmp_path: Path, suffix: str):
+    pixels = np.zeros((48, 80, 4), np.uint8)
+    pixels[..., 0] = 200
+    pixels[:, 20:40, 3], pixels[:, 40:, 3] = 128, 255
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(pixels).save(path, lossless=True)
+    picture = shown(path)
+    assert (picture[:, :20] == 255).all()
+    assert np.abs(picture[:, 20:40].astype(int) - [227, 127, 127]).max() <= 1
+    assert (picture[:, 40:] == [200, 0, 0]).all()
+
+
+def test_a_transparent_colour_of_a_palette_is_white(tmp_path: Path):
+    indices = np.zeros((48, 80), np.uint8)
+    indices[:, 40:] = 1
+    image = Image.fromarray(indices).convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.save(tmp_path / "image.png", transparency=0)
+    picture = shown(tmp_path / "image.png")
+    assert (picture[:, :40] == 255).all()
+    assert (picture[:, 40:] == [40, 50, 60]).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1"])
+def test_a_grey_image_has_three_equal_channels(tmp_path: Path, colours: np.ndarray, mode: str):
+    grey = Image.fromarray(colours).convert(mode)
+    grey.save(tmp_path / "image.png")
+    picture = shown(tmp_path / "image.png")
+    assert (picture == np.array(grey.convert("L"))[..., None]).all()
+
+
+def test_an_image_of_printers_colours_is_read(tmp_path: Path, colours: np.ndarray):
+    Image.fromarray(colours).convert("CMYK").save(tmp_path / "image.jpg", quality=95)
+    assert np.abs(shown(tmp_path / "image.jpg").astype(int) - colours).mean() < 4
+
+
+def test_a_grey_image_of_16_bits_keeps_its_greys(tmp_path: Path):
+    grey = np.linspace(0, 65535, 48 * 80).reshape(48, 80).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "image.png")
+    picture = shown(tmp_path / "image.png").astype(int)
+    assert np.abs(picture - (grey / 257)[..., None]).max() <= 1
+
+
+def test_a_colour_image_of_16_bits_keeps_its_colours(tmp_path: Path):
+    deep = np.stack([np.linspace(0, 65535, 48 * 80).reshape(48, 80)] * 3, axis=-1).astype(np.uint16)
+    with av.open(str(tmp_path / "image.png"), "w", format="image2") as container:
+        stream = container.add_stream("png")
+        stream.width, stream.height, stream.pix_fmt = 80, 48, "rgb48be"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(deep, format="rgb48le")))
+        container.mux(stream.encode())
+    picture = shown(tmp_path / "image.png").astype(int)
+    assert np.abs(picture - deep / 257).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp"])
+@pytest.mark.parametrize("kept", [0.9, 0.5, 0.02])
+def test_a_truncated_image_is_refused(tmp_path: Path, suffix: str, kept: float):
+    noise = np.random.default_rng(0).integers(0, 255, (96, 160, 3), dtype=np.uint8)
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(noise).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(Unreadable, match="no image, or is cut off"):
+        probe(path)
+    with pytest.raises(Unreadable):
+        read_frames(path, (0,), (96, 160))
+
+
+def test_what_is_no_image_is_refused(tmp_path: Path):
+    path = tmp_path / "image.png"
+    path.write_text("these are words", encoding="utf-8")
+    with pytest.raises(Unreadable, match="no image"):
+        probe(path)
+    path.write_bytes(b"")
+    with pytest.raises(Unreadable, match="empty"):
+        probe(path)
+    with pytest.raises(Unreadable):
+        read_frames(tmp_path / "gone.png", (0,), (16, 16))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damage_in_an_image_is_never_a_traceback(tmp_path: Path, colours: np.ndarray):
+    draw = random.Random(0)
+    for suffix in (".png", ".jpg", ".webp", ".bmp"):
+        path = tmp_path / f"image{suffix}"
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(colours).save(path, **({"exif": exif} if suffix != ".bmp" else {}))
+        content = path.read_bytes()
+        for _ in range(60):
+            damaged = bytearray(content)
+            for _ in range(3):
+                damaged[draw.randrange(min(len(damaged), 400))] = draw.randrange(256)
+            path.write_bytes(damaged)
+            with contextlib.suppress(Unreadable):
+                probe(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from conftest import SHARED, render_clip
+from conftest import SHARED, render_clip, render_image
 
 from crepatrain.data import index
 from crepatrain.data.decode import probe
@@ -80,6 +80,54 @@ def decoder_complains(path: Path) -> bool:
             return any(frame.is_corrupt for frame in container.decode(video=0))
         except av.FFmpegError:
             return True
+
+
+def test_images_are_listed_beside_clips(folder: Path, video: Path, tmp_path: Path):
+    clip = add(folder, video, "b.mp4", "a dog runs")
+    for name in ("a.jpg", "c.PNG", "sub/d.webp", "e.jpeg", "f.bmp"):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        render_image(path)
+        path.with_suffix(".txt").write_text(f"picture {path.stem}", encoding="utf-8")
+    (folder / "notes.tiff").write_bytes(b"no image of ours")
+    found = dict(list_clips(folder))
+    expected = {clip: "a dog runs"} | {folder / name: f"picture {Path(name).stem}" for name in ("a.jpg", "c.PNG", "sub/d.webp")}
+    assert found == expected | {folder / "e.jpeg": "picture e", folder / "f.bmp": "picture f"}
+    clips, refused = read(folder, tmp_path)
+    assert not refused
+    assert {clip.path.name: clip.info.frames for clip in clips} == {path.name: 40 if path == clip else 1 for path in found}
+
+
+def test_a_list_may_name_images(folder: Path, tmp_path: Path):
+    render_image(folder / "a.png", height=64, width=96)
+    rows = [{"image": "a.png", "text": "one"}, {"file_name": "a.png", "caption": "two"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert list_clips(folder) == [(folder / "a.png", "one"), (folder / "a.png", "two")]
+    clips, _ = read(folder, tmp_path)
+    assert [(clip.caption, clip.info.height, clip.info.width) for clip in clips] == [("one", 64, 96), ("two", 64, 96)]
+
+
+def test_a_known_image_is_not_decoded_again(folder: Path, tmp_path: Path, probed: list[Path]):
+    render_image(folder / "a.png")
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    first, second = read(folder, tmp_path), read(folder, tmp_path)
+    assert len(probed) == 2
+    assert [clip.info for clip in first[0]] == [clip.info for clip in second[0]]
+    assert first[1] == second[1]
+
+
+def test_a_broken_image_is_refused_by_name_in_one_message(folder: Path, tmp_path: Path):
+    render_image(folder / "good.png")
+    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:300])
+    (folder / "empty.jpg").touch()
+    clips, refused = read(folder, tmp_path)
+    assert [clip.path.name for clip in clips] == ["good.png"]
+    assert {refusal.path.name: refusal.reason for refusal in refused} == {
+        "cut.png": "it is no image, or is cut off",
+        "empty.jpg": "the file is empty",
+    }
+    problems = refusal_error(refused).problems
+    assert [problem.what.partition(": ")[0] for problem in problems] == [str(folder / "cut.png"), str(folder / "empty.jpg")]
 
 
 def test_sidecars_are_captions(folder: Path, video: Path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,6 @@ from crepatrain.data.buckets import Bucket
 from crepatrain.data.cache import CacheStore
 from crepatrain.data.loader import MicroBatches, Sample, StepSampler, TrainingSet, keyed_generator, read_batches
 from crepatrain.errors import UserError
-from crepatrain.families import get_family
 from crepatrain.geometry import Geometry
 from crepatrain.tensors import Batch
 from crepatrain.training.diffusion import FlowMatching
@@ -44,6 +44,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> CacheStore:
         store.write("text", f"text{index}", {"prompt_embeds": torch.full((3 + index, 32), float(index + 1))})
         store.write("latents", f"latents{index}", {"latents": torch.randn(16, 3, h, w)})
         store.write("teacher", f"teacher{index}", {"values": torch.randn(3, 24, 48).half()})
+        store.write("image", f"image{index}", {"first_frame": torch.full((16, 1, h, w), float(index)), "seen": torch.randn(5, 7)})
+    store.write("latents", "picture", {"latents": torch.randn(16, 1, 8, 12)})
     return store
 
 
@@ -61,10 +63,12 @@ def training_set(store: CacheStore) -> TrainingSet:
         store=store,
         empty_text="empty",
         caption_dropout=0.3,
+        captions_drop_together=False,
+        image_dropout=0.0,
         seed=7,
         fps=16.0,
         draw_sigma=FlowMatching("logit_normal").draw_sigma,
-        collate_text=get_family("wan").collate_text,
+        collate_text=tiny_family().collate_text,
         grids={bucket: GEOMETRY.token_grid(bucket.frames, bucket.height, bucket.width) for bucket in (WIDE, TALL)},
         teacher_grids={WIDE: (4, 6), TALL: (6, 4)},
         needs_teacher=always,
@@ -80,6 +84,12 @@ def batches(
 ) -> Iterator[Batch]:
     order = MicroBatches(sampler_of(training_set), start=start, rank=rank, world=world, batch_size=batch_size)
     return read_batches(training_set, order, workers=workers, pin_memory=False)
+
+
+def conditioned(training_set: TrainingSet, share: float) -> TrainingSet:
+    """The same samples, each with its first frame, of which that share is dropped."""
+    samples = [replace(sample, image=f"image{index}") for index, sample in enumerate(training_set.samples)]
+    return replace(training_set, samples=samples, image_dropout=share)
 
 
 def one_by_one(batch: Batch) -> list[tuple]:
@@ -222,6 +232,141 @@ def test_dropout_leaves_the_other_draws_alone(training_set: TrainingSet):
     dropped, kept = (next(batches(replace(training_set, caption_dropout=share))) for share in (1.0, 0.0))
     assert torch.equal(dropped.sigma, kept.sigma)
     assert torch.equal(dropped.noise, kept.noise)
+
+
+def literal_draw(training_set: TrainingSet, step: int, slot: int) -> tuple[torch.Tensor, bool, torch.Tensor]:
+    """Sigma, whether the caption is dropped, and noise, in the order in which they were drawn before there was more to draw."""
+    generator = keyed_generator(training_set.seed, step, slot)
+    sigma = training_set.draw_sigma(generator)
+    dropped = torch.rand((), generator=generator).item() < training_set.caption_dropout
+    sample = training_set.samples[sampler_of(training_set).samples(step)[slot]]
+    shape = training_set.store.read("latents", sample.latents)["latents"].shape
+    return sigma, dropped, torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.5, 1.0])
+def test_first_frames_leave_the_other_draws_as_they_were(training_set: TrainingSet, share: float | None):
+    source = batches(training_set if share is None else conditioned(training_set, share))
+    for step in range(4):
+        batch = next(source)
+        assert (batch.conditioning == {}) == (share is None)
+        for slot in range(UNIT):
+            sigma, dropped, noise = literal_draw(training_set, step, slot)
+            assert torch.equal(batch.sigma[slot], sigma)
+            assert torch.equal(batch.noise[slot], noise)
+            assert (batch.text["prompt_embeds"][slot] == 0).all() == dropped
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
+def test_first_frames_are_dropped_at_their_rate(training_set: TrainingSet, share: float):
+    source = batches(conditioned(training_set, share))
+    kept = torch.cat([next(source).conditioning["given"] for _ in range(100)])
+    assert kept.dtype == torch.float32
+    assert set(kept.tolist()) <= {0.0, 1.0}
+    assert kept.mean().item() == pytest.approx(1 - share, abs=0.08 if 0 < share < 1 else 0)
+
+
+def test_a_conditioning_is_its_samples_own(training_set: TrainingSet):
+    source = batches(conditioned(training_set, 0.5))
+    for _ in range(3):
+        batch = next(source)
+        assert batch.conditioning.keys() == {"first_frame", "seen", "given"}
+        assert batch.conditioning["first_frame"].shape == (UNIT, 16, 1, *batch.latents.shape[3:])
+        assert batch.conditioning["given"].shape == (UNIT,)
+        for name, first, seen in zip(batch.keys, batch.conditioning["first_frame"], batch.conditioning["seen"], strict=True):
+            index = int(name.removeprefix("clip-"))
+            assert (first == index).all()
+            assert torch.equal(seen, training_set.store.read("image", f"image{index}")["seen"])
+
+
+def test_dropped_first_frames_are_the_same_in_every_layout(training_set: TrainingSet):
+    """One process or two, one micro-batch or two, from the beginning or from a later step, alone or with workers."""
+    subject = conditioned(training_set, 0.5)
+
+    def told(source: Iterator[Batch], times: int) -> list[float]:
+        return [value for _ in range(times) for value in next(source).conditioning["given"].tolist()]
+
+    expected = told(batches(subject), 8)
+    assert told(batches(subject), 8) == expected
+    assert told(batches(subject, start=3), 5) == expected[3 * UNIT :]
+    assert told(batches(subject, batch_size=1), 8 * UNIT) == expected
+    assert told(batches(subject, batch_size=2, workers=2), 16) == expected
+    ranks = [told(batches(subject, world=2, rank=rank, batch_size=1), 8 * 2) for rank in range(2)]
+    assert [value for pair in zip(*ranks, strict=True) for value in pair] == expected
+    assert told(batches(replace(subject, seed=8)), 8) != expected
+
+
+def test_images_have_no_conditioning_and_never_share_a_batch_with_clips(training_set: TrainingSet):
+    picture = Bucket(1, 64, 96)
+    subject = conditioned(training_set, 0.0)
+    pictures = [Sample(f"picture-{i}", picture, "picture", f"text{i}") for i in range(3)]
+    subject = replace(
+        subject,
+        samples=[*subject.samples, *pictures],
+        grids={**subject.grids, picture: GEOMETRY.token_grid(1, 64, 96)},
+        teacher_grids={**subject.teacher_grids, picture: (4, 6)},
+        needs_teacher=never,
+    )
+    source = batches(subject)
+    seen = set()
+    for _ in range(2 * sampler_of(subject).steps_per_epoch):
+        batch = next(source)
+        alone = {key.startswith("picture-") for key in batch.keys}
+        assert len(alone) == 1
+        seen |= alone
+        assert (batch.grid.t == 1) == (batch.latents.shape[2] == 1) == alone.pop()
+        assert ("given" in batch.conditioning) == (batch.grid.t > 1)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0.0), (1.0, 1.0), (0.3, 0.3)])
+def test_captions_that_drop_together_drop_for_a_whole_step(training_set: TrainingSet, share: float, expected: float):
+    subject = replace(training_set, captions_drop_together=True, caption_dropout=share, needs_teacher=never)
+    source, halves = batches(subject), batches(subject, batch_size=2)
+    ranks = [batches(subject, world=2, rank=rank, batch_size=1) for rank in range(2)]
+    steps = []
+    for _ in range(150):
+        dropped = [bool((text == 0).all()) for text in next(source).text["prompt_embeds"]]
+        assert len(set(dropped)) == 1
+        steps.append(dropped[0])
+        parts = [next(halves), next(halves), *(next(rank) for rank in ranks for _ in range(2))]
+        assert {bool((text == 0).all()) for part in parts for text in part.text["prompt_embeds"]} == {dropped[0]}
+    assert sum(steps) / len(steps) == pytest.approx(expected, abs=0.11 if 0 < share < 1 else 0)
+
+
+def test_captions_drop_together_by_a_draw_of_their_own(training_set: TrainingSet):
+    """Not by one that a sample's noise level or another seed's captions hang on."""
+    together = replace(training_set, captions_drop_together=True, caption_dropout=0.5, needs_teacher=never)
+
+    def steps(subject: TrainingSet) -> list[tuple[bool, float]]:
+        source = batches(subject)
+        found = [next(source) for _ in range(60)]
+        return [(bool((batch.text["prompt_embeds"][0] == 0).all()), batch.sigma.mean().item()) for batch in found]
+
+    first = steps(together)
+    assert first == steps(together)
+    assert [dropped for dropped, _ in first] != [dropped for dropped, _ in steps(replace(together, seed=8))]
+    assert [sigma for _, sigma in first] == [sigma for _, sigma in steps(replace(together, caption_dropout=0.0))]
+    means = [
+        sum(sigma for dropped, sigma in first if dropped == on) / sum(dropped == on for dropped, _ in first) for on in (0, 1)
+    ]
+    assert means[0] == pytest.approx(means[1], abs=0.1)
+
+
+def test_captions_of_one_length_are_alone_in_their_batch(training_set: TrainingSet):
+    lengths = {0: 5, 1: 5, 2: 9, 3: 9, 4: 5, 5: 5}
+    samples = [
+        replace(sample, bucket=replace(sample.bucket, caption_tokens=lengths[index]))
+        for index, sample in enumerate(training_set.samples)
+    ]
+    grids = {sample.bucket: GEOMETRY.token_grid(9, sample.bucket.height, sample.bucket.width) for sample in samples}
+    subject = replace(training_set, samples=samples, grids=grids, needs_teacher=never)
+    source, seen = batches(subject), set()
+    for _ in range(2 * sampler_of(subject).steps_per_epoch):
+        found = {lengths[int(key.removeprefix("clip-"))] for key in next(source).keys}
+        assert len(found) == 1
+        seen |= found
+    assert seen == {5, 9}
 
 
 def test_workers_change_nothing(training_set: TrainingSet):

@@ -646,7 +646,7 @@ def test_five_steps_saved_and_loaded_by_the_pipeline(case, tmp_path, targets):
         optimizer.step()
         optimizer.zero_grad()
     live.eval()
-    write_adapter([tmp_path / "adapter.safetensors"], case.family, live, step=5)
+    write_adapter([tmp_path / "adapter.safetensors"], case.family, live, {"format": "pt"})
 
     file = load_file(tmp_path / "adapter.safetensors")
     assert set(file) == {f"{case.family.export_name(module)}.lora_{side}.weight" for module in modules for side in "AB"}
@@ -677,7 +677,7 @@ def test_a_pipeline_that_loads_the_file_does_what_the_adapter_does(case, tmp_pat
     live, _ = live_adapter(case, "all-linear", rank, alpha, rslora)
     for parameter in trainable_parameters(live):
         parameter.data.normal_(std=0.2)
-    write_adapter([tmp_path / "adapter.safetensors"], case.family, live, step=7)
+    write_adapter([tmp_path / "adapter.safetensors"], case.family, live, {"format": "pt"})
     batch = make_batch(case)
     expected = predict(case, live, batch)
     found = predict(case, load_adapter(case, tmp_path).pipeline.transformer, batch)
@@ -688,7 +688,7 @@ def test_a_pipeline_that_loads_the_file_does_what_the_adapter_does(case, tmp_pat
 @pytest.mark.parametrize("case", **named([(row, row.tasks[0]) for row in ROWS if row.tiny == "tiny"]))
 def test_an_adapter_that_learned_nothing_changes_nothing(case, tmp_path):
     live, _ = live_adapter(case, "all-linear")
-    write_adapter([tmp_path / "adapter.safetensors"], case.family, live, step=0)
+    write_adapter([tmp_path / "adapter.safetensors"], case.family, live, {"format": "pt"})
     batch = make_batch(case)
     base = predict(case, case.transformer, batch)
     torch.testing.assert_close(predict(case, live, batch), base, rtol=0, atol=1e-6)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,105 @@ def test_draws_lie_between_clean_and_noise(process):
     sigmas = draws(process, 1000)
     assert sigmas.min() > 0
     assert sigmas.max() < 1
+
+
+def literal(process, generator):
+    """A draw over all noise levels, as it was before there were experts."""
+    smallest = torch.finfo(torch.float32).eps
+    if process.sampling == "logit_normal":
+        sigma = torch.sigmoid(process.logit_mean + process.logit_std * torch.randn((), generator=generator))
+    else:
+        sigma = torch.rand((), generator=generator)
+        if process.sampling == "shifted":
+            sigma = process.shift * sigma / (1 + (process.shift - 1) * sigma)
+    return sigma.clamp(smallest, 1 - smallest)
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_draws_over_all_noise_levels_are_what_they_were(process):
+    """To the bit, and what the generator gives after them too."""
+    ours, theirs = torch.Generator().manual_seed(11), torch.Generator().manual_seed(11)
+    for _ in range(300):
+        assert torch.equal(process.draw_sigma(ours), literal(process, theirs))
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+RANGES = [(0.0, 0.875), (0.875, 1.0), (0.0, 0.9), (0.9, 1.0), (0.3, 0.6)]
+
+
+@pytest.mark.parametrize("between", RANGES, ids=str)
+@pytest.mark.parametrize(
+    "process",
+    [
+        *PROCESSES.values(),
+        FlowMatching("shifted", shift=100.0),
+        FlowMatching("shifted", shift=0.01),
+        FlowMatching("logit_normal", logit_mean=10.0, logit_std=10.0),
+        FlowMatching("logit_normal", logit_mean=-10.0, logit_std=10.0),
+        FlowMatching("logit_normal", logit_mean=10.0, logit_std=0.1),
+        FlowMatching("logit_normal", logit_mean=-10.0, logit_std=0.1),
+    ],
+    ids=repr,
+)
+def test_an_experts_draws_lie_inside_its_noise_levels(process, between):
+    low, high = map(torch.tensor, between)
+    sigmas = draws(replace(process, between=between), 500)
+    assert sigmas.dtype == torch.float32
+    assert sigmas.min() >= low
+    assert sigmas.min() > 0
+    assert sigmas.max() < high, "a pipeline asks the other expert there"
+
+
+@pytest.mark.parametrize("between", RANGES, ids=str)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_an_experts_distribution_is_the_whole_one_of_its_noise_levels(name, between):
+    """Against rejection: what of the uncut distribution lies inside, quantile by quantile."""
+    process, generator = PROCESSES[name], torch.Generator().manual_seed(1)
+    if process.sampling == "logit_normal":
+        uncut = torch.sigmoid(process.logit_mean + process.logit_std * torch.randn(400_000, generator=generator))
+    else:
+        uncut = torch.rand(400_000, generator=generator)
+        if process.sampling == "shifted":
+            uncut = process.shift * uncut / (1 + (process.shift - 1) * uncut)
+    inside = uncut[(uncut >= between[0]) & (uncut < between[1])]
+    assert len(inside) > 1000
+    sigmas = draws(replace(process, between=between), 2500)
+    for share in (0.05, 0.25, 0.5, 0.75, 0.95):
+        assert (sigmas < inside.quantile(share)).float().mean().item() == pytest.approx(share, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "between"),
+    [
+        (0.0, 0.5, (0.875, 1.0)),
+        (0.0, 0.3, (0.875, 1.0)),
+        (-3.0, 1.0, (0.9, 1.0)),
+        (0.0, 0.3, (0.0, 0.125)),
+        (3.0, 1.0, (0.0, 0.1)),
+    ],
+)
+def test_an_expert_in_the_tail_of_the_distribution_has_draws_of_its_own(mean, std, between):
+    """Where the whole distribution hardly ever draws, an expert's is still the whole one, conditioned on its range."""
+
+    def beyond(sigma):
+        """The share of the distribution in its tail from sigma on, away from its middle."""
+        z = abs(math.log(sigma / (1 - sigma)) - mean) / std
+        return 0.5 * math.erfc(z / math.sqrt(2))
+
+    upper = between[1] == 1
+    edge = between[0] if upper else between[1]
+    sigmas = draws(FlowMatching("logit_normal", mean, std, between=between), 1000).double()
+    assert len(set(sigmas.tolist())) > 500
+    for share in (0.25, 0.5, 0.75):
+        inner, outer = (edge, 1 - 1e-9) if upper else (1e-9, edge)
+        for _ in range(60):  # bisect for the level beyond which that share of the tail lies
+            middle = (inner + outer) / 2
+            if (beyond(middle) > share * beyond(edge)) == upper:
+                inner = middle
+            else:
+                outer = middle
+        above = (sigmas > middle).double().mean().item()
+        assert above == pytest.approx(share if upper else 1 - share, abs=0.06)
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)

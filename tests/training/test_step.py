@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import tiny_family
 
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import BackboneTeacher, CachedTeacher
@@ -25,7 +26,7 @@ class CleanFirstFrame(WanFamily):
 
 @pytest.fixture
 def transformer(wan):
-    made = WanFamily().load_transformer(str(wan), torch.float32)
+    made = tiny_family().load_transformer(str(wan), torch.float32)
     torch.manual_seed(1)
     add_lora(made, target_modules(made, WAN.lora_targets, WAN), rank=2, alpha=2, dropout=0.0)
     for parameter in trainable_parameters(made):
@@ -49,7 +50,7 @@ def batch():
 
 
 def run(transformer, batch, family=None, **terms):
-    return training_loss(family or WanFamily(), PROCESS, transformer, transformer.blocks, batch, **terms)
+    return training_loss(family or tiny_family(), PROCESS, transformer, transformer.blocks, batch, **terms)
 
 
 def adapter_gradient(transformer, total):
@@ -65,7 +66,7 @@ def states(transformer, batch, wanted):
         for index in wanted
     ]
     noisy = PROCESS.add_noise(batch.latents, batch.noise, batch.sigma)
-    prediction = WanFamily().denoise(transformer, noisy, batch.sigma, batch)
+    prediction = tiny_family().denoise(transformer, noisy, batch.sigma, batch)
     for handle in handles:
         handle.remove()
     return prediction, seen
@@ -185,7 +186,8 @@ def test_layersync_without_crepa(transformer, batch):
 
 
 def test_a_mask_is_normalised_per_sample(transformer, batch):
-    losses = run(transformer, batch, family=CleanFirstFrame())
+    of = tiny_family()
+    losses = run(transformer, batch, family=CleanFirstFrame(of.checkpoint, of.variant, of.task))
     prediction, _ = states(transformer, batch, [])
     error = (prediction - (batch.noise - batch.latents)).square().detach()
     expected = torch.stack([error[0, :, 1:].mean(), error[1, :, 2:].mean()])

@@ -1,0 +1,54 @@
+"""The memory estimate of a training step beside what a GPU really allocates, over families and sizes."""
+
+import sys
+from typing import Any
+
+import torch
+from common import arguments, write
+
+from crepatrain.commands import vram
+from crepatrain.config.plan import make_plan
+from crepatrain.config.sections import RunConfig
+from crepatrain.config.specs import FAMILIES
+from crepatrain.data.buckets import Bucket
+
+SIZES = ("wan2.1-1.3b", "wan2.1-14b", "wan2.2-5b", "ltx-2b", "ltx-13b", "sana-2b", "kandinsky5-lite")
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--sizes", nargs="*", default=SIZES)
+    chosen = parser.parse_args()
+    rows = [row(name, chosen.device) for name in chosen.sizes]
+    write(f"vram-{chosen.device}", " ".join(["python", *sys.argv]), rows)
+    if chosen.device == "cpu":
+        print("not calibrated on CUDA: kernels' workspaces and the allocator may add some per cent")
+
+
+def row(name: str, device: str) -> dict[str, Any]:
+    spec = next(spec for spec in FAMILIES.values() if name in spec.released)
+    config = RunConfig.model_validate(
+        {
+            "model_family": spec.name,
+            "pretrained_model_name_or_path": spec.released[name].repo,
+            "train_data": "benchmarks",
+            "output_dir": "outputs/none",
+            "max_train_steps": 100,
+            "crepa_enabled": True,
+            "crepa_encoder_image_size": "grid",
+        }
+    )
+    plan = make_plan(config, online=False)
+    frames, height, width = plan.size
+    bucket = Bucket(frames, height, width)
+    estimated = vram.training_stage(plan, bucket).allocated / vram.GIB
+    told = {"model": name, "clip": str(bucket), "estimated GiB": estimated, "measured GiB": None, "ratio": None}
+    if device == "cuda":
+        measured = vram.measured_step(plan, bucket, torch.device("cuda")) / vram.GIB
+        torch.cuda.empty_cache()
+        told |= {"measured GiB": measured, "ratio": estimated / measured}
+    return told
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The loss and the alignment on clips that are not trained on, at fixed noise levels and with fixed noise."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from crepatrain.commands.precompute import Caches
+from crepatrain.commands.preflight import Dataset
+from crepatrain.commands.session import Run, build_training_set
+from crepatrain.config.plan import Plan
+from crepatrain.data.loader import Draw, TrainingSet
+from crepatrain.errors import UserError
+from crepatrain.tensors import Batch
+from crepatrain.training import build
+from crepatrain.training.step import CrepaTerm, training_loss
+
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """Measures the held-out clips of a run.
+
+    Attributes:
+        samples: reads them; every caption and first frame is given. The teacher is asked as long as training asks it.
+    """
+
+    run: Run
+    samples: TrainingSet
+
+    @classmethod
+    def of(cls, run: Run, plan: Plan, held: Dataset, caches: Caches) -> "Evaluation":
+        """For the held-out part of a dataset, and the caches of that."""
+        given = plan.config.model_copy(update={"caption_dropout": 0.0, "i2v_dropout": 0.0})
+        plain = replace(plan, config=given)
+
+        def asks(_step: int) -> bool:
+            return run.teacher is not None
+
+        return cls(run, build_training_set(plain, run.family, run.process, held, caches, asks))
+
+    def make(self) -> None:
+        """Log eval_loss, eval_alignment and the loss at each noise level, and mark the checkpoint where the loss is smallest.
+
+        The first process does it with the bare module, which waits for no other. No random number of the training is touched.
+        """
+        run = self.run
+        if not run.accelerator.is_main_process:
+            return
+        run.adapted.eval()
+        try:
+            losses, scores = self._measure()
+        finally:
+            run.adapted.train()
+        loss = losses.mean().item()
+        run.folder.log(
+            {
+                "step": run.state.step,
+                "eval_loss": loss,
+                "eval_alignment": scores.mean().item() if len(scores) else None,
+                "eval_sigma_loss": {
+                    f"{sigma:g}": value for sigma, value in zip(SIGMAS, losses.mean(dim=0).tolist(), strict=True)
+                },
+            }
+        )
+        run.folder.mark_best(run.state.step, loss)
+
+    @torch.no_grad()
+    def _measure(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses [windows, noise levels], and alignment scores of as many, or none without CREPA."""
+        run, config, device = self.run, self.run.config, self.run.accelerator.device
+        crepa = None
+        if run.projector is not None and run.teacher is not None:
+            assert config.crepa_block_index is not None
+            crepa = CrepaTerm(run.projector, run.teacher, config.crepa_block_index, weight=0.0)
+        losses, scores = [], []
+        for batch in self._batches():
+            with build.autocast(config, device):
+                found = training_loss(run.family, run.process, run.adapted, run.blocks, batch.to(device), crepa)
+            losses.append(found.diffusion)
+            if found.crepa:
+                scores.append(found.crepa.alignment)
+        table = torch.cat(losses).float().cpu().unflatten(0, (-1, len(SIGMAS)))
+        return table, torch.cat(scores).float().cpu() if scores else torch.empty(0)
+
+    def _batches(self) -> Iterator[Batch]:
+        """Each window at each noise level, always with the same noise."""
+        for index in range(len(self.samples.samples)):
+            batch = self.samples.__getitems__([Draw(index, step=0, slot=index)])
+            if not isinstance(batch, Batch):
+                raise UserError.of(batch)
+            for sigma in SIGMAS:
+                yield replace(batch, sigma=torch.full_like(batch.sigma, sigma))

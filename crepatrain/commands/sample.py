@@ -1,0 +1,308 @@
+"""Videos from an adapter, beside those of the model without it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+from crepatrain.commands.runfolder import ADAPTER_FILE, config_of, family_of
+from crepatrain.config.sections import RunConfig
+from crepatrain.config.sources import fetch, read_checkpoint
+from crepatrain.config.specs import FAMILIES
+from crepatrain.console import Screen
+from crepatrain.data.decode import Unreadable, read_frames
+from crepatrain.data.encode import grid_video, write_video
+from crepatrain.data.index import choose_captions, list_clips
+from crepatrain.errors import UserError
+from crepatrain.families import get_family
+from crepatrain.families.base import Family
+from crepatrain.training.adapter_file import read_adapter
+from crepatrain.training.recipe import sample_defaults
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user asks for; None: what the recipe says.
+
+    Attributes:
+        at: optimizer steps of a run whose adapters are compared.
+        strengths: of the adapter, beside 0.
+        base: pipeline folder or hub id in the place of the recipe's.
+    """
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    image: Path | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    seed: int = 42
+    at: tuple[int, ...] = ()
+    strengths: tuple[float, ...] = (1.0,)
+    base: str | None = None
+    output: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """What is sampled.
+
+    Attributes:
+        adapters: files by label; empty for a run that trained the whole transformer.
+        transformer: folder of such a run's own.
+        settings: a recipe's `sample`.
+        prompt: where the user gives none.
+        folder: where videos go.
+    """
+
+    family: Family
+    base: str
+    revision: str | None
+    adapters: Mapping[str, Path]
+    transformer: Path | None
+    settings: dict[str, Any]
+    prompt: str | None
+    folder: Path
+
+
+def sample(target: Path, wish: Wish, screen: Screen) -> None:
+    """Write a video of an adapter at its strengths, beside the one without it, from the same seed.
+
+    Args:
+        target: a run's folder, or an adapter's file.
+
+    Raises:
+        UserError: no such run or adapter, or something that the model can't be asked for.
+    """
+    source = _open_run(target, wish) if target.is_dir() else _open_adapter(target, wish)
+    settings = _settings(source, wish, screen)
+    prompt = wish.prompt if wish.prompt is not None else source.prompt
+    if prompt is None:
+        raise UserError("--prompt is missing", "give it")
+    arguments = source.family.ask(settings) | {"prompt": prompt} | _image(source, wish, settings)
+    if settings["negative_prompt"] is not None:
+        arguments["negative_prompt"] = settings["negative_prompt"]
+    pipeline = _pipeline(source, screen)
+    shown = [_Shown("base", None, 0.0)]
+    for label in source.adapters or {"trained": None}:
+        shown += [_Shown(label, label if source.adapters else None, strength) for strength in wish.strengths]
+    rows: list[list[tuple[str, np.ndarray]]] = []
+    with screen.progress("denoising", settings["steps"] * len(shown)) as advance:
+        for one in shown:
+            frames = _run(pipeline, source, one, arguments, wish.seed, advance)
+            rows.append([(str(one), frames)])
+    base, made = rows[0][0], [row[0] for row in rows[1:]]
+    per_row = len(wish.strengths)
+    grid = [[base, *made[start : start + per_row]] for start in range(0, len(made), per_row)]
+    stem = wish.output or source.folder / f"sample-{wish.seed}.mp4"
+    write_video(stem, made[-1][1], fps=settings["fps"])
+    beside = stem.with_name(f"{stem.stem}-beside-base.mp4")
+    write_video(beside, grid_video(grid), fps=settings["fps"])
+    change = float(np.abs(made[-1][1].astype(np.int16) - base[1]).mean())
+    screen.rows(
+        "videos",
+        [("sample", str(stem)), ("beside the base", str(beside)), ("the adapter changes", f"{change:.1f} of 255 on average")],
+    )
+    if change == 0:
+        screen.note("the adapter changes nothing; `crepatrain verify` says why")
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """One video: of an adapter at a strength, of the base at 0."""
+
+    label: str
+    adapter: str | None
+    strength: float
+
+    def __str__(self) -> str:
+        return self.label if self.strength in {0.0, 1.0} else f"{self.label} x {self.strength:g}"
+
+
+def _open_run(root: Path, wish: Wish) -> _Source:
+    config = config_of(root)
+    if wish.base:
+        config = config.model_copy(update={"pretrained_model_name_or_path": wish.base})
+    family = family_of(config)
+    adapters, transformer = {}, None
+    if config.model_type == "full":
+        transformer = root / family.variant.transformer
+        if wish.at:
+            raise UserError("--at: this run trained the whole transformer, and keeps the last alone", "leave it out")
+        found = transformer.is_dir()
+    else:
+        expert = f"_{family.variant.expert}_noise" if family.variant.expert else ""
+        named = {f"step {step}": root / "adapters" / f"{config.output_name}{expert}-{step:06d}.safetensors" for step in wish.at}
+        adapters = named or {"adapter": root / ADAPTER_FILE}
+        found = all(path.is_file() for path in adapters.values())
+    if not found:
+        gone = next((path for path in adapters.values() if not path.is_file()), transformer)
+        raise UserError(f"{gone}: there is no such file", f"see what is in {root / 'adapters'}")
+    settings = sample_defaults(config, family)
+    base, folder = config.pretrained_model_name_or_path, root / "samples"
+    return _Source(family, base, config.revision, adapters, transformer, settings, _some_caption(config), folder)
+
+
+def _some_caption(config: RunConfig) -> str | None:
+    """A prompt that the run has seen."""
+    if config.validation_prompts:
+        return config.validation_prompts[0]
+    try:
+        captioned, _ = choose_captions(list_clips(Path(config.train_data)), "skip")
+    except UserError:  # the dataset is elsewhere by now
+        return None
+    return captioned[0][1] if captioned else None
+
+
+def _open_adapter(path: Path, wish: Wish) -> _Source:
+    file = read_adapter(path)
+    recipe = file.recipe()
+    if not recipe:
+        raise UserError(
+            f"{path}: its header holds no recipe, so its base is unknown",
+            "sample it through the run's folder, or in your program",
+        )
+    base = wish.base or recipe["base"]["repo"]
+    family_name = recipe["family"]
+    checkpoint, _ = read_checkpoint(base, recipe["base"]["revision"], FAMILIES[family_name], recipe["expert"], online=True)
+    family = get_family(family_name, checkpoint, task=recipe["task"], expert=recipe["expert"])
+    trigger = recipe["train"]["trigger"]
+    revision = None if wish.base else recipe["base"]["revision"]
+    return _Source(family, base, revision, {"adapter": path}, None, dict(recipe["sample"]), trigger, path.parent)
+
+
+def _settings(source: _Source, wish: Wish, screen: Screen) -> dict[str, Any]:
+    """The recipe's settings with what the user wants instead, each difference told.
+
+    Raises:
+        UserError: a size that the model can't take.
+    """
+    settings = dict(source.settings)
+    for name in ("steps", "guidance", "frames", "height", "width", "negative_prompt"):
+        wanted = getattr(wish, name)
+        if wanted is not None and wanted != settings[name]:
+            screen.note(f"{name}: {wanted} instead of the recipe's {settings[name]}")
+            settings[name] = wanted
+    source.family.geometry.latent_shape(settings["frames"], settings["height"], settings["width"])
+    return settings
+
+
+def _image(source: _Source, wish: Wish, settings: Mapping[str, Any]) -> dict[str, Image.Image]:
+    if source.family.task == "t2v":
+        if wish.image:
+            raise UserError(f"--image {wish.image}: the run was trained from text alone", "leave it out")
+        return {}
+    if wish.image is None:
+        raise UserError("--image is missing", "give an image, or a clip whose first frame is taken, as the run is image-to-video")
+    return {"image": first_frame(wish.image, (settings["height"], settings["width"]))}
+
+
+def first_frame(path: Path, size: tuple[int, int]) -> Image.Image:
+    """An image, or a clip's first frame, as a clip of training is cropped and resized to (height, width).
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        frame = read_frames(path, (0,), size)[0]
+    except (Unreadable, OSError) as error:
+        raise UserError(f"{path}: {error}", "give an image or a clip") from error
+    return Image.fromarray(frame.permute(1, 2, 0).numpy())
+
+
+def _pipeline(source: _Source, screen: Screen) -> Any:
+    """The family's pipeline with the adapters loaded, on the GPU part by part where there is one."""
+    family, spec = source.family, source.family.spec
+    folder = fetch("pretrained_model_name_or_path", source.base, source.revision, ("*.json", "*.safetensors", "*.txt", "*.model"))
+    screen.say(f"loading {source.base}")
+    cuda = torch.cuda.is_available()
+    parts = {}
+    if source.transformer:
+        kind = family.transformer_class
+        dtype = torch.bfloat16 if cuda else torch.float32
+        parts[family.variant.transformer] = kind.from_pretrained(source.transformer, torch_dtype=dtype)
+    pipeline = getattr(diffusers, spec.pipelines[family.task]).from_pretrained(
+        folder, torch_dtype=torch.bfloat16 if cuda else torch.float32, **parts
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    if family.geometry.tile > 1:
+        pipeline.transformer.set_attention_backend("flex")
+    second = {"load_into_transformer_2": True} if family.variant.expert == "low" else {}
+    for label, path in source.adapters.items():
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=_name(label), **second)
+    if cuda:
+        pipeline.enable_model_cpu_offload()
+    return pipeline
+
+
+def _name(label: str) -> str:
+    return label.replace(" ", "-")
+
+
+def _run(
+    pipeline: Any, source: _Source, shown: _Shown, arguments: Mapping[str, Any], seed: int, advance: Callable[[], None]
+) -> np.ndarray:
+    """One video [F, H, W, 3] uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    with _strength(pipeline, source, shown):
+        return call(pipeline, dict(arguments), generator, advance)
+
+
+@contextmanager
+def _strength(pipeline: Any, source: _Source, shown: _Shown) -> Iterator[None]:
+    adapted = getattr(pipeline, source.family.variant.transformer)
+    if not source.adapters:
+        if shown.strength:
+            yield
+            return
+        # The base's own transformer, for as long as it is asked for.
+        kind, folder = source.family.transformer_class, fetch("pretrained_model_name_or_path", source.base, source.revision, ())
+        own = kind.from_pretrained(folder, subfolder=source.family.variant.transformer, torch_dtype=adapted.dtype)
+        setattr(pipeline, source.family.variant.transformer, own.to(adapted.device))
+        try:
+            yield
+        finally:
+            setattr(pipeline, source.family.variant.transformer, adapted)
+        return
+    if shown.adapter is None:
+        adapted.disable_adapters()
+    else:
+        adapted.enable_adapters()
+        adapted.set_adapters([_name(shown.adapter)], [shown.strength])
+    yield
+
+
+def call(pipeline: Any, arguments: dict[str, Any], generator: torch.Generator, advance: Callable[[], None]) -> np.ndarray:
+    """One run of a diffusers pipeline.
+
+    Returns:
+        [F, H, W, 3] uint8.
+    """
+
+    def step_done(_pipeline: Any, _step: int, _timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        advance()
+        return kept
+
+    made = pipeline(**arguments, generator=generator, output_type="pt", callback_on_step_end=step_done).frames
+    video = made[0].float()  # [F, 3, H, W] in [0, 1]
+    return (video.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> tuple[Any, ...]:
+    """Numbers between commas.
+
+    Raises:
+        UserError: something else.
+    """
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"{option} {text}: not numbers between commas", f"write {option} 500,1000") from None

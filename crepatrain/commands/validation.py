@@ -1,0 +1,131 @@
+"""Videos of the validation prompts on the way, with the weights as they are, and figures of how steady they are."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from crepatrain.alignment.encoders import VisionEncoder
+from crepatrain.commands.precompute import Caches, free_memory
+from crepatrain.commands.report import refresh_report
+from crepatrain.commands.sample import call, first_frame
+from crepatrain.commands.session import Run
+from crepatrain.config.plan import Plan
+from crepatrain.console import Screen
+from crepatrain.data.encode import grid_video, write_video
+from crepatrain.training import build
+from crepatrain.training.recipe import sample_defaults
+
+_PROMPT_SHOWN = 60
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """Makes the videos of a run. Only the VAE is loaded for them, and the teacher's encoder for the figures."""
+
+    run: Run
+    plan: Plan
+    caches: Caches
+    screen: Screen
+
+    def due(self, *, ending: bool) -> bool:
+        """Whether videos are wanted at the step that the run has reached."""
+        config, step = self.plan.config, self.run.state.step
+        return config.validation_prompts is not None and (ending or step % config.validation_steps == 0)
+
+    def make(self) -> None:
+        """A grid of all prompts in RUN/samples, and a line of figures for each.
+
+        Every process makes the same forwards. Random numbers of the training are untouched, and memory is given back.
+        """
+        run, config, device = self.run, self.plan.config, self.run.accelerator.device
+        prompts = config.validation_prompts or []
+        self.screen.say(f"validating at step {run.state.step}: {len(prompts)} videos")
+        devices = [device] if device.type == "cuda" else []
+        run.adapted.eval()
+        try:
+            with torch.random.fork_rng(devices=devices), torch.no_grad():
+                videos = self._videos(prompts, device)
+        finally:
+            run.adapted.train()
+            free_memory()
+        if not run.accelerator.is_main_process:
+            return
+        folder, fps = run.folder.root / "samples", config.fps
+        assert fps is not None
+        name = f"step-{run.state.step:06d}"
+        labelled = [(f"{name} {prompt[:_PROMPT_SHOWN]}", video) for prompt, video in zip(prompts, videos, strict=True)]
+        write_video(folder / f"{name}.mp4", grid_video([labelled]), fps=fps)
+        if self.plan.encoder is not None:
+            self._measure(dict(zip(prompts, videos, strict=True)), device)
+        refresh_report(run.folder.root)
+
+    def _videos(self, prompts: list[str], device: torch.device) -> list[np.ndarray]:
+        run, config = self.run, self.plan.config
+        settings = sample_defaults(config, run.family) | {"steps": config.validation_sampling_steps}
+        pipeline, arguments = self._pipeline(device), run.family.ask(settings)
+        videos = []
+        for number, prompt in enumerate(prompts):
+            asked = arguments | {"prompt": None, "negative_prompt": None} | self._text(prompt, device)
+            if config.validation_images and self.plan.task == "i2v":
+                asked["image"] = first_frame(Path(config.validation_images[number]), (settings["height"], settings["width"]))
+            generator = torch.Generator().manual_seed(config.validation_seed)
+            with build.autocast(config, device):
+                videos.append(call(pipeline, asked, generator, lambda: None))
+        return videos
+
+    def _pipeline(self, device: torch.device) -> Any:
+        """The family's pipeline around the transformer in training; prompts come encoded, so it needs no text encoder."""
+        family = self.run.family
+        texts = [part for part in self.plan.variant.parts if part.startswith(("text_encoder", "tokenizer"))]
+        parts = {"transformer": self.run.adapted, "vae": build.build_vae(self.plan, family, device), **dict.fromkeys(texts)}
+        kind = getattr(diffusers, family.spec.pipelines[self.plan.task])
+        pipeline = kind.from_pretrained(build.model_folder(self.plan), **parts).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _text(self, prompt: str, device: torch.device) -> dict[str, Tensor]:
+        """The prompt, and as the negative one the empty caption, which training knows too."""
+        family, store = self.run.family, self.caches.store
+        text, empty = (
+            family.collate_text([store.read("text", key)]) for key in (self.caches.text[prompt], self.caches.empty_text)
+        )
+        return {name: tensor.to(device) for name, tensor in family.ask_text(text, empty).items()}
+
+    def _measure(self, videos: Mapping[str, np.ndarray], device: torch.device) -> None:
+        encoder = build.build_encoder(self.plan, device)
+        with (self.run.folder.root / "samples" / "figures.jsonl").open("a", encoding="utf-8") as file:
+            for prompt, video in videos.items():
+                frames = torch.from_numpy(video).permute(0, 3, 1, 2)
+                line = {"step": self.run.state.step, "prompt": prompt} | steadiness(encoder, frames.to(device), self.plan)
+                file.write(json.dumps(line) + "\n")
+        del encoder
+        free_memory()
+
+
+@torch.no_grad()
+def steadiness(encoder: VisionEncoder, frames: Tensor, plan: Plan) -> dict[str, float]:
+    """How much the patches of a video change from frame to frame, and how alike its frames are from end to end.
+
+    Args:
+        frames: [F, 3, H, W] uint8.
+
+    Returns:
+        flicker: 1 - the mean cosine of a patch with itself in the next frame, so 0 is a still; consistency: the mean cosine
+        between the mean features of all pairs of frames, so 1 is one subject throughout.
+    """
+    features = encoder(frames.unsqueeze(0), plan.encoder_size(plan.grid)).values[0].float()  # [F, P, E]
+    if len(features) < 2:
+        return {"flicker": 0.0, "consistency": 1.0}
+    adjacent = F.cosine_similarity(features[1:], features[:-1], dim=-1).mean()
+    means = F.normalize(features.mean(dim=1), dim=-1)
+    alike = means @ means.T
+    others = ~torch.eye(len(means), dtype=torch.bool, device=alike.device)
+    return {"flicker": 1 - adjacent.item(), "consistency": alike[others].mean().item()}

@@ -1,0 +1,47 @@
+"""Writing video files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from crepatrain.files import written_aside
+
+_GAP = 4
+_LABEL_HEIGHT = 22
+
+
+def write_video(path: Path, frames: np.ndarray, *, fps: float) -> None:
+    """Write frames [F, H, W, 3] uint8 as H.264 in yuv420p, whole or not at all."""
+    with written_aside(path) as aside, av.open(str(aside), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=round(fps))
+        stream.height, stream.width = (side - side % 2 for side in frames.shape[1:3])  # what yuv420p can hold
+        stream.pix_fmt = "yuv420p"
+        for picture in frames:
+            even = np.ascontiguousarray(picture[: stream.height, : stream.width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def grid_video(rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> np.ndarray:
+    """Labelled videos [F, H, W, 3] uint8 side by side and below each other, as one."""
+    return _joined([_joined([_labelled(label, frames) for label, frames in row], axis=2) for row in rows], axis=1)
+
+
+def _joined(parts: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Videos with a gap between them."""
+    gap = list(parts[0].shape)
+    gap[axis] = _GAP
+    between = np.zeros(gap, dtype=np.uint8)
+    return np.concatenate([piece for part in parts for piece in (between, part)][1:], axis=axis)
+
+
+def _labelled(label: str, frames: np.ndarray) -> np.ndarray:
+    """A video under a line of text."""
+    width = frames.shape[2]
+    strip = Image.new("RGB", (width, _LABEL_HEIGHT), "black")
+    ImageDraw.Draw(strip).text((4, 3), label, fill="white", font=ImageFont.load_default(13))
+    above = np.broadcast_to(np.array(strip), (len(frames), _LABEL_HEIGHT, width, 3))
+    return np.concatenate([above, frames], axis=1)

@@ -1,0 +1,153 @@
+"""What an adapter's header says of it: how it was trained, and how it is to be sampled. No caption, no path of the machine."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import crepatrain
+from crepatrain.config.checks import wanted_size
+from crepatrain.config.sections import RunConfig
+from crepatrain.families.base import TRAIN_TIMESTEPS, Family
+
+SCHEMA = 1
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def adapter_metadata(
+    config: RunConfig, family: Family, fingerprint: Mapping[str, Any], step: int, *, layers: Sequence[str], day: date
+) -> dict[str, str]:
+    """The header of an adapter's safetensors file.
+
+    No rank or alpha for diffusers is in it: readers infer the rank and take alpha as equal to it, which is what a baked scale
+    means. For the same reason ss_network_alpha is the rank; the alpha of training is in the recipe.
+
+    Args:
+        config: with its defaults filled in.
+        fingerprint: of the run.
+        step: optimizer steps behind the adapter.
+        layers: names of the adapted layers.
+        day: on which it is written.
+    """
+    variant, rank = family.variant, str(config.lora_rank)
+    low, high = (round(sigma * TRAIN_TIMESTEPS) for sigma in variant.sigmas)
+    _, height, width = wanted_size(config)
+    title = config.output_name + (f", {variant.expert} noise" if variant.expert else "")
+    metadata = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_base_model_version": variant.architecture,
+        "ss_steps": str(step),
+        "ss_epoch": str(step * fingerprint["unit"] // fingerprint["windows"]),
+        "ss_learning_rate": str(config.learning_rate),
+        "ss_seed": str(config.seed),
+        "ss_discrete_flow_shift": str(_training_shift(config)),
+        "ss_timestep_sampling": config.timestep_sampling,
+        "ss_output_name": config.output_name,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{variant.architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        "modelspec.date": day.isoformat(),
+        "modelspec.resolution": f"{width}x{height}",
+        "modelspec.prediction_type": "flow",
+        "modelspec.timestep_range": f"{low},{high}",
+        "crepatrain.version": crepatrain.__version__,
+        "crepatrain.format": "1",
+        "crepatrain.step": str(step),
+        "crepatrain.scale": "baked",
+        "crepatrain.recipe": json.dumps(recipe(config, family, fingerprint, step, layers)),
+    }
+    if config.trigger_word:
+        metadata["modelspec.trigger_phrase"] = config.trigger_word
+    if variant.expert:
+        metadata["crepatrain.expert"] = variant.expert
+    return metadata
+
+
+def recipe(config: RunConfig, family: Family, fingerprint: Mapping[str, Any], step: int, layers: Sequence[str]) -> dict[str, Any]:
+    """What a program must know to sample as the adapter was trained, and a reader to train it again."""
+    frames, height, width = wanted_size(config)
+    return {
+        "schema": SCHEMA,
+        "family": family.spec.name,
+        "variant": family.variant.title,
+        "task": family.task,
+        "base": {
+            "repo": public_name(config.pretrained_model_name_or_path),
+            "revision": config.revision,
+            "sha256": fingerprint["models"][family.variant.transformer],
+        },
+        "expert": family.variant.expert,
+        "rank": config.lora_rank,
+        "alpha_trained": config.lora_alpha,
+        "rslora": config.lora_use_rslora,
+        "scale_baked": True,
+        "targets": sorted({re.sub(r"^\w*blocks\.\d+\.", "", layer) for layer in layers}),
+        "train": {
+            "shift": _training_shift(config),
+            "timestep_sampling": config.timestep_sampling,
+            "t_range": list(family.variant.sigmas),
+            "base_dtype": "bfloat16" if config.mixed_precision == "bf16" else "float32",
+            "resolution": [height, width],
+            "aspect_buckets": config.aspect_buckets,
+            "frames": frames,
+            "fps": config.fps,
+            "caption_max_tokens": family.spec.text_length,
+            "trigger": config.trigger_word,
+        },
+        "crepa": _crepa(config),
+        "sample": sample_defaults(config, family),
+        "step": step,
+        "versions": dict(fingerprint["versions"]),
+    }
+
+
+def sample_defaults(config: RunConfig, family: Family) -> dict[str, Any]:
+    """How the family's pipeline is asked for a video of the clips' own size."""
+    frames, height, width = wanted_size(config)
+    sampling, files = family.variant.sampling, family.checkpoint
+    return {
+        "scheduler_class": files.scheduler.get("_class_name"),
+        "shift": files.flow_shift(family.geometry.token_grid(frames, height, width).tokens),
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "guidance_2": sampling.guidance_2,
+        "boundary_ratio": files.model_index.get("boundary_ratio"),
+        "negative_prompt": sampling.negative_prompt,
+        "width": width,
+        "height": height,
+        "frames": frames,
+        "fps": config.fps,
+        "decode": dict(sampling.decode),
+    }
+
+
+def public_name(model: str) -> str:
+    """A hub id as it is; of a folder only its own name, as the rest says where somebody keeps things."""
+    return model if _HUB_ID.fullmatch(model) and not Path(model).exists() else Path(model).resolve().name
+
+
+def _training_shift(config: RunConfig) -> float:
+    assert config.flow_shift is not None
+    return config.flow_shift if config.timestep_sampling == "shifted" else 1.0
+
+
+def _crepa(config: RunConfig) -> dict[str, Any] | None:
+    if not config.crepa_enabled:
+        return None
+    return {
+        "block": config.crepa_block_index,
+        "lambda": config.crepa_lambda,
+        "scheduler": config.crepa_scheduler,
+        "distance": config.crepa_adjacent_distance,
+        "tau": config.crepa_adjacent_tau,
+        "source": config.crepa_feature_source,
+        "encoder": None if config.crepa_feature_source == "backbone" else public_name(config.crepa_encoder),
+        "cutoff_step": config.crepa_cutoff_step,
+        "similarity_threshold": config.crepa_similarity_threshold,
+    }

@@ -1,0 +1,210 @@
+"""Videos from an adapter, videos on the way, and held-out clips."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from crepatrain.commands.fit import fit
+from crepatrain.commands.preflight import hold_out, look_at_clips
+from crepatrain.commands.sample import Wish, parse_numbers, sample
+from crepatrain.commands.stopping import StopSignal
+from crepatrain.commands.validation import steadiness
+from crepatrain.config.plan import read_plan
+from crepatrain.console import Screen
+from crepatrain.data.encode import grid_video, write_video
+from crepatrain.errors import UserError
+
+PROMPTS = ["a square", "another square moves"]
+
+
+def frames_of(path):
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, wan, clips):
+    """A run of the tiny Wan with two adapters, a base that it does change, videos on the way and clips held out."""
+    root = tmp_path_factory.mktemp("trained")
+    values = {
+        "model_family": "wan",
+        "pretrained_model_name_or_path": str(wan),
+        "train_data": str(clips),
+        "output_dir": str(root / "run"),
+        "cache_dir": str(tmp_path_factory.getbasetemp() / "cache"),
+        "height": 64,
+        "width": 96,
+        "num_frames": 9,
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 1,
+        "mixed_precision": "no",
+        "dataloader_num_workers": 0,
+        "lora_rank": 4,
+        "learning_rate": 0.05,
+        "crepa_enabled": True,
+        "crepa_encoder": str(wan / "encoder"),
+        "crepa_encoder_image_size": "grid",
+        "validation_prompts": PROMPTS,
+        "validation_steps": 2,
+        "validation_sampling_steps": 2,
+        "eval_data": str(clips),
+    }
+    path = root / "config.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    fit(read_plan(path), Screen(quiet=True))
+    return root / "run"
+
+
+def test_a_sample_stands_beside_the_base_of_the_same_seed(trained, tmp_path, capsys):
+    sample(trained, Wish(prompt="a square", steps=2, output=tmp_path / "one.mp4"), Screen())
+    out = capsys.readouterr().out
+    assert "steps: 2 instead of the recipe's 50" in out
+    assert "adapter changes" in out
+    assert frames_of(tmp_path / "one.mp4").shape == (9, 64, 96, 3)
+    beside = frames_of(tmp_path / "one-beside-base.mp4")
+    assert beside.shape[0] == 9
+    assert beside.shape[2] == 2 * 96 + 4
+    base, made = (beside[:, 22:86, start : start + 96].astype(int) for start in (0, 100))
+    assert np.abs(base - made).mean() > 1
+    sample(trained, Wish(prompt="a square", steps=2, output=tmp_path / "two.mp4"), Screen(quiet=True))
+    again = frames_of(tmp_path / "one.mp4").astype(int) - frames_of(tmp_path / "two.mp4")
+    assert np.abs(again).mean() < 1  # the same frames; the encoder's threads may split the bits otherwise
+
+
+def test_checkpoints_and_strengths_make_one_grid(trained, tmp_path):
+    wish = Wish(prompt="a", steps=2, frames=5, at=(2, 4), strengths=(0.5, 1.0), output=tmp_path / "grid.mp4")
+    sample(trained, wish, Screen(quiet=True))
+    grid = frames_of(tmp_path / "grid-beside-base.mp4")
+    assert grid.shape == (5, 2 * (64 + 22) + 4, 3 * 96 + 2 * 4, 3)
+
+
+def test_an_adapters_file_is_enough_where_its_base_is_known(trained, wan, tmp_path):
+    file = tmp_path / "copied.safetensors"
+    shutil.copy(trained / "pytorch_lora_weights.safetensors", file)
+    sample(file, Wish(prompt="a", steps=2, frames=5, base=str(wan), output=tmp_path / "out.mp4"), Screen(quiet=True))
+    assert len(frames_of(tmp_path / "out.mp4")) == 5
+    with pytest.raises(UserError, match="pretrained_model_name_or_path=wan"):
+        sample(file, Wish(prompt="a"), Screen(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        (Wish(prompt="a", frames=6), "num_frames=6: this model takes 4k"),
+        (Wish(prompt="a", height=60), "height=60: this model takes multiples of 16"),
+        (Wish(prompt="a", image=Path("x.png")), "--image x.png: the run was trained from text alone"),
+        (Wish(prompt="a", at=(3,)), "adapter-000003.safetensors: there is no such file"),
+    ],
+)
+def test_what_cant_be_sampled_is_told(trained, wish, message):
+    with pytest.raises(UserError, match=message):
+        sample(trained, wish, Screen(quiet=True))
+
+
+def test_numbers_between_commas():
+    assert parse_numbers("0.5, 1", float, "--strength") == (0.5, 1.0)
+    assert parse_numbers("", int, "--at") == ()
+    with pytest.raises(UserError, match="--at 5,x: not numbers"):
+        parse_numbers("5,x", int, "--at")
+
+
+def test_validation_makes_a_grid_and_figures_at_its_steps(trained):
+    assert sorted(path.name for path in (trained / "samples").glob("step-*")) == [
+        "step-000000.mp4",
+        "step-000002.mp4",
+        "step-000004.mp4",
+    ]
+    first, last = (frames_of(trained / "samples" / f"step-00000{step}.mp4") for step in (0, 4))
+    assert first.shape == (9, 64 + 22, 2 * 96 + 4, 3)
+    assert np.abs(first[:, 22:].astype(int) - last[:, 22:]).mean() > 1
+    lines = [json.loads(line) for line in (trained / "samples" / "figures.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in lines] == [(step, prompt) for step in (0, 2, 4) for prompt in PROMPTS]
+    assert all(0 <= line["flicker"] < 2 and -1 <= line["consistency"] <= 1 for line in lines)
+
+
+def test_held_out_clips_are_measured_at_every_checkpoint(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in found] == [0, 2, 4]
+    for line in found:
+        assert math.isfinite(line["eval_alignment"])
+        assert line["eval_loss"] == pytest.approx(sum(line["eval_sigma_loss"].values()) / 5, rel=1e-5)
+    best = min(found, key=lambda line: line["eval_loss"])
+    assert json.loads((trained / "best.json").read_text()) == {"step": best["step"], "eval_loss": best["eval_loss"]}
+
+
+def test_looking_changes_nothing_of_the_training(trained, wan, clips, config_file, tmp_path):
+    config = json.loads((trained / "config.json").read_text())
+    plain = {key: value for key, value in config.items() if not key.startswith(("validation", "eval"))}
+    path = tmp_path / "plain.json"
+    path.write_text(json.dumps(plain | {"output_dir": str(tmp_path / "plain")}), encoding="utf-8")
+    fit(read_plan(path), Screen(quiet=True))
+
+    def losses(run):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+    assert losses(tmp_path / "plain") == losses(trained)
+
+
+def test_a_share_is_held_out_by_content(config_file, clips):
+    plan = read_plan(config_file(eval_share=0.5))
+    with StopSignal() as stop:
+        dataset = look_at_clips(plan, Screen(quiet=True), stop)
+        digests = {window.clip.digest for window in dataset.cut.windows}
+        shares = sorted(int(digest[:8], 16) / 2**32 for digest in digests)
+        between = replace(plan, config=plan.config.model_copy(update={"eval_share": (shares[0] + shares[1]) / 2}))
+        trained, held = hold_out(between, dataset, Screen(quiet=True), stop)
+        assert {window.clip.digest for window in held.cut.windows} == {min(digests, key=lambda d: int(d[:8], 16))}
+        assert len(trained.cut.windows) + len(held.cut.windows) == len(dataset.cut.windows)
+        none = replace(plan, config=plan.config.model_copy(update={"eval_share": shares[0] / 2}))
+        with pytest.raises(UserError, match="none of the clips would be held out"):
+            hold_out(none, dataset, Screen(quiet=True), stop)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_data": "gone"}, "eval_data=gone: it does not exist"),
+        ({"eval_data": ".", "eval_share": 0.1}, "both are set"),
+        ({"eval_share": 0.7}, "eval_share=0.7"),
+        ({"validation_prompts": []}, "validation_prompts"),
+    ],
+)
+def test_wrong_wishes_are_told_by_the_config(config_file, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_plan(config_file(**changes))
+
+
+def test_steadiness_tells_a_still_from_noise(trained, config_file):
+    from crepatrain.training import build
+
+    plan = read_plan(config_file())
+    encoder = build.build_encoder(plan, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (5, 3, 64, 96), generator=generator, dtype=torch.uint8)
+    still = noise[:1].expand(5, -1, -1, -1)
+    calm, wild = steadiness(encoder, still, plan), steadiness(encoder, noise, plan)
+    assert calm["flicker"] == pytest.approx(0, abs=1e-5)
+    assert calm["consistency"] == pytest.approx(1, abs=1e-5)
+    assert wild["flicker"] > calm["flicker"] + 0.01
+    assert wild["consistency"] < 1
+
+
+def test_a_grid_is_labelled_and_whole(tmp_path):
+    video = np.full((3, 32, 48, 3), 200, dtype=np.uint8)
+    grid = grid_video([[("a", video), ("b", video)], [("c", video), ("d", video)]])
+    assert grid.shape == (3, 2 * (32 + 22) + 4, 2 * 48 + 4, 3)
+    assert (grid[:, 22:54, :48] == 200).all()
+    assert grid[:, :22, :48].max() > 100
+    write_video(tmp_path / "deep" / "grid.mp4", grid, fps=16)
+    assert frames_of(tmp_path / "deep" / "grid.mp4").shape == grid.shape
