@@ -190,14 +190,14 @@ def report(
     """Draw what runs have logged into one HTML file: curves, videos, config, dataset."""
 
     def work() -> None:
-        from crepatrain.commands.alignment_map import write_alignment_map
+        from crepatrain.commands.reporting.alignment_map import write_alignment_map
 
         for run in runs:
             write_alignment_map(run, _screen)
 
     if with_map:
         _stoppable(work)
-    from crepatrain.commands.report import report as command
+    from crepatrain.commands.reporting.report import report as command
 
     command(runs, output, _screen)
 

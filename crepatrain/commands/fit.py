@@ -18,7 +18,7 @@ from crepatrain.commands.evaluation import Evaluation
 from crepatrain.commands.precompute import fill_caches, free_memory, plan_caches
 from crepatrain.commands.preflight import dataset_facts, hold_out, look_at_clips
 from crepatrain.commands.rehearsal import compare_memory, rehearse
-from crepatrain.commands.report import refresh_report
+from crepatrain.commands.reporting.report import refresh_report
 from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder, expect_same_fingerprint
 from crepatrain.commands.session import Run, Start, build_run, prepare_start, save, take_fingerprint
 from crepatrain.commands.stopping import Stopped, StopSignal

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from crepatrain.alignment.encoders import VisionEncoder
 from crepatrain.commands.precompute import Caches, free_memory
-from crepatrain.commands.report import refresh_report
+from crepatrain.commands.reporting.report import refresh_report
 from crepatrain.commands.sample import call, first_frame
 from crepatrain.commands.session import Run
 from crepatrain.config.plan import Plan

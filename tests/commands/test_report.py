@@ -19,9 +19,9 @@ from crepatrain import cli
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.commands import fit as command
 from crepatrain.commands import page
-from crepatrain.commands.charts import Curve, curve_chart, smoothed, thinned
 from crepatrain.commands.records import read_run
-from crepatrain.commands.report import refresh_report, report
+from crepatrain.commands.reporting.charts import Curve, curve_chart, smoothed, thinned
+from crepatrain.commands.reporting.report import refresh_report, report
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.data.cache import CacheStore, unpack_features

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 
-from crepatrain.commands.charts import Chart, figure_charts, sections
-from crepatrain.commands.heatmap import map_section
 from crepatrain.commands.records import RunRecord, duration, mean, read_lines
+from crepatrain.commands.reporting.charts import Chart, figure_charts, sections
+from crepatrain.commands.reporting.heatmap import map_section
 from crepatrain.config.sections import RunConfig
 
 # Of all videos in a report together; the newest are kept.

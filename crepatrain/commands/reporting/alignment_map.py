@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from crepatrain.alignment.capture import capture_blocks
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import Teacher
-from crepatrain.commands.heatmap import MAP_FILE
 from crepatrain.commands.precompute import fill_caches, plan_caches
 from crepatrain.commands.preflight import look_at_clips
+from crepatrain.commands.reporting.heatmap import MAP_FILE
 from crepatrain.commands.session import build_training_set, restore
 from crepatrain.commands.stopping import StopSignal
 from crepatrain.config.plan import Plan, read_plan

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from crepatrain.commands.page import page
 from crepatrain.commands.records import read_run
+from crepatrain.commands.reporting.page import page
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
 from crepatrain.files import written_aside
