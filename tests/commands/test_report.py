@@ -18,8 +18,8 @@ from conftest import render_clip
 from crepatrain import cli
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.commands import fit as command
-from crepatrain.commands import page
 from crepatrain.commands.records import read_run
+from crepatrain.commands.reporting import page
 from crepatrain.commands.reporting.charts import Curve, curve_chart, smoothed, thinned
 from crepatrain.commands.reporting.report import refresh_report, report
 from crepatrain.config.plan import read_plan
