@@ -1,6 +1,7 @@
 """What no single module can promise: shipped configs, the README's keys, and what must never be imported."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,8 @@ def test_the_guide_quotes_the_code_as_it_is():
     code = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
     blocks = [part for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) for part in block.split("\n\n")]
     assert len(blocks) > 4
-    assert [block for block in blocks if block.strip("\n") not in code] == []
+    bare = [textwrap.dedent(block).strip("\n") for block in blocks]
+    assert [block for block in bare if block not in code and textwrap.indent(block, "    ") not in code] == []
 
 
 @pytest.mark.parametrize("refused", [r"torch\.hub", "trust_remote_code", r"weights_only\s*=\s*False", r"\bpickle\b"])

@@ -25,6 +25,7 @@ from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, read_
 from crepatrain.families.base import Family
 from crepatrain.tensors import Batch
 from crepatrain.training import build
+from crepatrain.training.adapter_file import begin_with, read_adapter
 from crepatrain.training.build import Learner
 from crepatrain.training.checkpoint import read_plain, read_tensors, read_tree, rotate, write_checkpoint
 from crepatrain.training.diffusion import FlowMatching
@@ -141,6 +142,9 @@ def build_run(
         screen.note(
             "the blocks are compiled in the first step, and once more for a second bucket: that takes minutes, the rest is faster"
         )
+    if config.init_adapter and config.model_type == "lora" and not start.resume:
+        begin_with(read_adapter(Path(config.init_adapter)), family, adapted)
+        screen.say(f"beginning with {config.init_adapter}")
     if start.resume:
         restore(start.resume, config, adapted, projector, learners)
         screen.say(f"going on from {start.resume} at step {state.step} of {start.total}")

@@ -106,7 +106,7 @@ class Estimate:
                 }
                 for name, stage in self.stages.items()
             }
-            | {"sampling": None},
+            | ({} if "sampling" in self.stages else {"sampling": None}),
             "peak_gib": self.peak / GIB,
             "calibrated": False,
             "crepa": {source: size / GIB for source, size in self.crepa.items()},
@@ -129,11 +129,14 @@ def estimate(plan: Plan, buckets: Sequence[Bucket]) -> Estimate:
     training = training_stage(plan, largest)
     slow = time.perf_counter() - began > _SLOW_SECONDS
     jobs = {("caching", "caching"): (config, largest)}
+    if config.validation_prompts:
+        jobs["sampling", "sampling"] = (config, Bucket(plan.size[0], plan.size[1], plan.size[2]))
     jobs |= {("crepa", name): (changed, largest) for name, changed in _crepa_variants(plan).items()}
     jobs |= {("remedy", name): job for name, job in _smaller(plan, largest).items()}
     with _workers(2 if slow else 0) as run_all:
         found = dict(zip(jobs, run_all(_job, [(name[0], *job) for name, job in jobs.items()]), strict=True))
     stages = {"caching text": _text_stage(plan), "caching clips": found["caching", "caching"], "training": training}
+    stages |= {"sampling": found["sampling", "sampling"]} if config.validation_prompts else {}
     peaks = {name: stage.peak for name, stage in found.items() if stage is not None}
     crepa = {}
     if config.crepa_enabled:
@@ -188,9 +191,9 @@ def _job(job: tuple[str, RunConfig, Bucket]) -> Stage | None:
     quiet_libraries()
     try:
         plan = make_plan(config, online=False)
-        return caching_stage(plan, bucket) if kind == "caching" else training_stage(plan, bucket)
+        return _STAGES.get(kind, training_stage)(plan, bucket)
     except UserError:
-        if kind == "caching":
+        if kind in _STAGES:
             raise
         return None
 
@@ -256,6 +259,26 @@ def caching_stage(plan: Plan, bucket: Bucket) -> Stage:
         return _stage(account)
 
 
+def sampling_stage(plan: Plan, bucket: Bucket, *, fake: bool = True) -> Stage:
+    """A validation video: the transformer without a gradient, prompt and negative prompt in one batch, then the VAE's decoder.
+
+    What training holds stays where it is.
+
+    Raises:
+        UserError: the model can't run on fake tensors.
+    """
+    twice = replace(plan, config=plan.config.model_copy(update={"train_batch_size": 2}))
+    step, family = _Step(twice, bucket), build.build_family(plan)
+    vae = _vae(plan, family)
+    with _accounted(plan, fake=fake) as account, torch.no_grad():
+        step.place(account)
+        with account.of("VAE"):
+            materialise(vae)
+        account.begin()
+        step.sample(account, vae)
+        return _stage(account)
+
+
 def training_stage(plan: Plan, bucket: Bucket, *, fake: bool = True) -> Stage:
     """An optimizer step on clips of one size, with the optimizer's state in place.
 
@@ -271,6 +294,9 @@ def training_stage(plan: Plan, bucket: Bucket, *, fake: bool = True) -> Stage:
         account.begin()
         step.run(account)
         return _stage(account)
+
+
+_STAGES: Mapping[str, Callable[[Plan, Bucket], Stage]] = {"caching": caching_stage, "sampling": sampling_stage}
 
 
 def measured_step(plan: Plan, bucket: Bucket, device: torch.device) -> int:
@@ -368,6 +394,14 @@ class _Step:
             with account.of("optimizer"):
                 clip_gradients(learner.parameters, config.max_grad_norm)
                 learner.step(torch.zeros((), device=self._device))
+
+    def sample(self, account: StorageAccount, vae: nn.Module) -> None:
+        """One denoising step, and the video of its first sample."""
+        batch = self._batch
+        with account.of("activations"), build.autocast(self._plan.config, self._device):
+            self._family.denoise(self._transformer, batch.noise, batch.sigma, batch)
+            latents = batch.latents[:1]
+            self._family.decode_latents(vae, latents)
 
 
 def _transformer(plan: Plan, family: Family) -> Any:

@@ -141,6 +141,14 @@ def check_validation(config: RunConfig, variant: Variant) -> list[Problem]:
     return [Problem(f"validation_images: {image} does not exist", "check the path") for image in missing]
 
 
+def check_init_adapter(config: RunConfig) -> list[Problem]:
+    """The adapter to begin with is there."""
+    path = config.init_adapter
+    if path is None or config.model_type != "lora" or Path(path).is_file():
+        return []
+    return [Problem(f"init_adapter={path}: there is no such file", "give a .safetensors file")]
+
+
 def check_eval(config: RunConfig) -> list[Problem]:
     """Held-out clips come from one place."""
     if config.eval_data and config.eval_share:

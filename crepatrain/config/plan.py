@@ -114,6 +114,7 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     problems += checks.check_paths(resolved)
     problems += checks.check_length(resolved)
     problems += checks.check_eval(resolved)
+    problems += checks.check_init_adapter(resolved)
     problems += checks.check_optimizer(resolved)
     problems += checks.check_trackers(resolved)
     problems += checks.check_source(config)

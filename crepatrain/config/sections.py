@@ -82,6 +82,11 @@ class LoraConfig(Section):
     lora_alpha: float | None = Field(None, gt=0, description="the adapter is scaled by lora_alpha / lora_rank; null: lora_rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     lora_use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(lora_rank) instead (rsLoRA)")
+    init_adapter: PathText | None = Field(
+        None,
+        description="begin with the weights of this adapter file, of the same rank and layers",
+        json_schema_extra=_MAY_CHANGE,
+    )
     lora_targets: LoraTargets | None = Field(
         None,
         description="ends of the adapted layers' names, a regex of whole names, or all-linear; null: the family's",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from crepatrain.config.specs import FAMILIES
 from crepatrain.errors import UserError
 from crepatrain.families import family_class, get_family
 from crepatrain.families.base import Family
+from crepatrain.training.lora import live_adapter
 
 # Ends of the keys of a pair, as programs write them; the plainest first.
 ENDS: Mapping[str, Literal["down", "up", "alpha"]] = {
@@ -194,6 +196,30 @@ def misfit(pair: Pair, layer: Layer) -> str | None:
     if tuple(pair.up.shape[2:]) != (1,) * (len(inside) - 1):
         return f"{found}, where lora_B must end in {len(inside) - 1} sizes of 1"
     return None
+
+
+@torch.no_grad()
+def begin_with(file: AdapterFile, family: Family, transformer: nn.Module) -> None:
+    """Put an adapter file's weights into a transformer's live adapter, so that it does what the file does at strength 1.
+
+    Raises:
+        UserError: the file's layers or ranks are not those of the adapter.
+    """
+    model, live = Model(family, transformer, family.variant.title), live_adapter(transformer)
+    pairs = {model.find(pair): pair for pair in file.pairs.values()}
+    strange = sorted(str(layer or pair.name) for layer, pair in pairs.items() if layer not in live)
+    missing = sorted(live.keys() - pairs.keys())
+    for names, what in ((strange, "is not in this run's lora_targets"), (missing, "is not in the file")):
+        if names:
+            raise UserError(f"init_adapter={file.path}: {names[0]} {what} ({len(names)} in all)", "set lora_targets as it was")
+    for layer, (down, up, scale) in live.items():
+        pair = pairs[layer]
+        if pair.down is None or pair.up is None or pair.down.shape != down.shape or pair.up.shape != up.shape:
+            what = f"{layer} is of rank {pair.rank}, and this run's of {down.shape[0]}"
+            raise UserError(f"init_adapter={file.path}: {what}", f"set lora_rank to {pair.rank}")
+        own = 1.0 if pair.alpha is None else pair.alpha / down.shape[0]
+        down.copy_(pair.down)
+        up.copy_(pair.up.float() * (own / scale))
 
 
 def released_models(family: str) -> Iterator[Model]:

@@ -403,3 +403,27 @@ def test_sana_has_no_single_file(fake_run, capsys):
     export(run.folder.root, None, None, None, Screen())
     assert "no single file beside it" in capsys.readouterr().out
     assert [file.name for file in (run.folder.root / "exports" / "adapter-000001-float32").iterdir()] == ["transformer"]
+
+
+def test_a_run_begins_with_an_adapter(config_file, tmp_path):
+    """What the file does, the fresh run's adapter does before its first step; alpha and rsLoRA are another run's affair."""
+    first = config_file(output_dir=str(tmp_path / "first"), learning_rate=0.05, max_train_steps=2)
+    fit(read_plan(first), Screen(quiet=True))
+    file = tmp_path / "first" / "pytorch_lora_weights.safetensors"
+    plan = read_plan(
+        config_file(init_adapter=str(file), lora_alpha=9.0, lora_use_rslora=True, learning_rate=1e-9, max_train_steps=1)
+    )
+    fit(plan, Screen(quiet=True))
+    before, after = (load_file(path) for path in (file, tmp_path / "run" / "pytorch_lora_weights.safetensors"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-5, atol=1e-7)
+    for changes, message in (
+        ({"lora_rank": 2}, "of rank 4, and this run's of 2"),
+        ({"lora_targets": ["to_q"]}, "is not in this run's lora_targets"),
+        ({"lora_targets": "all-linear"}, "is not in the file"),
+        ({"init_adapter": "gone.safetensors"}, "init_adapter=gone.safetensors: there is no such file"),
+    ):
+        wrong = {"init_adapter": str(file), "output_dir": str(tmp_path / "wrong"), "max_train_steps": 1} | changes
+        with pytest.raises(UserError, match=message):
+            fit(read_plan(config_file(**wrong)), Screen(quiet=True))

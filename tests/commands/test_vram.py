@@ -67,8 +67,16 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("changes", CONFIGS, ids=lambda c: "-".join(map(str, c.values())))
-@pytest.mark.parametrize("family", FAMILIES)
+def of_families(cases):
+    """All of them for one family; for the others the first here, the rest in the long form."""
+    return [
+        pytest.param(family, changes, marks=[pytest.mark.slow] * (family != "wan" and number > 0), id=f"{family}-{number}")
+        for family in FAMILIES
+        for number, changes in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize(("family", "changes"), of_families(CONFIGS))
 def test_the_account_without_values_is_the_real_one_to_the_byte(plan_of, family, changes):
     plan = plan_of(family, **changes)
     fake, real = (vram.training_stage(plan, bucket_of(plan), fake=fake) for fake in (True, False))
@@ -84,6 +92,16 @@ def test_every_teacher_is_accounted_for(plan_of, source):
     assert fake == real
     assert ("teacher" in fake.by_owner) == (source != "backbone")
     assert ("VAE" in fake.by_owner) == (source == "latents")
+
+
+@pytest.mark.parametrize("family", ["wan", "ltxvideo"])
+def test_a_validation_video_is_accounted_for(plan_of, family):
+    plan = plan_of(family, validation_prompts=["a"], mixed_precision="bf16")
+    fake, real = (vram.sampling_stage(plan, bucket_of(plan), fake=fake) for fake in (True, False))
+    assert fake == real
+    assert {"transformer", "adapter", "VAE", "optimizer", "activations"} <= fake.by_owner.keys()
+    estimate = vram.estimate(plan_of(family, validation_prompts=["a"], crepa_enabled=False), [bucket_of(plan)])
+    assert list(estimate.stages) == ["caching text", "caching clips", "training", "sampling"]
 
 
 @pytest.mark.parametrize(("family", "name"), [("wan", "tiny-i2v"), ("wan", "tiny-i2v-a14b"), ("ltxvideo", "tiny")])
@@ -245,6 +263,7 @@ def test_nabla_has_no_estimate_and_says_so(plan_of, tmp_path, monkeypatch, capsy
 
 
 def test_a_model_can_be_assumed(plan_of, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vram, "_smaller", lambda *_: {})
     plan_of(num_frames=5, mixed_precision="bf16", crepa_enabled=False)
     command = ("dry-run", tmp_path / "config.json", "--assume-model", "wan2.1-1.3b", "--json")
     assert run(monkeypatch, *command) == 0

@@ -227,7 +227,18 @@ CAPTIONS = [
 
 
 def named(cases):
-    return {"argvalues": cases, "ids": lambda case: f"{case[0].name}-{case[1]}", "indirect": True}
+    """Arguments of parametrize over cases, or over pytest's own form of them."""
+    plain = [case.values[0] if isinstance(case, type(pytest.param())) else case for case in cases]
+    return {"argvalues": cases, "ids": [f"{row.name}-{task}" for row, task in plain], "indirect": True}
+
+
+# Variants that differ from their siblings in what other tests look at: in the long form alone.
+SIBLINGS = {("ltxvideo", "tiny-timestep-vae"), ("sanavideo", "tiny-720p"), ("wan", "tiny-a14b")}
+
+
+def sparing(cases):
+    """What is asked of every variant only in the long form."""
+    return [pytest.param(case, marks=[pytest.mark.slow] * ((case[0].family, case[0].tiny) in SIBLINGS)) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -607,7 +618,7 @@ def live_adapter(case, targets="default", rank=4, alpha=10.0, rslora=False):
     return live, modules
 
 
-@pytest.mark.parametrize("case", **named(TRAINABLE))
+@pytest.mark.parametrize("case", **named(sparing(TRAINABLE)))
 def test_captured_states_carry_gradient_with_and_without_checkpointing(case):
     gradients = []
     for checkpointing in (False, True):
@@ -633,8 +644,8 @@ def test_captured_states_carry_gradient_with_and_without_checkpointing(case):
     assert max(gradient.abs().max() for gradient in plain.values()) > 0
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "default"])
-@pytest.mark.parametrize("case", **named(TRAINABLE))
+@pytest.mark.parametrize("targets", [pytest.param("all-linear", marks=pytest.mark.slow), "default"])
+@pytest.mark.parametrize("case", **named(sparing(TRAINABLE)))
 def test_five_steps_saved_and_loaded_by_the_pipeline(case, tmp_path, targets):
     live, modules = live_adapter(case, targets)
     live.train()
@@ -711,7 +722,7 @@ def test_one_frame_is_a_clip(case):
     assert case.family.loss_mask(batch) is None
 
 
-@pytest.mark.parametrize("case", **named(TRAINABLE))
+@pytest.mark.parametrize("case", **named(sparing(TRAINABLE)))
 def test_fit_trains_it_on_real_clips(case, values, clips, config_file):
     """The whole way of a user, for two steps; of i2v some samples go without their image."""
     _, height, width = case.row.size
