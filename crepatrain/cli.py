@@ -98,10 +98,11 @@ def cache(context: typer.Context, config: ConfigFile) -> None:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with StopSignal() as stop:
-            dataset = preflight.look_at_clips(plan, _screen, stop)
-            caches = precompute.plan_caches(plan, dataset, _screen, device, teacher=plan.config.crepa_enabled)
-            precompute.fill_caches(plan, dataset, caches, _screen, device, stop)
-        _screen.say(f"the caches of {len(caches.samples)} windows are full, in {caches.store.root}")
+            found = preflight.hold_out(plan, preflight.look_at_clips(plan, _screen, stop), _screen, stop)
+            for dataset in filter(None, found):
+                caches = precompute.plan_caches(plan, dataset, _screen, device, teacher=plan.config.crepa_enabled)
+                precompute.fill_caches(plan, dataset, caches, _screen, device, stop)
+                _screen.say(f"the caches of {len(caches.samples)} windows are full, in {caches.store.root}")
 
     _stoppable(work)
 
@@ -133,7 +134,7 @@ def dry_run(
         bool, typer.Option("--estimate-vram", help="Run the step on fake tensors and count its memory.")
     ] = False,
     fits: Annotated[
-        float | None, typer.Option(help="Exit with 5 if the estimate is above so many GB.", show_default=False)
+        float | None, typer.Option(min=0, help="Exit with 5 if the estimate is above so many GB.", show_default=False)
     ] = None,
     assume_model: Annotated[
         str | None, typer.Option(help="Shapes of a released model (see `crepatrain families`) rather than of the config's.")
@@ -254,11 +255,11 @@ def sample(
     image: Annotated[
         Path | None, typer.Option(help="of image-to-video: an image, or a clip's first frame", show_default=False)
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="denoising steps", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps", min=2, show_default=False)] = None,
     guidance: Annotated[float | None, typer.Option(help="classifier-free guidance", show_default=False)] = None,
-    frames: Annotated[int | None, typer.Option(show_default=False)] = None,
-    height: Annotated[int | None, typer.Option(show_default=False)] = None,
-    width: Annotated[int | None, typer.Option(show_default=False)] = None,
+    frames: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
+    height: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
+    width: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="the same for every video")] = 42,
     strength: Annotated[str, typer.Option(help="of the adapter, one or several between commas")] = "1.0",
     at: Annotated[str, typer.Option(help="steps of a run to compare, between commas", show_default=False)] = "",

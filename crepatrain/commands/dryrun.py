@@ -21,7 +21,7 @@ def dry_run(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
     Raises:
         UserError: what `fit` would refuse before it loads weights.
     """
-    dataset = preflight.look_at_clips(plan, screen, stop)
+    dataset, _ = preflight.hold_out(plan, preflight.look_at_clips(plan, screen, stop), screen, stop)
     family = build.build_family(plan)
     transformer = family.empty_transformer()
     build.adapt(plan, family, transformer)
@@ -75,7 +75,8 @@ def estimate_vram(plan: Plan, dataset: Dataset, screen: Screen) -> Estimate:
 
 def fits(estimate: Estimate, gigabytes: float, screen: Screen) -> bool:
     """Whether a run fits into so many GB, and say it."""
-    fitting = estimate.peak <= gigabytes * GIB
+    room = _CARDS.get(int(gigabytes), gigabytes) if gigabytes == int(gigabytes) else gigabytes
+    fitting = estimate.peak <= room * GIB
     screen.say(f"{_gib(estimate.peak)} GiB {'fit' if fitting else 'do not fit'} into {gigabytes:g} GB")
     return fitting
 

@@ -10,12 +10,12 @@ from crepatrain.commands.preflight import Dataset
 from crepatrain.commands.session import Run, build_training_set
 from crepatrain.config.plan import Plan
 from crepatrain.data.loader import Draw, TrainingSet
-from crepatrain.errors import UserError
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.step import CrepaTerm, training_loss
 
-SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+# Of the range of noise levels that the transformer is for.
+_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 @dataclass(eq=False)
@@ -60,11 +60,16 @@ class Evaluation:
                 "eval_loss": loss,
                 "eval_alignment": scores.mean().item() if len(scores) else None,
                 "eval_sigma_loss": {
-                    f"{sigma:g}": value for sigma, value in zip(SIGMAS, losses.mean(dim=0).tolist(), strict=True)
+                    f"{sigma:.3g}": value for sigma, value in zip(self._sigmas, losses.mean(dim=0).tolist(), strict=True)
                 },
             }
         )
-        run.folder.mark_best(run.state.step, loss)
+        run.folder.mark_best()
+
+    @property
+    def _sigmas(self) -> list[float]:
+        low, high = self.run.process.between
+        return [low + (high - low) * share for share in _SHARES]
 
     @torch.no_grad()
     def _measure(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,14 +86,12 @@ class Evaluation:
             losses.append(found.diffusion)
             if found.crepa:
                 scores.append(found.crepa.alignment)
-        table = torch.cat(losses).float().cpu().unflatten(0, (-1, len(SIGMAS)))
+        table = torch.cat(losses).float().cpu().unflatten(0, (-1, len(_SHARES)))
         return table, torch.cat(scores).float().cpu() if scores else torch.empty(0)
 
     def _batches(self) -> Iterator[Batch]:
         """Each window at each noise level, always with the same noise."""
         for index in range(len(self.samples.samples)):
-            batch = self.samples.__getitems__([Draw(index, step=0, slot=index)])
-            if not isinstance(batch, Batch):
-                raise UserError.of(batch)
-            for sigma in SIGMAS:
+            batch = self.samples.read([Draw(index, step=0, slot=index)])
+            for sigma in self._sigmas:
                 yield replace(batch, sigma=torch.full_like(batch.sigma, sigma))

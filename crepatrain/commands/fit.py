@@ -88,8 +88,8 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False) -> None:
             evaluation = Evaluation.of(run, plan, held, held_caches) if held and held_caches else None
             _train(run, screen, stop, Validation(run, plan, caches, screen), evaluation)
     _closing_table(run, screen)
-    if device.type == "cuda":
-        compare_memory(plan, list(dataset.cut.buckets), screen)
+    if device.type == "cuda" and accelerator.is_main_process:
+        compare_memory(plan, list(dataset.cut.buckets), _training_peak(run), screen)
 
 
 def _expect_one_start(start: Start, processes: int) -> None:
@@ -201,7 +201,8 @@ def _train(run: Run, screen: Screen, stop: StopSignal, validation: Validation, e
                 if before:
                     _settle(run, before, view)
                     before = None
-                validation.make()
+                with _looking(run):
+                    validation.make()
     if state.step < run.total:
         raise Stopped(f"saved at step {state.step}; the same command goes on from there")
 
@@ -217,8 +218,28 @@ def _look_at_the_base(validation: Validation, evaluation: Evaluation | None) -> 
 def _keep(run: Run, evaluation: Evaluation | None) -> None:
     """A checkpoint, measured before it is written, so that the best one is known when the oldest is given up."""
     if evaluation:
-        evaluation.make()
+        with _looking(run):
+            evaluation.make()
     save(run)
+
+
+def _training_peak(run: Run) -> int:
+    """Bytes, on a GPU."""
+    run.peak = max(run.peak, torch.cuda.max_memory_allocated())
+    return run.peak
+
+
+@contextlib.contextmanager
+def _looking(run: Run) -> Iterator[None]:
+    """What is held while looking at the model is not of its training."""
+    cuda = run.accelerator.device.type == "cuda"
+    if cuda:
+        _training_peak(run)
+    try:
+        yield
+    finally:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
 
 
 def _launch(run: Run, batches: Iterator[Batch], stop: StopSignal) -> Launched:
@@ -388,7 +409,7 @@ def _log(run: Run, launched: Launched) -> dict[str, Any]:
         "step_seconds": seconds,
         **{f"{part}_seconds": means.get(f"{part}_seconds") for part in ("data", "forward", "crepa", "backward", "optimizer")},
         "samples_per_second": run.sampler.unit / seconds,
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / _GIB if cuda else None,
+        "peak_memory_gib": _training_peak(run) / _GIB if cuda else None,
     }
     if "layersync_loss" in means:
         line["layersync_loss"] = means["layersync_loss"]

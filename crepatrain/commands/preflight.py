@@ -39,8 +39,11 @@ class Dataset:
     digests: FileDigests
 
 
-def look_at_clips(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
+def look_at_clips(plan: Plan, screen: Screen, stop: StopSignal, *, key: str = "train_data") -> Dataset:
     """Find, caption, decode and cut the clips of a plan.
+
+    Args:
+        key: of the config, that names them.
 
     Raises:
         UserError: clips that can't be used, all of them at once; or none that can.
@@ -49,7 +52,7 @@ def look_at_clips(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
     config = plan.config
     assert config.cache_dir is not None
     assert config.fps is not None
-    captioned, refused = choose_captions(list_clips(Path(config.train_data)), config.missing_captions)
+    captioned, refused = choose_captions(list_clips(Path(config.train_data), key), config.missing_captions)
     root = Path(config.cache_dir)
     digests = FileDigests(root / "digests.json")
     with screen.progress("looking at clips", len(captioned)) as advance:
@@ -77,7 +80,7 @@ def look_at_clips(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
     for path, factor in cut.slower:
         screen.note(f"{path} is slower than fps={config.fps:g}: taken frame by frame, so it runs {factor:.2g} times as fast")
     if not cut.windows:
-        raise UserError(f"train_data={config.train_data}: no clip of it can be used", "add clips, or lower num_frames")
+        raise UserError(f"{key}={config.train_data}: no clip of it can be used", "add clips, or lower num_frames")
     if config.train_batch_size > 1 and not plan.spec.text_is_padded:
         cut = _one_caption_length_per_bucket(plan, cut)
     _look_at_threshold(plan, cut, screen)
@@ -96,12 +99,20 @@ def hold_out(plan: Plan, dataset: Dataset, screen: Screen, stop: StopSignal) -> 
     config = plan.config
     if config.eval_data:
         elsewhere = replace(plan, config=config.model_copy(update={"train_data": config.eval_data}))
-        return dataset, look_at_clips(elsewhere, screen, stop)
+        held_out = look_at_clips(elsewhere, screen, stop, key="eval_data")
+        trained = {window.clip.digest for window in dataset.cut.windows}
+        both = sorted({str(window.path) for window in held_out.cut.windows if window.clip.digest in trained})
+        if both:
+            raise UserError(
+                f"eval_data: {both[0]} is in train_data too ({len(both)} in all)", "keep them apart, or use eval_share"
+            )
+        return dataset, held_out
     if not config.eval_share:
         return dataset, None
     windows = dataset.cut.windows
     held = [window for window in windows if int(window.clip.digest[:8], 16) / 2**32 < config.eval_share]
-    kept = [window for window in windows if window not in set(held)]
+    chosen = set(held)
+    kept = [window for window in windows if window not in chosen]
     if not held or not kept:
         which = "none" if not held else "all"
         raise UserError(

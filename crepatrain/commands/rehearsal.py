@@ -14,7 +14,8 @@ from crepatrain.errors import UserError
 from crepatrain.training import build
 from crepatrain.training.step import CrepaTerm, training_loss
 
-_ADAM_STATES = 2
+# Bytes of state that an optimizer keeps for each parameter.
+_STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0}
 
 
 def rehearse(run: Run, plan: Plan, buckets: list[Bucket], screen: Screen) -> None:
@@ -65,7 +66,8 @@ def _step_of(run: Run, bucket: Bucket) -> int:
 def _room_for_states(run: Run) -> list[Tensor]:
     """As much memory as the optimizers will take when they first move."""
     parameters = [parameter for learner in run.learners.values() for parameter in learner.parameters]
-    return [torch.empty_like(parameter) for parameter in parameters for _ in range(_ADAM_STATES)]
+    size = _STATES[run.config.optimizer]
+    return [torch.empty(parameter.numel() * size, dtype=torch.uint8, device=parameter.device) for parameter in parameters]
 
 
 def _give_back(run: Run) -> None:
@@ -75,19 +77,26 @@ def _give_back(run: Run) -> None:
 
 
 def _does_not_fit(plan: Plan, bucket: Bucket) -> UserError:
-    estimate = vram.estimate(plan, [bucket])
+    what = f"out of GPU memory on the largest clips, {bucket}"
+    try:
+        estimate = vram.estimate(plan, [bucket])
+    except UserError:  # no estimate for this model
+        return UserError(what, "lower num_frames, height and width, or train_batch_size; nothing was trained yet")
     training = estimate.stages["training"]
     remedies = "; ".join(f"{change} ({peak / GIB:.1f} GiB)" for change, peak in estimate.remedies)
     return UserError(
-        f"out of GPU memory on the largest clips, {bucket}: training takes about {training.peak / GIB:.1f} GiB",
+        f"{what}: training takes about {training.peak / GIB:.1f} GiB",
         f"any of: {remedies}; nothing was trained yet" if remedies else "use a larger GPU; nothing was trained yet",
     )
 
 
-def compare_memory(plan: Plan, buckets: list[Bucket], screen: Screen) -> None:
-    """The estimate beside what was measured."""
-    measured = torch.cuda.max_memory_allocated()
-    estimated = vram.training_stage(plan, _largest(plan, buckets)).allocated
+def compare_memory(plan: Plan, buckets: list[Bucket], measured: int, screen: Screen) -> None:
+    """The estimate beside what was measured, in bytes."""
+    try:
+        estimated = vram.training_stage(plan, _largest(plan, buckets)).allocated
+    except UserError as error:
+        screen.note(error.problems[0].what)
+        return
     screen.say(
         f"GPU memory of training: estimated {estimated / GIB:.2f} GiB, measured {measured / GIB:.2f} GiB, "
         f"ratio {estimated / measured:.3f}"

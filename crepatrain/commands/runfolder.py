@@ -1,6 +1,8 @@
 """A run's folder: whose run it is, where it stands, what it has logged."""
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from crepatrain.families.base import Family
 from crepatrain.training.checkpoint import checkpoints, replace_json, step_of
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+_STEP_AT_THE_END = re.compile(r"-(\d{6,})$")
 
 
 class Tracker(Protocol):
@@ -57,20 +60,23 @@ class RunFolder:
         return self._checkpoint()
 
     def best(self) -> dict[str, Any] | None:
-        """The step and the value of the smallest eval_loss; None where nothing was held out yet."""
-        path = self.root / "best.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        """The checkpoint of the smallest eval_loss; None where nothing was held out yet."""
+        found = [line for line in self.lines() if line.get("eval_loss") is not None and line["step"] > 0]
+        best = min(found, key=lambda line: line["eval_loss"], default=None)
+        return best and {"step": best["step"], "eval_loss": best["eval_loss"]}
 
-    def mark_best(self, step: int, eval_loss: float) -> None:
-        """Remember a step if no other's eval_loss is smaller."""
-        best = self.best()
-        if best is None or eval_loss < best["eval_loss"]:
-            replace_json(self.root / "best.json", {"step": step, "eval_loss": eval_loss})
+    def mark_best(self) -> None:
+        """Write the best checkpoint down, for people and programs."""
+        best, path = self.best(), self.root / "best.json"
+        if best:
+            replace_json(path, best)
+        else:
+            path.unlink(missing_ok=True)
 
     def claim(self, step: int) -> None:
         """Make the folder this run's, from `step` on.
 
-        Checkpoints of later steps, which a resume from an earlier one leaves behind, are set aside as step-N.left.
+        What later steps have left, as a resume from an earlier one does, is forgotten or set aside under names ending in .left.
         """
         if not self.writes:
             return
@@ -80,7 +86,9 @@ class RunFolder:
             raise UserError(f"output_dir={self.root}: it can't be made ({error.strerror})", "give another folder") from error
         self.status("running", step)
         replace_json(self._config_file, self._config.model_dump())
-        self._forget_after(step)
+        for log in (self.metrics, self.root / "samples" / "figures.jsonl"):
+            _forget_after(log, step)
+        self.mark_best()
         for unfinished in self.checkpoints.glob("step-*.tmp"):
             shutil.rmtree(unfinished, ignore_errors=True)
         for later in checkpoints(self.checkpoints):
@@ -88,6 +96,11 @@ class RunFolder:
                 aside = later.with_name(f"{later.name}.left")
                 shutil.rmtree(aside, ignore_errors=True)
                 later.rename(aside)
+        for pattern in ("samples/step-*.mp4", "adapters/*.safetensors"):
+            for path in self.root.glob(pattern):
+                match = _STEP_AT_THE_END.search(path.stem)
+                if match and int(match.group(1)) > step:
+                    path.replace(path.with_name(f"{path.name}.left"))
 
     def _expect_same_run(self) -> None:
         before = self._config_before()
@@ -98,7 +111,7 @@ class RunFolder:
                     f"output_dir={self.root}: it is not empty and holds no run ({', '.join(strangers[:5])})", "give a new folder"
                 )
             return
-        if not self.metrics.is_file() and not checkpoints(self.checkpoints):
+        if not checkpoints(self.checkpoints) and not any(line["step"] > 0 for line in self.lines()):
             return  # it ended before its first step: there is nothing to lose
         now = self._config.model_dump()
         # A key that the run did not know yet had the meaning of its default.
@@ -142,17 +155,6 @@ class RunFolder:
             f"resume_from_checkpoint={wanted}: no such checkpoint in {self.checkpoints}", f"use latest, or one of: {names}"
         )
 
-    def _forget_after(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl that will be logged again."""
-        if not self.metrics.is_file():
-            return
-        lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _step_of_line(line) <= step]
-        if len(kept) != len(lines):
-            aside = self.metrics.with_name("metrics.jsonl.tmp")
-            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            aside.replace(self.metrics)
-
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl, and tell the trackers."""
         if not self.writes:
@@ -178,10 +180,11 @@ class RunFolder:
             replace_json(self.root / "dataset.json", dataset)
 
     def lines(self) -> list[dict[str, Any]]:
-        """What metrics.jsonl holds."""
+        """What metrics.jsonl holds, without what a kill has cut off."""
         if not self.metrics.is_file():
             return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        found = self.metrics.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in found if _step_of_line(line) < math.inf]
 
 
 def expect_same_fingerprint(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -206,12 +209,24 @@ def _may_change(key: str) -> bool:
     return key == "output_dir" or (key in RunConfig.model_fields and RunConfig.may_change(key))
 
 
+def _forget_after(log: Path, step: int) -> None:
+    """Drop the lines of a log that will be written again, and one that was cut off."""
+    if not log.is_file():
+        return
+    lines = log.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if step > 0 and _step_of_line(line) <= step]
+    if len(kept) != len(lines):
+        aside = log.with_name(f"{log.name}.tmp")
+        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        aside.replace(log)
+
+
 def _step_of_line(line: str) -> float:
     """Of a metrics line; one that a kill has cut off belongs nowhere."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError):
-        return float("inf")
+        return math.inf
 
 
 def config_of(run: Path) -> RunConfig:

@@ -1,5 +1,6 @@
 """Videos from an adapter, beside those of the model without it."""
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.training.adapter_file import read_adapter
-from crepatrain.training.recipe import sample_defaults
+from crepatrain.training.recipe import SCHEMA, sample_defaults
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def sample(target: Path, wish: Wish, screen: Screen) -> None:
     arguments = source.family.ask(settings) | {"prompt": prompt} | _image(source, wish, settings)
     if settings["negative_prompt"] is not None:
         arguments["negative_prompt"] = settings["negative_prompt"]
+    path = _output(wish.output or source.folder / f"sample-{wish.seed}.mp4")
     pipeline = _pipeline(source, screen)
     shown = [_Shown("base", None, 0.0)]
     for label in source.adapters or {"trained": None}:
@@ -102,17 +104,32 @@ def sample(target: Path, wish: Wish, screen: Screen) -> None:
     base, made = rows[0][0], [row[0] for row in rows[1:]]
     per_row = len(wish.strengths)
     grid = [[base, *made[start : start + per_row]] for start in range(0, len(made), per_row)]
-    stem = wish.output or source.folder / f"sample-{wish.seed}.mp4"
-    write_video(stem, made[-1][1], fps=settings["fps"])
-    beside = stem.with_name(f"{stem.stem}-beside-base.mp4")
+    write_video(path, made[-1][1], fps=settings["fps"])
+    beside = path.with_name(f"{path.stem}-beside-base.mp4")
     write_video(beside, grid_video(grid), fps=settings["fps"])
     change = float(np.abs(made[-1][1].astype(np.int16) - base[1]).mean())
     screen.rows(
         "videos",
-        [("sample", str(stem)), ("beside the base", str(beside)), ("the adapter changes", f"{change:.1f} of 255 on average")],
+        [("sample", str(path)), ("beside the base", str(beside)), ("the adapter changes", f"{change:.1f} of 255 on average")],
     )
     if change == 0:
         screen.note("the adapter changes nothing; `crepatrain verify` says why")
+
+
+def _output(path: Path) -> Path:
+    """Where the video goes, tried before the model is loaded.
+
+    Raises:
+        UserError: it can't be written there.
+    """
+    try:
+        if path.suffix != ".mp4" or path.is_dir():
+            raise UserError(f"--output {path}: not the name of an .mp4", "end it in .mp4")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise UserError(f"--output {path}: it can't be written ({error.strerror})", "give another --output") from error
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,8 @@ def _open_run(root: Path, wish: Wish) -> _Source:
         transformer = root / family.variant.transformer
         if wish.at:
             raise UserError("--at: this run trained the whole transformer, and keeps the last alone", "leave it out")
+        if wish.strengths != (1.0,):
+            raise UserError("--strength: this run trained the whole transformer, which has none", "leave it out")
         found = transformer.is_dir()
     else:
         expert = f"_{family.variant.expert}_noise" if family.variant.expert else ""
@@ -163,19 +182,24 @@ def _some_caption(config: RunConfig) -> str | None:
 
 
 def _open_adapter(path: Path, wish: Wish) -> _Source:
-    file = read_adapter(path)
-    recipe = file.recipe()
-    if not recipe:
+    if wish.at:
+        raise UserError("--at: it compares the checkpoints of a run", "give the run's folder")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file", "give a run's folder or an adapter's file")
+    recipe = read_adapter(path).recipe()
+    if recipe.get("schema") != SCHEMA:
         raise UserError(
             f"{path}: its header holds no recipe, so its base is unknown",
             "sample it through the run's folder, or in your program",
         )
     base = wish.base or recipe["base"]["repo"]
+    if wish.base is None and "/" not in base:
+        raise UserError(f"{path}: its base was a local folder called {base}", "say with --base where it is")
+    revision = None if wish.base else recipe["base"]["revision"]
     family_name = recipe["family"]
-    checkpoint, _ = read_checkpoint(base, recipe["base"]["revision"], FAMILIES[family_name], recipe["expert"], online=True)
+    checkpoint, _ = read_checkpoint(base, revision, FAMILIES[family_name], recipe["expert"], online=True)
     family = get_family(family_name, checkpoint, task=recipe["task"], expert=recipe["expert"])
     trigger = recipe["train"]["trigger"]
-    revision = None if wish.base else recipe["base"]["revision"]
     return _Source(family, base, revision, {"adapter": path}, None, dict(recipe["sample"]), trigger, path.parent)
 
 
@@ -221,14 +245,13 @@ def first_frame(path: Path, size: tuple[int, int]) -> Image.Image:
 def _pipeline(source: _Source, screen: Screen) -> Any:
     """The family's pipeline with the adapters loaded, on the GPU part by part where there is one."""
     family, spec = source.family, source.family.spec
-    folder = fetch("pretrained_model_name_or_path", source.base, source.revision, ("*.json", "*.safetensors", "*.txt", "*.model"))
+    folder = _base_folder(source)
     screen.say(f"loading {source.base}")
     cuda = torch.cuda.is_available()
     parts = {}
     if source.transformer:
-        kind = family.transformer_class
         dtype = torch.bfloat16 if cuda else torch.float32
-        parts[family.variant.transformer] = kind.from_pretrained(source.transformer, torch_dtype=dtype)
+        parts[family.variant.transformer] = family.load_transformer(str(source.transformer.parent), dtype)
     pipeline = getattr(diffusers, spec.pipelines[family.task]).from_pretrained(
         folder, torch_dtype=torch.bfloat16 if cuda else torch.float32, **parts
     )
@@ -241,6 +264,13 @@ def _pipeline(source: _Source, screen: Screen) -> Any:
     if cuda:
         pipeline.enable_model_cpu_offload()
     return pipeline
+
+
+def _base_folder(source: _Source) -> Path:
+    """The base's local folder, with all parts of its pipeline; some repositories hold much more beside them."""
+    parts = [name for name, kind in source.family.checkpoint.model_index.items() if isinstance(kind, list) and any(kind)]
+    patterns = ("model_index.json", *(f"{part}/*" for part in parts or source.family.variant.parts))
+    return fetch("pretrained_model_name_or_path", source.base, source.revision, patterns)
 
 
 def _name(label: str) -> str:
@@ -264,13 +294,12 @@ def _strength(pipeline: Any, source: _Source, shown: _Shown) -> Iterator[None]:
             yield
             return
         # The base's own transformer, for as long as it is asked for.
-        kind, folder = source.family.transformer_class, fetch("pretrained_model_name_or_path", source.base, source.revision, ())
-        own = kind.from_pretrained(folder, subfolder=source.family.variant.transformer, torch_dtype=adapted.dtype)
-        setattr(pipeline, source.family.variant.transformer, own.to(adapted.device))
+        own = source.family.load_transformer(str(_base_folder(source)), adapted.dtype)
+        _exchange(pipeline, source, own)
         try:
             yield
         finally:
-            setattr(pipeline, source.family.variant.transformer, adapted)
+            _exchange(pipeline, source, adapted)
         return
     if shown.adapter is None:
         adapted.disable_adapters()
@@ -278,6 +307,16 @@ def _strength(pipeline: Any, source: _Source, shown: _Shown) -> Iterator[None]:
         adapted.enable_adapters()
         adapted.set_adapters([_name(shown.adapter)], [shown.strength])
     yield
+
+
+def _exchange(pipeline: Any, source: _Source, transformer: Any) -> None:
+    """Put another transformer into the pipeline, and under its offloading."""
+    offloaded = torch.cuda.is_available()
+    if offloaded:
+        pipeline.remove_all_hooks()
+    setattr(pipeline, source.family.variant.transformer, transformer)
+    if offloaded:
+        pipeline.enable_model_cpu_offload()
 
 
 def call(pipeline: Any, arguments: dict[str, Any], generator: torch.Generator, advance: Callable[[], None]) -> np.ndarray:

@@ -90,6 +90,7 @@ class Run:
         teacher: None where CREPA is off, or over for good.
         learners: the transformer's, and the projector's where there is one.
         open_batches: opens the endless stream of micro-batches at an optimizer step.
+        peak: bytes that training held at most, of what was looked at on the way apart.
         diverged: scalar on the device, 1 from the first number on that was not finite: no optimizer moves a weight then.
     """
 
@@ -112,6 +113,7 @@ class Run:
     open_batches: Callable[[int], Iterator[Batch]]
     total: int
     diverged: Tensor
+    peak: int = 0
 
 
 def build_run(

@@ -1,7 +1,8 @@
 """Videos of the validation prompts on the way, with the weights as they are, and figures of how steady they are."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from crepatrain.commands.session import Run
 from crepatrain.config.plan import Plan
 from crepatrain.console import Screen
 from crepatrain.data.encode import grid_video, write_video
+from crepatrain.errors import UserError
 from crepatrain.training import build
 from crepatrain.training.recipe import sample_defaults
 
@@ -51,7 +53,7 @@ class Validation:
         devices = [device] if device.type == "cuda" else []
         run.adapted.eval()
         try:
-            with torch.random.fork_rng(devices=devices), torch.no_grad():
+            with _fitting(), torch.random.fork_rng(devices=devices), torch.no_grad():
                 videos = self._videos(prompts, device)
         finally:
             run.adapted.train()
@@ -65,7 +67,8 @@ class Validation:
         write_video(folder / f"{name}.mp4", grid_video([labelled]), fps=fps)
         if self.plan.encoder is not None:
             self._measure(dict(zip(prompts, videos, strict=True)), device)
-        refresh_report(run.folder.root)
+        with contextlib.suppress(UserError):  # the training goes on without it
+            refresh_report(run.folder.root)
 
     def _videos(self, prompts: list[str], device: torch.device) -> list[np.ndarray]:
         run, config = self.run, self.plan.config
@@ -108,6 +111,17 @@ class Validation:
                 file.write(json.dumps(line) + "\n")
         del encoder
         free_memory()
+
+
+@contextlib.contextmanager
+def _fitting() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "validation_prompts: out of GPU memory while a video was made",
+            "set vae_dtype to bfloat16, lower num_frames, height and width, or leave validation_prompts out",
+        ) from error
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Writing video files."""
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -16,7 +17,7 @@ _LABEL_HEIGHT = 22
 def write_video(path: Path, frames: np.ndarray, *, fps: float) -> None:
     """Write frames [F, H, W, 3] uint8 as H.264 in yuv420p, whole or not at all."""
     with written_aside(path) as aside, av.open(str(aside), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=round(fps))
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = (side - side % 2 for side in frames.shape[1:3])  # what yuv420p can hold
         stream.pix_fmt = "yuv420p"
         for picture in frames:

@@ -45,20 +45,21 @@ class Refusal:
     remedy: str = "mend or remove it"
 
 
-def list_clips(train_data: Path) -> list[tuple[Path, str | None]]:
+def list_clips(train_data: Path, key: str = "train_data") -> list[tuple[Path, str | None]]:
     """Video and image files with their captions, in a stable order; None where there is no caption.
 
     Args:
         train_data: a folder (searched below it too; captions in NAME.txt, metadata.jsonl or metadata.csv), or such a list.
+        key: of the config, that says so.
 
     Raises:
         UserError: no videos, or a list that can't be read.
     """
     if train_data.is_file():
-        return _read_list(train_data)
+        return _read_list(train_data, key)
     for name in ("metadata.jsonl", "metadata.csv"):
         if (train_data / name).is_file():
-            return _read_list(train_data / name)
+            return _read_list(train_data / name, key)
     videos = sorted(
         path
         for path in train_data.rglob("*")
@@ -67,7 +68,7 @@ def list_clips(train_data: Path) -> list[tuple[Path, str | None]]:
     )
     if not videos:
         raise UserError(
-            f"train_data={train_data}: no video files in it",
+            f"{key}={train_data}: no video files or images in it",
             f"put clips ({', '.join(sorted(VIDEO_SUFFIXES))}) and NAME.txt captions into it",
         )
     return [(path, _sidecar(path)) for path in videos]
@@ -85,7 +86,7 @@ def _read_text(file: Path) -> str:
         raise UserError(f"{file} is not UTF-8", "save it as UTF-8") from None
 
 
-def _read_list(file: Path) -> list[tuple[Path, str | None]]:
+def _read_list(file: Path, key: str) -> list[tuple[Path, str | None]]:
     text = _read_text(file)
     rows = list(csv.DictReader(io.StringIO(text, newline=""))) if file.suffix.lower() == ".csv" else _read_lines(file, text)
     found = []
@@ -96,7 +97,7 @@ def _read_list(file: Path) -> list[tuple[Path, str | None]]:
         caption = next((str(row[key]).strip() for key in _CAPTION_KEYS if row.get(key)), "")
         found.append((file.parent / str(name), " ".join(caption.split()) or None))
     if not found:
-        raise UserError(f"train_data={file}: the list is empty", 'write {"video": "clip.mp4", "caption": "..."} lines')
+        raise UserError(f"{key}={file}: the list is empty", 'write {"video": "clip.mp4", "caption": "..."} lines')
     return found
 
 

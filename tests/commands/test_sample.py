@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from conftest import render_clip
 
 from crepatrain.commands.fit import fit
 from crepatrain.commands.preflight import hold_out, look_at_clips
@@ -34,6 +35,10 @@ def frames_of(path):
 def trained(tmp_path_factory, wan, clips):
     """A run of the tiny Wan with two adapters, a base that it does change, videos on the way and clips held out."""
     root = tmp_path_factory.mktemp("trained")
+    held_out = root / "held-out"
+    held_out.mkdir()
+    render_clip(held_out / "other.mp4", seed=77)
+    (held_out / "other.txt").write_text("something else\n", encoding="utf-8")
     values = {
         "model_family": "wan",
         "pretrained_model_name_or_path": str(wan),
@@ -56,7 +61,7 @@ def trained(tmp_path_factory, wan, clips):
         "validation_prompts": PROMPTS,
         "validation_steps": 2,
         "validation_sampling_steps": 2,
-        "eval_data": str(clips),
+        "eval_data": str(held_out),
     }
     path = root / "config.json"
     path.write_text(json.dumps(values), encoding="utf-8")
@@ -92,8 +97,10 @@ def test_an_adapters_file_is_enough_where_its_base_is_known(trained, wan, tmp_pa
     shutil.copy(trained / "pytorch_lora_weights.safetensors", file)
     sample(file, Wish(prompt="a", steps=2, frames=5, base=str(wan), output=tmp_path / "out.mp4"), Screen(quiet=True))
     assert len(frames_of(tmp_path / "out.mp4")) == 5
-    with pytest.raises(UserError, match="pretrained_model_name_or_path=wan"):
+    with pytest.raises(UserError, match="its base was a local folder called wan"):
         sample(file, Wish(prompt="a"), Screen(quiet=True))
+    with pytest.raises(UserError, match="--at: it compares the checkpoints of a run"):
+        sample(file, Wish(prompt="a", at=(2,)), Screen(quiet=True))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +109,8 @@ def test_an_adapters_file_is_enough_where_its_base_is_known(trained, wan, tmp_pa
         (Wish(prompt="a", frames=6), "num_frames=6: this model takes 4k"),
         (Wish(prompt="a", height=60), "height=60: this model takes multiples of 16"),
         (Wish(prompt="a", image=Path("x.png")), "--image x.png: the run was trained from text alone"),
+        (Wish(prompt="a", output=Path("video.avi")), "--output video.avi: not the name of an .mp4"),
+        (Wish(prompt="a", output=Path("/proc/video.mp4")), "--output /proc/video.mp4: it can't be written"),
         (Wish(prompt="a", at=(3,)), "adapter-000003.safetensors: there is no such file"),
     ],
 )
@@ -138,8 +147,33 @@ def test_held_out_clips_are_measured_at_every_checkpoint(trained):
     for line in found:
         assert math.isfinite(line["eval_alignment"])
         assert line["eval_loss"] == pytest.approx(sum(line["eval_sigma_loss"].values()) / 5, rel=1e-5)
-    best = min(found, key=lambda line: line["eval_loss"])
+    best = min(found[1:], key=lambda line: line["eval_loss"])  # before the first step there is no checkpoint to keep
     assert json.loads((trained / "best.json").read_text()) == {"step": best["step"], "eval_loss": best["eval_loss"]}
+
+
+def test_a_resume_from_an_earlier_step_forgets_what_came_later(trained, tmp_path):
+    """Lines, figures, videos and adapters of abandoned steps don't mix with those that take their place."""
+    root = tmp_path / "run"
+    shutil.copytree(trained, root)
+    config = json.loads((root / "config.json").read_text()) | {"output_dir": str(root), "checkpoints_total_limit": None}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | {"max_train_steps": 6}), encoding="utf-8")
+    fit(read_plan(path), Screen(quiet=True))
+    (root / "samples" / "figures.jsonl").open("a").write('{"step": 6, "promp')  # a kill
+    path.write_text(json.dumps(config | {"max_train_steps": 5, "resume_from_checkpoint": "step-000004"}), encoding="utf-8")
+    fit(read_plan(path), Screen(quiet=True))
+    assert not (root / "samples" / "step-000006.mp4").exists()
+    assert not (root / "adapters" / "adapter-000006.safetensors").exists()
+    assert (root / "adapters" / "adapter-000006.safetensors.left").exists()
+    steps = [json.loads(line)["step"] for line in (root / "samples" / "figures.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [0, 2, 4, 5]
+    assert len(steps) == 2 * 4
+    assert json.loads((root / "best.json").read_text())["step"] <= 5
+
+
+def test_what_is_held_out_is_not_trained_on(config_file, clips):
+    with pytest.raises(UserError, match=r"eval_data: .*clip-0.mp4 is in train_data too \(3 in all\)"):
+        fit(read_plan(config_file(eval_data=str(clips))), Screen(quiet=True))
 
 
 def test_looking_changes_nothing_of_the_training(trained, wan, clips, config_file, tmp_path):
