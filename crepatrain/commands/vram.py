@@ -331,6 +331,43 @@ def _stage(account: StorageAccount) -> Stage:
     return Stage(held, account.peak_op)
 
 
+def _adafactor_state(parameter: Tensor) -> list[Tensor]:
+    """A row and a column of second moments for a matrix."""
+    if parameter.ndim < 2:
+        return [torch.empty_like(parameter)]
+    shapes = (parameter.shape[:-1], (*parameter.shape[:-2], parameter.shape[-1]))
+    return [torch.empty(shape, device=parameter.device) for shape in shapes]
+
+
+def _adamw8bit_state(parameter: Tensor) -> list[Tensor]:
+    """Two bytes for each parameter, and two scales for each 256 of them."""
+    sizes = ((parameter.numel() * 2, torch.uint8), (parameter.numel() // 256 * 2 + 2, torch.float32))
+    return [torch.empty(size, dtype=dtype, device=parameter.device) for size, dtype in sizes]
+
+
+# Of optimizers whose own step looks at values, or runs on a GPU alone.
+_STATES = {"adafactor": _adafactor_state, "adamw8bit": _adamw8bit_state}
+
+
+class _StandIn:
+    """A learner of which only the state is known."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], state: Callable[[Tensor], list[Tensor]]) -> None:
+        self.parameters = parameters
+        self._new_state, self._state = state, []
+
+    def step(self, _found_inf: Tensor) -> None:
+        self._state = self._state or [self._new_state(parameter) for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def _learner(config: RunConfig, module: nn.Module) -> build.Learner | _StandIn:
+    if config.optimizer in _STATES:
+        return _StandIn(trainable_parameters(module), _STATES[config.optimizer])
+    return build.build_learner(config, module, config.learning_rate, 100)
+
+
 class _Step:
     """What `fit` holds on the device, and what it does with it in a step. Built on the meta device."""
 
@@ -364,7 +401,7 @@ class _Step:
 
         config = self._plan.config
         modules = [module for module in (self._transformer, self._crepa) if module is not None]
-        self._learners = [build.build_learner(config, module, config.learning_rate, 100) for module in modules]
+        self._learners = [_learner(config, module) for module in modules]
         for learner in self._learners:
             for parameter in learner.parameters:
                 parameter.register_post_accumulate_grad_hook(count_gradient)

@@ -85,6 +85,17 @@ def test_the_account_without_values_is_the_real_one_to_the_byte(plan_of, family,
     assert {"transformer", "activations", "optimizer", "batch"} <= fake.by_owner.keys()
 
 
+def test_other_optimizers_hold_less(plan_of, monkeypatch):
+    monkeypatch.setattr("crepatrain.config.checks.find_spec", lambda _: True)  # the estimate needs no bitsandbytes
+    held = {}
+    for optimizer in ("adamw", "adamw8bit", "adafactor"):
+        plan = plan_of(model_type="full", optimizer=optimizer, crepa_enabled=False)
+        held[optimizer] = vram.training_stage(plan, bucket_of(plan)).by_owner["optimizer"]
+    # Tiny tensors are rounded up to 512 bytes each, so less is saved than of large ones.
+    assert held["adamw8bit"] < 0.7 * held["adamw"]
+    assert held["adafactor"] < 0.7 * held["adamw"]
+
+
 @pytest.mark.parametrize("source", ["pixels", "latents", "backbone"])
 def test_every_teacher_is_accounted_for(plan_of, source):
     plan = plan_of(crepa_feature_source=source, **{"crepa_teacher_block_index": 9} if source == "backbone" else {})
