@@ -219,13 +219,16 @@ def export(
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="of the file's tensors", show_default=False)
     ] = None,
     output: Annotated[Path | None, typer.Option(help="the file; of model_type full a folder", show_default=False)] = None,
+    weights: Annotated[
+        Literal["raw", "ema"] | None, typer.Option(help="of use_ema: the last weights or their average", show_default=False)
+    ] = None,
 ) -> None:
     """Write the adapter of a checkpoint anew, or its whole transformer, also as one file for ComfyUI."""
 
     def work() -> None:
         from crepatrain.commands.export import export as command
 
-        command(run, step, dtype, output, _screen)
+        command(run, step, dtype, output, _screen, weights=weights)
 
     _stoppable(work)
 

@@ -18,20 +18,23 @@ from crepatrain.errors import Problem, UserError
 from crepatrain.families.base import Family
 from crepatrain.training.adapter_file import AdapterFile, Model, read_adapter
 from crepatrain.training.build import compute_dtype
-from crepatrain.training.checkpoint import checkpoints, read_plain, read_tensors, replace_file, step_of
+from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, checkpoints, read_plain, read_tensors, replace_file, step_of
 from crepatrain.training.lora import add_lora, baked_adapter, live_adapter, load_trained_state, put_on_cpu, target_modules
 from crepatrain.training.readers import how_to_load
 from crepatrain.training.recipe import adapter_metadata
 from crepatrain.training.verdict import expect_same_adapter
 
 
-def export(run: Path, step: int | None, dtype: str | None, output: Path | None, screen: Screen) -> None:
+def export(
+    run: Path, step: int | None, dtype: str | None, output: Path | None, screen: Screen, *, weights: str | None = None
+) -> None:
     """Write the result of one of a run's checkpoints anew.
 
     Args:
         run: the run's folder.
         step: None: the last one.
         dtype: of the tensors; None: of an adapter float32, of a whole transformer what the run computed in.
+        weights: raw or ema; None: the average where the run kept one.
         output: an adapter's file, or a whole transformer's folder; None: in RUN/exports.
 
     Raises:
@@ -48,18 +51,25 @@ def export(run: Path, step: int | None, dtype: str | None, output: Path | None, 
     if chosen is None or chosen not in steps:
         what = f"{run}: it holds no checkpoint" + (f" of step {step}" if step is not None else "")
         raise UserError(what, f"use one of {', '.join(map(str, steps))}" if steps else "train first")
+    if weights == "ema" and not config.use_ema:
+        raise UserError(f"--weights ema: {run} kept no average", "leave it out, or train with use_ema")
+    average = config.use_ema and weights != "raw"
     kind = getattr(torch, dtype) if dtype else torch.float32 if config.model_type == "lora" else compute_dtype(config)
     default = run / "exports" / f"{name}-{chosen:06d}-{str(kind).removeprefix('torch.')}"
     if config.model_type == "full":
-        _export_transformer(output or default, f"{name}-{chosen:06d}", family, found[chosen], kind, screen)
+        tensors = read_tensors(found[chosen], EMA_FILE if average else TRAINED_FILE["full"])
+        _export_transformer(output or default, f"{name}-{chosen:06d}", family, tensors, kind, screen)
         return
     path = output or default.with_name(f"{default.name}.safetensors")
     if path.suffix != ".safetensors":
         raise UserError(f"--output {path}: an adapter is a .safetensors file", "end its name in .safetensors")
     if chosen in found:
-        transformer = _adapter_of_checkpoint(config, family, found[chosen])
+        tensors = read_tensors(found[chosen], EMA_FILE if average else TRAINED_FILE["lora"])
+        transformer = _adapter_of_checkpoint(config, family, tensors)
         fingerprint, layers = read_plain(found[chosen], "fingerprint"), list(live_adapter(transformer))
         metadata = adapter_metadata(config, family, fingerprint, chosen, layers=layers, day=datetime.now(UTC).date())
+    elif config.use_ema and weights == "raw":
+        raise UserError(f"--weights raw: the checkpoint of step {chosen} was rotated away", "only the average of it is left")
     else:
         screen.say(f"the checkpoint of step {chosen} was rotated away: taking {small[chosen]}")
         file = read_adapter(small[chosen])
@@ -76,7 +86,7 @@ def _small_adapters(folder: RunFolder, name: str) -> dict[int, Path]:
     return {int(step): path for path, step in found if step.isdigit()}
 
 
-def _adapter_of_checkpoint(config: RunConfig, family: Family, checkpoint: Path) -> nn.Module:
+def _adapter_of_checkpoint(config: RunConfig, family: Family, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A transformer without weights, with the checkpoint's adapter on it."""
     assert config.lora_targets is not None
     assert config.lora_alpha is not None
@@ -91,7 +101,7 @@ def _adapter_of_checkpoint(config: RunConfig, family: Family, checkpoint: Path) 
         rslora=config.lora_use_rslora,
     )
     put_on_cpu(transformer)
-    load_trained_state(transformer, read_tensors(checkpoint, "adapter"))
+    load_trained_state(transformer, tensors)
     return transformer
 
 
@@ -112,10 +122,12 @@ def _adapter_of_file(family: Family, file: AdapterFile) -> nn.Module:
     return transformer
 
 
-def _export_transformer(folder: Path, name: str, family: Family, checkpoint: Path, dtype: torch.dtype, screen: Screen) -> None:
+def _export_transformer(
+    folder: Path, name: str, family: Family, tensors: Mapping[str, Tensor], dtype: torch.dtype, screen: Screen
+) -> None:
     """The transformer's folder as diffusers has it, and one file with the original's names where the family has them."""
     transformer = family.empty_transformer()
-    transformer.load_state_dict(read_tensors(checkpoint, "transformer"), assign=True)
+    transformer.load_state_dict(tensors, assign=True)
     write_transformer(folder / family.variant.transformer, transformer, dtype)
     screen.say(f"wrote {folder / family.variant.transformer}, for the pipeline folder of diffusers")
     path = folder / f"{name}.safetensors"

@@ -236,7 +236,8 @@ def _looking(run: Run) -> Iterator[None]:
     if cuda:
         _training_peak(run)
     try:
-        yield
+        with run.result():
+            yield
     finally:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -290,6 +291,8 @@ def _launch(run: Run, batches: Iterator[Batch], stop: StopSignal) -> Launched:
     with clock.part("optimizer"):
         for learner in run.learners.values():
             learner.step(run.diverged)
+        if run.average:
+            run.average.update()
     state.step += 1
     state.samples_seen += run.sampler.unit
     return launched

@@ -1,5 +1,6 @@
 """One run in memory: put together from a plan, taken up from a checkpoint, saved to one."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,14 +28,12 @@ from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.adapter_file import begin_with, read_adapter
 from crepatrain.training.build import Learner
-from crepatrain.training.checkpoint import read_plain, read_tensors, read_tree, rotate, write_checkpoint
+from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, read_plain, read_tensors, read_tree, rotate, write_checkpoint
 from crepatrain.training.diffusion import FlowMatching
+from crepatrain.training.ema import WeightAverage
 from crepatrain.training.lora import load_trained_state, trained_state
 from crepatrain.training.state import TrainState
 from crepatrain.training.step import LayerSyncTerm
-
-# The file of a checkpoint that holds what training moves.
-_TRAINED = {"lora": "adapter", "full": "transformer"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +89,7 @@ class Run:
         teacher: None where CREPA is off, or over for good.
         learners: the transformer's, and the projector's where there is one.
         open_batches: opens the endless stream of micro-batches at an optimizer step.
+        average: of the transformer's trained weights; None without use_ema.
         peak: bytes that training held at most, of what was looked at on the way apart.
         diverged: scalar on the device, 1 from the first number on that was not finite: no optimizer moves a weight then.
     """
@@ -113,7 +113,14 @@ class Run:
     open_batches: Callable[[int], Iterator[Batch]]
     total: int
     diverged: Tensor
+    average: WeightAverage | None = None
     peak: int = 0
+
+    @contextlib.contextmanager
+    def result(self) -> Iterator[None]:
+        """Within it the transformer has the weights that the run hands out: their average where there is one."""
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            yield
 
 
 def build_run(
@@ -147,8 +154,12 @@ def build_run(
     if config.init_adapter and config.model_type == "lora" and not start.resume:
         begin_with(read_adapter(Path(config.init_adapter)), family, adapted)
         screen.say(f"beginning with {config.init_adapter}")
+    average = WeightAverage(learners["transformer"].parameters, config.ema_decay) if config.use_ema else None
     if start.resume:
         restore(start.resume, config, adapted, projector, learners)
+        if average:
+            with average.in_place():
+                load_trained_state(adapted, read_tensors(start.resume, EMA_FILE))
         screen.say(f"going on from {start.resume} at step {state.step} of {start.total}")
     return Run(
         config=config,
@@ -170,6 +181,7 @@ def build_run(
         open_batches=_batch_source(plan, family, process, dataset, caches, start, accelerator),
         total=start.total,
         diverged=torch.zeros((), device=device),
+        average=average,
     )
 
 
@@ -242,8 +254,11 @@ def save(run: Run) -> None:
     if run.accelerator.is_main_process:
         step = run.state.step
         # The result first: a kill in between then leaves no checkpoint without it.
-        write_result(run.folder, run.config, run.family, run.fingerprint, run.adapted, step)
-        tensors = {_TRAINED[run.config.model_type]: trained_state(run.adapted)}
+        tensors = {TRAINED_FILE[run.config.model_type]: trained_state(run.adapted)}
+        with run.result():
+            write_result(run.folder, run.config, run.family, run.fingerprint, run.adapted, step)
+            if run.average:
+                tensors[EMA_FILE] = {name: tensor.clone() for name, tensor in trained_state(run.adapted).items()}
         if run.projector:
             tensors["projector"] = run.projector.state_dict()
         write_checkpoint(
@@ -262,7 +277,7 @@ def restore(
     checkpoint: Path, config: RunConfig, adapted: nn.Module, projector: Crepa | None, learners: Mapping[str, Learner]
 ) -> None:
     """Put a checkpoint's tensors into modules and learners that are built."""
-    load_trained_state(adapted, read_tensors(checkpoint, _TRAINED[config.model_type]))
+    load_trained_state(adapted, read_tensors(checkpoint, TRAINED_FILE[config.model_type]))
     if projector:
         projector.load_state_dict(read_tensors(checkpoint, "projector"))
     for name, learner in learners.items():

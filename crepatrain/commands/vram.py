@@ -27,6 +27,7 @@ from crepatrain.families.base import Family
 from crepatrain.tensors import Batch, PatchFeatures
 from crepatrain.training import build
 from crepatrain.training.account import StorageAccount, materialise
+from crepatrain.training.ema import WeightAverage
 from crepatrain.training.lora import is_adapted, trainable_parameters
 from crepatrain.training.optim import clip_gradients
 from crepatrain.training.step import CrepaTerm, training_loss
@@ -401,6 +402,9 @@ class _Step:
 
         config = self._plan.config
         modules = [module for module in (self._transformer, self._crepa) if module is not None]
+        if config.use_ema:
+            with account.of("EMA"):
+                self._average = WeightAverage(trainable_parameters(self._transformer), config.ema_decay)
         self._learners = [_learner(config, module) for module in modules]
         for learner in self._learners:
             for parameter in learner.parameters:

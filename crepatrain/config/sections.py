@@ -152,6 +152,8 @@ class OptimConfig(Section):
     adam_epsilon: float = Field(1e-8, gt=0, description="of adamw, adamw8bit, prodigy")
     adam_weight_decay: float = Field(0.01, ge=0, description="of every optimizer")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to it, adapter and projector apart; 0: never")
+    use_ema: bool = Field(False, description="average the trained weights over the steps; the result is the average")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="of use_ema")
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = Field(
         "constant_with_warmup", description="diffusers' schedules"
     )

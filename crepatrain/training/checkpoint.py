@@ -14,6 +14,10 @@ from torch import Tensor
 from crepatrain.errors import UserError
 from crepatrain.files import flush, written_aside
 
+# Files of a checkpoint: what training moves, and the average of that.
+TRAINED_FILE = {"lora": "adapter", "full": "transformer"}
+EMA_FILE = "ema"
+
 _NAME = re.compile(r"step-(\d+)")
 _TENSOR = "__tensor__"
 _PAIRS = "__pairs__"

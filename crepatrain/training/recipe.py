@@ -102,6 +102,7 @@ def recipe(config: RunConfig, family: Family, fingerprint: Mapping[str, Any], st
         },
         "crepa": _crepa(config),
         "sample": sample_defaults(config, family),
+        "ema": {"used": config.use_ema, "decay": config.ema_decay if config.use_ema else None},
         "step": step,
         "versions": dict(fingerprint["versions"]),
     }

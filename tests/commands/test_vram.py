@@ -62,7 +62,7 @@ def bucket_of(plan):
 CONFIGS = [
     {"mixed_precision": "bf16"},
     {"mixed_precision": "bf16", "gradient_checkpointing": False, "train_batch_size": 2},
-    {"model_type": "full", "gradient_accumulation_steps": 2},
+    {"model_type": "full", "gradient_accumulation_steps": 2, "use_ema": True},
     {"crepa_enabled": False},
 ]
 
