@@ -229,6 +229,7 @@ function build(figure, chart) {
     const next = figure.at === undefined ? (way > 0 ? 0 : steps.length - 1) : nearest(steps, figure.at) + way;
     point(figure, steps[Math.min(Math.max(next, 0), steps.length - 1)]);
   };
+  draw(figure, chart, hidden);
   new ResizeObserver(() => draw(figure, chart, hidden)).observe(plot);
 }
 
