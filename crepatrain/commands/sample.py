@@ -331,7 +331,8 @@ def call(pipeline: Any, arguments: dict[str, Any], generator: torch.Generator, a
         return kept
 
     made = pipeline(**arguments, generator=generator, output_type="pt", callback_on_step_end=step_done).frames
-    video = made[0].float()  # [F, 3, H, W] in [0, 1]
+    # [F, 3, H, W] in [0, 1]; weights that have diverged make black rather than the noise of a cast from NaN.
+    video = made[0].float().nan_to_num()
     return (video.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
