@@ -234,6 +234,26 @@ def export(
 
 
 @app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="diffusers pipeline folder or hub id", show_default=False)],
+    adapters: Annotated[list[Path], typer.Argument(help="one adapter or several", show_default=False)],
+    output: Annotated[Path, typer.Option(help="a new folder", show_default=False)],
+    strength: Annotated[str, typer.Option(help="of each adapter, between commas; without it 1", show_default=False)] = "",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="of the weights on the disk")] = "bfloat16",
+) -> None:
+    """Add adapters into a transformer's own weights, and say how much of them the last cast keeps."""
+
+    def work() -> None:
+        from crepatrain.commands.merge import merge as command
+        from crepatrain.commands.sample import parse_numbers
+
+        strengths = parse_numbers(strength, float, "--strength") or (1.0,) * len(adapters)
+        command(base, adapters, strengths, output, dtype, _screen)
+
+    _stoppable(work)
+
+
+@app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="an adapter, of this trainer or another", show_default=False)],
     base: Annotated[
