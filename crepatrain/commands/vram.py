@@ -96,23 +96,26 @@ class Estimate:
         return max(self.stages, key=lambda name: self.stages[name].peak)
 
     def as_json(self) -> dict[str, Any]:
-        """For programs; in GiB."""
+        """For programs; in GiB. Caching is the larger of its two parts, which stand in it too."""
+        told = {name: _plain(stage) for name, stage in self.stages.items()}
+        parts = {name: told.pop(f"caching {name}") for name in ("text", "clips")}
+        caching = max(parts.values(), key=lambda part: part["peak_gib"]) | {"parts": parts}
         return {
-            "stages": {
-                name: {
-                    "peak_gib": stage.peak / GIB,
-                    "allocated_gib": stage.allocated / GIB,
-                    "by_owner": {owner: size / GIB for owner, size in stage.by_owner.items()} | {"margin": stage.margin / GIB},
-                    "peak_op": stage.op,
-                }
-                for name, stage in self.stages.items()
-            }
-            | ({} if "sampling" in self.stages else {"sampling": None}),
+            "stages": {"training": told.pop("training"), "caching": caching, "sampling": told.get("sampling")},
             "peak_gib": self.peak / GIB,
             "calibrated": False,
             "crepa": {source: size / GIB for source, size in self.crepa.items()},
             "remedies": [{"change": change, "peak_gib": peak / GIB} for change, peak in self.remedies],
         }
+
+
+def _plain(stage: Stage) -> dict[str, Any]:
+    return {
+        "peak_gib": stage.peak / GIB,
+        "allocated_gib": stage.allocated / GIB,
+        "by_owner": {owner: size / GIB for owner, size in stage.by_owner.items()} | {"margin": stage.margin / GIB},
+        "peak_op": stage.op,
+    }
 
 
 def estimate(plan: Plan, buckets: Sequence[Bucket]) -> Estimate:

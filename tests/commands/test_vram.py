@@ -262,7 +262,9 @@ def test_json_is_all_that_is_printed(plan_of, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "dry-run", tmp_path / "config.json", "--estimate-vram", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert {"stages", "peak_gib", "calibrated", "remedies"} <= told.keys()
-    assert told["stages"].keys() == {"caching text", "caching clips", "training", "sampling"}
+    assert told["stages"].keys() == {"caching", "training", "sampling"}
+    parts = told["stages"]["caching"]["parts"]
+    assert told["stages"]["caching"]["peak_gib"] == max(parts["text"]["peak_gib"], parts["clips"]["peak_gib"])
 
 
 def test_nabla_has_no_estimate_and_says_so(plan_of, tmp_path, monkeypatch, capsys):
@@ -280,7 +282,7 @@ def test_a_model_can_be_assumed(plan_of, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, *command) == 0
     told = json.loads(capsys.readouterr().out)["stages"]
     assert told["training"]["by_owner"]["transformer"] == pytest.approx(2.65, abs=0.01)
-    assert told["caching text"]["by_owner"]["text encoder"] == pytest.approx(10.58, abs=0.01)
+    assert told["caching"]["parts"]["text"]["by_owner"]["text encoder"] == pytest.approx(10.58, abs=0.01)
     assert run(monkeypatch, "dry-run", tmp_path / "config.json", "--assume-model", "wan2.1-1.3bb") == 2
     assert "did you mean wan2.1-1.3b?" in capsys.readouterr().err
 
