@@ -12,7 +12,7 @@ from crepatrain.config.plan import Plan
 from crepatrain.data.loader import Draw, TrainingSet
 from crepatrain.tensors import Batch
 from crepatrain.training import build
-from crepatrain.training.step import CrepaTerm, training_loss
+from crepatrain.training.step import training_loss
 
 # Of the range of noise levels that the transformer is for.
 _SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -77,8 +77,7 @@ class Evaluation:
         run, config, device = self.run, self.run.config, self.run.accelerator.device
         crepa = None
         if run.projector is not None and run.teacher is not None:
-            assert config.crepa_block_index is not None
-            crepa = CrepaTerm(run.projector, run.teacher, config.crepa_block_index, weight=0.0)
+            crepa = build.crepa_term(config, run.projector, run.teacher, 0.0)
         losses, scores = [], []
         for batch in self._batches():
             with build.autocast(config, device):

@@ -11,7 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder, config_of, family_of
+from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder, adapter_name, config_of, family_of
 from crepatrain.config.sections import RunConfig
 from crepatrain.console import Screen
 from crepatrain.errors import Problem, UserError
@@ -176,11 +176,6 @@ def write_result(
     layers = list(live_adapter(transformer))
     metadata = adapter_metadata(config, family, fingerprint, step, layers=layers, day=datetime.now(UTC).date())
     write_adapter([small, folder.root / ADAPTER_FILE], family, transformer, metadata)
-
-
-def adapter_name(config: RunConfig, family: Family) -> str:
-    """How the run's adapters are named, with the expert that they are for."""
-    return config.output_name + (f"_{family.variant.expert}_noise" if family.variant.expert else "")
 
 
 def write_adapter(

@@ -301,8 +301,7 @@ def _launch(run: Run, batches: Iterator[Batch], stop: StopSignal) -> Launched:
 def _crepa_term(run: Run, weight: float, clock: StepClock) -> CrepaTerm:
     assert run.crepa is not None
     assert run.teacher is not None
-    assert run.config.crepa_block_index is not None
-    return CrepaTerm(run.crepa, run.teacher, run.config.crepa_block_index, weight, timed=lambda: clock.part("crepa"))
+    return build.crepa_term(run.config, run.crepa, run.teacher, weight, timed=lambda: clock.part("crepa"))
 
 
 @contextlib.contextmanager

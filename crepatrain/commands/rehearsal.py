@@ -12,7 +12,7 @@ from crepatrain.console import Screen
 from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
 from crepatrain.training import build
-from crepatrain.training.step import CrepaTerm, training_loss
+from crepatrain.training.step import training_loss
 
 # Bytes of state that an optimizer keeps for each parameter.
 _STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0}
@@ -24,7 +24,7 @@ def rehearse(run: Run, plan: Plan, buckets: list[Bucket], screen: Screen) -> Non
     Raises:
         UserError: it does not fit; with what would.
     """
-    largest = _largest(plan, buckets)
+    largest = vram.largest_bucket(plan, buckets)
     screen.say(f"rehearsing a step on the largest clips, {largest}")
     devices = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
     try:
@@ -36,10 +36,6 @@ def rehearse(run: Run, plan: Plan, buckets: list[Bucket], screen: Screen) -> Non
     _give_back(run)
 
 
-def _largest(plan: Plan, buckets: list[Bucket]) -> Bucket:
-    return max(buckets, key=lambda bucket: plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width).tokens)
-
-
 def _step(run: Run, bucket: Bucket) -> None:
     config, schedule, device = run.config, run.state.schedule, run.accelerator.device
     step = _step_of(run, bucket)
@@ -47,8 +43,7 @@ def _step(run: Run, bucket: Bucket) -> None:
     batch = next(run.open_batches(step)).to(device)
     crepa = None
     if run.crepa is not None and run.teacher is not None and schedule is not None and schedule.needs_score(step):
-        assert config.crepa_block_index is not None
-        crepa = CrepaTerm(run.crepa, run.teacher, config.crepa_block_index, config.crepa_lambda)
+        crepa = build.crepa_term(config, run.crepa, run.teacher, config.crepa_lambda)
     with build.autocast(config, device):
         losses = training_loss(run.family, run.process, run.transformer, run.blocks, batch, crepa, run.layersync)
     run.accelerator.backward(losses.total)
@@ -93,7 +88,7 @@ def _does_not_fit(plan: Plan, bucket: Bucket) -> UserError:
 def compare_memory(plan: Plan, buckets: list[Bucket], measured: int, screen: Screen) -> None:
     """The estimate beside what was measured, in bytes."""
     try:
-        estimated = vram.training_stage(plan, _largest(plan, buckets)).allocated
+        estimated = vram.training_stage(plan, vram.largest_bucket(plan, buckets)).allocated
     except UserError as error:
         screen.note(error.problems[0].what)
         return

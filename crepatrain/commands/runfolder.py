@@ -45,6 +45,7 @@ class RunFolder:
         self.metrics = self.root / "metrics.jsonl"
         self._config_file = self.root / "config.json"
         self._status_file = self.root / "status.json"
+        self._best_file = self.root / "best.json"
         self._config = config
 
     def look(self) -> Path | None:
@@ -59,19 +60,18 @@ class RunFolder:
         self._expect_same_run()
         return self._checkpoint()
 
-    def best(self) -> dict[str, Any] | None:
-        """The checkpoint of the smallest eval_loss; None where nothing was held out yet."""
-        found = [line for line in self.lines() if line.get("eval_loss") is not None and line["step"] > 0]
-        best = min(found, key=lambda line: line["eval_loss"], default=None)
-        return best and {"step": best["step"], "eval_loss": best["eval_loss"]}
+    def best_step(self) -> int | None:
+        """The step that `mark_best` has found; None where nothing was held out yet."""
+        return json.loads(self._best_file.read_text(encoding="utf-8"))["step"] if self._best_file.is_file() else None
 
     def mark_best(self) -> None:
-        """Write the best checkpoint down, for people and programs."""
-        best, path = self.best(), self.root / "best.json"
-        if best:
-            replace_json(path, best)
+        """Write down the checkpoint of the smallest eval_loss among all lines, for people and programs."""
+        found = [line for line in self.lines() if line.get("eval_loss") is not None and line["step"] > 0]
+        if found:
+            best = min(found, key=lambda line: line["eval_loss"])
+            replace_json(self._best_file, {"step": best["step"], "eval_loss": best["eval_loss"]})
         else:
-            path.unlink(missing_ok=True)
+            self._best_file.unlink(missing_ok=True)
 
     def claim(self, step: int) -> None:
         """Make the folder this run's, from `step` on.
@@ -252,3 +252,8 @@ def family_of(config: RunConfig) -> Family:
     source, revision = config.pretrained_model_name_or_path, config.revision
     checkpoint, _ = read_checkpoint(source, revision, FAMILIES[config.model_family], config.wan_expert, online=False)
     return get_family(config.model_family, checkpoint, task=config.task, expert=config.wan_expert)
+
+
+def adapter_name(config: RunConfig, family: Family) -> str:
+    """How the run's adapters are named, with the expert that they are for."""
+    return config.output_name + (f"_{family.variant.expert}_noise" if family.variant.expert else "")

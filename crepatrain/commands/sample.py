@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from crepatrain.commands.runfolder import ADAPTER_FILE, config_of, family_of
+from crepatrain.commands.runfolder import ADAPTER_FILE, adapter_name, config_of, family_of
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.sources import fetch, read_checkpoint
 from crepatrain.config.specs import FAMILIES
@@ -158,8 +158,8 @@ def _open_run(root: Path, wish: Wish) -> _Source:
             raise UserError("--strength: this run trained the whole transformer, which has none", "leave it out")
         found = transformer.is_dir()
     else:
-        expert = f"_{family.variant.expert}_noise" if family.variant.expert else ""
-        named = {f"step {step}": root / "adapters" / f"{config.output_name}{expert}-{step:06d}.safetensors" for step in wish.at}
+        name = adapter_name(config, family)
+        named = {f"step {step}": root / "adapters" / f"{name}-{step:06d}.safetensors" for step in wish.at}
         adapters = named or {"adapter": root / ADAPTER_FILE}
         found = all(path.is_file() for path in adapters.values())
     if not found:

@@ -267,8 +267,7 @@ def save(run: Run) -> None:
             trees={f"{name}_learner": learner.state_dict() for name, learner in run.learners.items()},
             plain={"state": run.state.state_dict(), "fingerprint": run.fingerprint},
         )
-        best = run.folder.best()
-        rotate(run.folder.checkpoints, run.config.checkpoints_total_limit, keep=best["step"] if best else None)
+        rotate(run.folder.checkpoints, run.config.checkpoints_total_limit, keep=run.folder.best_step())
         run.folder.status("running", step)
     run.accelerator.wait_for_everyone()
 

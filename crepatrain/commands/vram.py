@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig
 
 from crepatrain.alignment.encoders import VisionEncoder, empty_encoder
-from crepatrain.alignment.teachers import BackboneTeacher, CachedTeacher, LatentTeacher, PixelTeacher, Teacher
+from crepatrain.alignment.teachers import Teacher
 from crepatrain.commands.quiet import quiet_libraries
 from crepatrain.config.plan import Plan, make_plan
 from crepatrain.config.sections import RunConfig
@@ -30,7 +30,7 @@ from crepatrain.training.account import StorageAccount, materialise
 from crepatrain.training.ema import WeightAverage
 from crepatrain.training.lora import is_adapted, trainable_parameters
 from crepatrain.training.optim import clip_gradients
-from crepatrain.training.step import CrepaTerm, training_loss
+from crepatrain.training.step import training_loss
 
 GIB = 1 << 30
 _CPU = torch.device("cpu")
@@ -118,6 +118,11 @@ def _plain(stage: Stage) -> dict[str, Any]:
     }
 
 
+def largest_bucket(plan: Plan, buckets: Sequence[Bucket]) -> Bucket:
+    """The one whose clips have the most tokens: it decides."""
+    return max(buckets, key=lambda bucket: plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width).tokens)
+
+
 def estimate(plan: Plan, buckets: Sequence[Bucket]) -> Estimate:
     """Every stage of a run, CREPA's share of it, and what would make it smaller; each number out of a step of its own.
 
@@ -127,7 +132,7 @@ def estimate(plan: Plan, buckets: Sequence[Bucket]) -> Estimate:
     Raises:
         UserError: the model's step can't run on fake tensors.
     """
-    largest = max(buckets, key=lambda bucket: plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width).tokens)
+    largest = largest_bucket(plan, buckets)
     config = plan.config
     began = time.perf_counter()
     training = training_stage(plan, largest)
@@ -423,8 +428,7 @@ class _Step:
         process = build.build_process(self._plan)
         crepa = None
         if self._crepa is not None and self._teacher is not None:
-            assert config.crepa_block_index is not None
-            crepa = CrepaTerm(self._crepa, self._teacher, config.crepa_block_index, config.crepa_lambda)
+            crepa = build.crepa_term(config, self._crepa, self._teacher, config.crepa_lambda)
         # A second micro-batch finds the gradients of the first; a third finds no more.
         for _ in range(min(config.gradient_accumulation_steps, 2)):
             with account.of("activations"), build.autocast(config, self._device):
@@ -463,20 +467,17 @@ def _transformer(plan: Plan, family: Family) -> Any:
 
 def _teacher(plan: Plan, family: Family) -> tuple[Teacher, dict[str, nn.Module]]:
     """The teacher, and what it holds by owner."""
-    config = plan.config
-    if config.crepa_feature_source == "cached":
-        return CachedTeacher(), {}
-    if config.crepa_feature_source == "backbone":
-        assert config.crepa_teacher_block_index is not None
-        return BackboneTeacher(config.crepa_teacher_block_index), {}
-    encoder = _vision_encoder(plan)
-    if config.crepa_feature_source == "pixels":
-        return PixelTeacher(encoder, plan.encoder_size), {"teacher": encoder}
-    vae = _vae(plan, family)
-    if config.crepa_drop_vae_encoder:
-        family.drop_vae_encoder(vae)
-    teacher = LatentTeacher(encoder, plan.encoder_size, lambda latents: family.decode_latents(vae, latents))
-    return teacher, {"teacher": encoder, "VAE": vae}
+    owned: dict[str, nn.Module] = {}
+
+    def encoder() -> VisionEncoder:
+        owned["teacher"] = made = _vision_encoder(plan)
+        return made
+
+    def vae() -> nn.Module:
+        owned["VAE"] = made = _vae(plan, family)
+        return made
+
+    return build.choose_teacher(plan, family, encoder, vae), owned
 
 
 def _vision_encoder(plan: Plan) -> VisionEncoder:

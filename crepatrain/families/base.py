@@ -214,6 +214,21 @@ def with_clean_frames(noisy: Tensor, mask: Tensor, batch: Batch) -> Tensor:
     return torch.cat([keep * noisy[:, :, :1] + (1 - keep) * first, noisy[:, :, 1:]], dim=2)
 
 
+def token_timesteps(timestep: Tensor, mask: Tensor, grid: TokenGrid) -> Tensor:
+    """A timestep [B] for every token, [B, S]: 0 where `noisy_frames` has 0."""
+    return (timestep.view(-1, 1, 1) * mask[:, 0, :, 0]).expand(-1, grid.t, grid.patches).flatten(1)
+
+
+def ask_masked(text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`ask_text` of a pipeline that is told which tokens are padding."""
+    return {
+        "prompt_embeds": text["prompt_embeds"],
+        "prompt_attention_mask": text["mask"],
+        "negative_prompt_embeds": negative["prompt_embeds"],
+        "negative_prompt_attention_mask": negative["mask"],
+    }
+
+
 def pad_rows(rows: Sequence[Tensor], length: int) -> Tensor:
     """Rows [L, E] of several lengths -> [B, length, E], zeros behind each end."""
     return torch.stack([nn.functional.pad(row, (0, 0, 0, length - row.shape[0])) for row in rows])

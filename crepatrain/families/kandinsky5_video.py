@@ -1,6 +1,7 @@
 """Kandinsky 5 Video: Kandinsky5Transformer3DModel and AutoencoderKLHunyuanVideo of diffusers, Qwen2.5-VL and CLIP text."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -34,8 +35,14 @@ _PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "
 
 
 def _pipeline(**parts: Any) -> Kandinsky5T2VPipeline:
-    """The pipeline without most of its parts, for what its own methods know."""
+    """The pipeline without its other parts."""
     return Kandinsky5T2VPipeline(**{**dict.fromkeys(_PARTS), **parts})
+
+
+@cache
+def _bare_pipeline() -> Kandinsky5T2VPipeline:
+    """For what the pipeline's own methods know; a step asks it too."""
+    return _pipeline()
 
 
 def _tiny(**more: Any) -> ModelShapes:
@@ -117,7 +124,7 @@ class Kandinsky5VideoFamily(Family):
         )
 
     def count_tokens(self, path: str, captions: Sequence[str]) -> list[int]:
-        pipeline = _pipeline()
+        pipeline = _bare_pipeline()
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
         texts = [pipeline.prompt_template.format(prompt_clean(caption)) for caption in captions]
         start = pipeline.prompt_template_encode_start_idx
@@ -165,7 +172,7 @@ class Kandinsky5VideoFamily(Family):
             timestep=sigma * TRAIN_TIMESTEPS,
             visual_rope_pos=[torch.arange(size, device=device) for size in (batch.grid.t, batch.grid.h, batch.grid.w)],
             text_rope_pos=torch.arange(text.shape[1], device=device),
-            scale_factor=_pipeline()._get_scale_factor(height * stride, width * stride),
+            scale_factor=_bare_pipeline()._get_scale_factor(height * stride, width * stride),
             sparse_params=self._sparse_params(batch.grid, device),
             return_dict=False,
         )
@@ -257,7 +264,7 @@ def _qwen_tokenizer() -> Qwen2Tokenizer:
     letters = sorted(bytes_to_unicode().values())
     tokenizer = Qwen2Tokenizer(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": list(_QWEN_MARKS)})
-    pipeline = _pipeline()
+    pipeline = _bare_pipeline()
     mark, length = "<|im_start|>", pipeline.prompt_template_encode_start_idx
     before = pipeline.prompt_template.partition("{}")[0].removeprefix(mark)
     cut = next(cut for cut in range(len(before)) if len(tokenizer(before[cut:]).input_ids) == length - 2)

@@ -17,10 +17,12 @@ from crepatrain.families.base import (
     TRAIN_TIMESTEPS,
     Family,
     PipelineParts,
+    ask_masked,
     inside_blocks,
     noisy_frames,
     pad_rows,
     rows_mask,
+    token_timesteps,
     with_clean_frames,
 )
 from crepatrain.tensors import Batch
@@ -103,8 +105,7 @@ class LtxVideoFamily(Family):
         mask = noisy_frames(batch)
         if mask is not None:
             noisy = with_clean_frames(noisy, mask, batch)
-            every_frame = timestep.view(-1, 1, 1) * mask[:, 0, :, 0]
-            timestep = every_frame.expand(-1, -1, batch.grid.patches).flatten(1)
+            timestep = token_timesteps(timestep, mask, batch.grid)
         channels, frames, height, width = noisy.shape[1:]
         spatial = self.geometry.spatial_stride
         packed = transformer(
@@ -124,12 +125,7 @@ class LtxVideoFamily(Family):
         return super().ask(sample) | {"frame_rate": sample["fps"]}
 
     def ask_text(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            "prompt_embeds": text["prompt_embeds"],
-            "prompt_attention_mask": text["mask"],
-            "negative_prompt_embeds": negative["prompt_embeds"],
-            "negative_prompt_attention_mask": negative["mask"],
-        }
+        return ask_masked(text, negative)
 
     def export_name(self, module: str) -> str:
         """Inside the blocks diffusers and the original name everything alike."""

@@ -23,6 +23,7 @@ from crepatrain.families.base import (
     TRAIN_TIMESTEPS,
     Family,
     PipelineParts,
+    ask_masked,
     inside_blocks,
     noisy_frames,
     pad_rows,
@@ -146,12 +147,7 @@ class SanaVideoFamily(Family):
         return arguments | {"frames": arguments.pop("num_frames")}
 
     def ask_text(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            "prompt_embeds": text["prompt_embeds"],
-            "prompt_attention_mask": text["mask"],
-            "negative_prompt_embeds": negative["prompt_embeds"],
-            "negative_prompt_attention_mask": negative["mask"],
-        }
+        return ask_masked(text, negative)
 
     def export_name(self, module: str) -> str:
         """For diffusers alone: ComfyUI has no such model."""

@@ -1,7 +1,7 @@
 """From a plan to the modules of a run. The only place that reads the config and loads torch models for training."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ from crepatrain.families.base import Family
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.lora import add_lora, leave_casts_to_autocast, target_modules, trainable_parameters
 from crepatrain.training.optim import build_lr_scheduler, build_optimizer
-from crepatrain.training.step import LayerSyncTerm
+from crepatrain.training.step import CrepaForward, CrepaTerm, LayerSyncTerm
 
 _ENCODER_FILES = ("*.json", "*.safetensors")
 
@@ -161,19 +161,36 @@ def build_image_encoder(plan: Plan, family: Family, device: torch.device) -> Any
 
 def build_teacher(plan: Plan, family: Family, device: torch.device) -> Teacher:
     """The teacher of `crepa_feature_source`, with what it needs in memory: nothing, for the default."""
+    return choose_teacher(plan, family, lambda: build_encoder(plan, device), lambda: build_vae(plan, family, device))
+
+
+def choose_teacher(plan: Plan, family: Family, make_encoder: Callable[[], VisionEncoder], make_vae: Callable[[], Any]) -> Teacher:
+    """The teacher of `crepa_feature_source`, around modules that are made where it needs them."""
     config = plan.config
     if config.crepa_feature_source == "cached":
         return CachedTeacher()
     if config.crepa_feature_source == "backbone":
         assert config.crepa_teacher_block_index is not None
         return BackboneTeacher(config.crepa_teacher_block_index)
-    encoder = build_encoder(plan, device)
+    encoder = make_encoder()
     if config.crepa_feature_source == "pixels":
         return PixelTeacher(encoder, plan.encoder_size)
-    vae = build_vae(plan, family, device)
+    vae = make_vae()
     if config.crepa_drop_vae_encoder:
         family.drop_vae_encoder(vae)
     return LatentTeacher(encoder, plan.encoder_size, lambda latents: family.decode_latents(vae, latents))
+
+
+def crepa_term(
+    config: RunConfig,
+    crepa: CrepaForward,
+    teacher: Teacher,
+    weight: float,
+    timed: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> CrepaTerm:
+    """CREPA's part of one step, on the config's block."""
+    assert config.crepa_block_index is not None
+    return CrepaTerm(crepa, teacher, config.crepa_block_index, weight, timed)
 
 
 def build_layersync(config: RunConfig) -> LayerSyncTerm | None:
