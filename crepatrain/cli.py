@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import crepatrain
+from crepatrain.config.load import parse_numbers
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.specs import FAMILIES, FamilySpec
@@ -245,7 +246,6 @@ def merge(
 
     def work() -> None:
         from crepatrain.commands.merge import merge as command
-        from crepatrain.commands.sample import parse_numbers
 
         strengths = parse_numbers(strength, float, "--strength") or (1.0,) * len(adapters)
         command(base, adapters, strengths, output, dtype, _screen)
@@ -306,8 +306,8 @@ def sample(
             height=height,
             width=width,
             seed=seed,
-            at=command.parse_numbers(at, int, "--at"),
-            strengths=command.parse_numbers(strength, float, "--strength") or (1.0,),
+            at=parse_numbers(at, int, "--at"),
+            strengths=parse_numbers(strength, float, "--strength") or (1.0,),
             base=base,
             output=output,
         )

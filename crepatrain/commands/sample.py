@@ -334,15 +334,3 @@ def call(pipeline: Any, arguments: dict[str, Any], generator: torch.Generator, a
     # [F, 3, H, W] in [0, 1]; weights that have diverged make black rather than the noise of a cast from NaN.
     video = made[0].float().nan_to_num()
     return (video.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> tuple[Any, ...]:
-    """Numbers between commas.
-
-    Raises:
-        UserError: something else.
-    """
-    try:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise UserError(f"{option} {text}: not numbers between commas", f"write {option} 500,1000") from None

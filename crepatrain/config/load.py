@@ -288,6 +288,18 @@ def _choices(annotation: Any) -> set[Any]:
     return set().union(*(_choices(arg) for arg in get_args(annotation)))
 
 
+def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> tuple[Any, ...]:
+    """Numbers between commas.
+
+    Raises:
+        UserError: something else.
+    """
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"{option} {text}: not numbers between commas", f"write {option} 500,1000") from None
+
+
 def unknown_key(key: str) -> Problem:
     """What to answer to a key that is not ours."""
     lowered = key.lower().replace("-", "_").lstrip("_")

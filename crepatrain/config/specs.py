@@ -156,7 +156,12 @@ class FamilySpec:
 
     def default_variant(self) -> Variant:
         """Of the first released model."""
-        return self.variant(next(iter(self.released.values())).checkpoint, None)
+        return self.variant(self.first.checkpoint, None)
+
+    @property
+    def first(self) -> ModelShapes:
+        """The first released model."""
+        return next(iter(self.released.values()))
 
 
 _TEXT_AND_VAE = ("vae", "text_encoder", "tokenizer", "scheduler")
@@ -452,20 +457,12 @@ LTXVIDEO = FamilySpec(
 
 
 def _sana_geometry(transformer: JSON, vae: JSON) -> Geometry:
-    patch_t, patch_h, patch_w = transformer["patch_size"]
+    """Its transformer names things as Wan's does, whatever VAE it has."""
     if "z_dim" in vae:
-        temporal, spatial, channels = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8), vae["z_dim"]
-    else:
-        temporal, spatial = _ltx_compression(vae)
-        channels = vae["latent_channels"]
-    return Geometry(
-        temporal_stride=temporal,
-        spatial_stride=spatial,
-        patch=(patch_t, patch_h, patch_w),
-        latent_channels=channels,
-        depth=transformer["num_layers"],
-        width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
-    )
+        return _wan_geometry(transformer, vae)
+    temporal, spatial = _ltx_compression(vae)
+    known = {"scale_factor_temporal": temporal, "scale_factor_spatial": spatial, "z_dim": vae["latent_channels"]}
+    return _wan_geometry(transformer, known)
 
 
 def _sana_variant(files: Checkpoint, _expert: Expert | None) -> Variant:

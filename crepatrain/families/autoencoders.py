@@ -5,6 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Of small models with random weights.
+TINY_WAN_VAE = {
+    "base_dim": 8,
+    "z_dim": 16,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+}
+
 
 def encode_wan(vae: Any, pixels: Tensor) -> Tensor:
     """Pixels [B, 3, F, H, W] -> (z - mean) / std with the config's mean and std, fp32."""

@@ -69,7 +69,7 @@ def _tiny(**more: Any) -> ModelShapes:
         "norm_num_groups": 4,
         "scaling_factor": 0.476986,
     }
-    return ModelShapes(None, transformer, vae, next(iter(KANDINSKY5_VIDEO.released.values())).scheduler)
+    return ModelShapes(None, transformer, vae, KANDINSKY5_VIDEO.first.scheduler)
 
 
 class Kandinsky5VideoFamily(Family):

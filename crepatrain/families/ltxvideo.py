@@ -59,7 +59,7 @@ def _tiny(**vae: Any) -> ModelShapes:
         "patch_size_t": 1,
         **vae,
     }
-    return ModelShapes(None, transformer, tiny_vae, next(iter(LTXVIDEO.released.values())).scheduler)
+    return ModelShapes(None, transformer, tiny_vae, LTXVIDEO.first.scheduler)
 
 
 class LtxVideoFamily(Family):

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, Gemma2Config, Gemma2Model
 
 from crepatrain.config.specs import SANAVIDEO, ModelShapes
 from crepatrain.errors import UserError
-from crepatrain.families.autoencoders import decode_ltx, decode_wan, encode_ltx, encode_wan
+from crepatrain.families.autoencoders import TINY_WAN_VAE, decode_ltx, decode_wan, encode_ltx, encode_wan
 from crepatrain.families.base import (
     TRAIN_TIMESTEPS,
     Family,
@@ -36,13 +36,6 @@ from crepatrain.tensors import Batch
 _INSTRUCTION = inspect.signature(SanaVideoPipeline.__call__).parameters["complex_human_instruction"].default
 
 
-_WAN_VAE = {
-    "base_dim": 8,
-    "z_dim": 16,
-    "dim_mult": [1, 1, 1, 1],
-    "num_res_blocks": 1,
-    "temperal_downsample": [False, True, True],
-}
 _LTX2_VAE = {
     "latent_channels": 8,
     "block_out_channels": [8, 16, 32, 64],
@@ -74,7 +67,7 @@ def _tiny(vae: Mapping[str, Any], channels: int, patch: int, sample_size: int) -
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 64,
     }
-    return ModelShapes(None, transformer, vae, next(iter(SANAVIDEO.released.values())).scheduler)
+    return ModelShapes(None, transformer, vae, SANAVIDEO.first.scheduler)
 
 
 class SanaVideoFamily(Family):
@@ -82,7 +75,7 @@ class SanaVideoFamily(Family):
 
     spec = SANAVIDEO
     transformer_class = SanaVideoTransformer3DModel
-    tiny = MappingProxyType({"tiny": _tiny(_WAN_VAE, 16, 2, 30), "tiny-720p": _tiny(_LTX2_VAE, 8, 1, 22)})
+    tiny = MappingProxyType({"tiny": _tiny(TINY_WAN_VAE, 16, 2, 30), "tiny-720p": _tiny(_LTX2_VAE, 8, 1, 22)})
 
     @property
     def _wan_vae(self) -> bool:

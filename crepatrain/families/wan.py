@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from crepatrain.config.specs import WAN, ModelShapes
-from crepatrain.families.autoencoders import decode_wan, encode_wan
+from crepatrain.families.autoencoders import TINY_WAN_VAE, decode_wan, encode_wan
 from crepatrain.families.base import (
     TRAIN_TIMESTEPS,
     Family,
@@ -33,6 +33,7 @@ from crepatrain.families.base import (
     inside_blocks,
     noisy_frames,
     pad_rows,
+    token_timesteps,
     with_clean_frames,
 )
 from crepatrain.tensors import Batch
@@ -85,15 +86,8 @@ def _tiny(channels: int = 16, latents: int = 16, vae: Mapping[str, Any] | None =
         "rope_max_seq_len": 64,
         **image,
     }
-    tiny_vae = {
-        "base_dim": 8,
-        "z_dim": 16,
-        "dim_mult": [1, 1, 1, 1],
-        "num_res_blocks": 1,
-        "temperal_downsample": [False, True, True],
-        **(vae or {}),
-    }
-    scheduler = next(iter(WAN.released.values())).scheduler
+    tiny_vae = {**TINY_WAN_VAE, **(vae or {})}
+    scheduler = WAN.first.scheduler
     return ModelShapes(None, transformer, tiny_vae, scheduler, more)
 
 
@@ -193,10 +187,11 @@ class WanFamily(Family):
         image_embeds = None
         if self._per_token:
             mask = noisy_frames(batch)
-            if mask is not None:
+            if mask is None:  # every token has its timestep here, also where all are alike
+                mask = noisy.new_ones(1, 1, 1, 1, 1)
+            else:
                 noisy = with_clean_frames(noisy, mask, batch)
-            every_frame = timestep.view(-1, 1, 1) if mask is None else timestep.view(-1, 1, 1) * mask[:, 0, :, 0]
-            timestep = every_frame.expand(-1, batch.grid.t, batch.grid.patches).flatten(1)
+            timestep = token_timesteps(timestep, mask, batch.grid)
         elif self.task == "i2v":
             noisy, image_embeds = self._with_image(noisy, batch)
         return transformer(

@@ -171,7 +171,7 @@ def how_to_load(file: AdapterFile, model: Model) -> list[str]:
     """The lines that load a file."""
     spec, recipe = model.family.spec, file.recipe()
     pipeline = dict(spec.pipelines).get(recipe.get("task", ""), spec.pipelines[model.family.task])
-    released = spec.released.get(model.title, next(iter(spec.released.values())))
+    released = spec.released.get(model.title, spec.first)
     base = recipe.get("base", {}).get("repo") or released.repo
     second = ", load_into_transformer_2=True" if file.metadata.get("crepatrain.expert") == "low" else ""
     lines = [

@@ -15,9 +15,10 @@ from conftest import render_clip
 from crepatrain.commands import sample as module
 from crepatrain.commands.fit import fit
 from crepatrain.commands.preflight import hold_out, look_at_clips
-from crepatrain.commands.sample import Wish, parse_numbers, sample
+from crepatrain.commands.sample import Wish, sample
 from crepatrain.commands.stopping import StopSignal
 from crepatrain.commands.validation import steadiness
+from crepatrain.config.load import parse_numbers
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.data.encode import grid_video, write_video
