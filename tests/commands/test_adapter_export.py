@@ -375,17 +375,16 @@ def test_a_whole_transformer_is_one_file_that_reads_back(family, size, fake_run)
     for name, tensor in live.state_dict().items():
         assert torch.equal(single.state_dict()[name], tensor)
         assert torch.equal(whole.state_dict()[name], tensor)
-    torch.testing.assert_close(predict_any(run.family, single), predict_any(run.family, live), rtol=0, atol=0)
+    if run.family.task == "t2v":
+        for model in (single, live):  # mapped from a file, weights may lie where the CPU's kernels round otherwise
+            model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+        torch.testing.assert_close(predict(run.family, single), predict(run.family, live), rtol=0, atol=0)
     names = set(load_file(path))
     probe = {"wan": "head.modulation", "ltxvideo": "adaln_single.emb.timestep_embedder.linear_1.bias"}[family]
     assert probe in names
     assert not [name for name in names if name.startswith(("transformer.", "diffusion_model.", "model."))]
     if family == "ltxvideo":
         assert json.loads(header(path)["config"])["transformer"]["causal_temporal_positioning"] is False
-
-
-def predict_any(family, transformer):
-    return predict(family, transformer) if family.task == "t2v" else next(iter(transformer.state_dict().values()))
 
 
 def test_kandinsky_keeps_its_names(fake_run):
