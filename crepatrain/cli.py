@@ -316,6 +316,29 @@ def sample(
     _stoppable(work)
 
 
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="output_dir of a run", show_default=False)],
+    repo: Annotated[
+        str | None, typer.Option(help="on the hub, with or without its owner; without it hub_model_id", show_default=False)
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="of the adapter; without it the last", show_default=False)] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="of a new repository; without it hub_private_repo", show_default=False),
+    ] = None,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Write the model card, list what would go, and stop there.")] = False,
+) -> None:
+    """Upload a run's result to the Hugging Face hub with a model card. Clips, captions and config stay here."""
+
+    def work() -> None:
+        from crepatrain.commands.push import push as command
+
+        command(run, _screen, repo=repo, private=private, step=step, dry=dry)
+
+    _stoppable(work)
+
+
 @app.command("make-random")
 def make_random(
     family: Annotated[str, typer.Argument(help=f"one of: {', '.join(FAMILIES)}")],

@@ -15,10 +15,11 @@ _POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), reflected
 _MASK_DELTA = 0xA282EAD8
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types
 _SESSION_START = 1
+_RGB = 3
 
 
 class EventFile:
-    """Scalars by step, for TensorBoard.
+    """Scalars and pictures by step, for TensorBoard.
 
     Args:
         folder: made on the way; every session writes a file of its own.
@@ -34,12 +35,20 @@ class EventFile:
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("xb")
         self._write(_string(3, "brain.Event:2"))
-        self._write(_number(2, step + 1) + _message(7, _number(1, _SESSION_START)))
+        self._write(_number(2, step + 1) + _bytes(7, _number(1, _SESSION_START)))
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         """The numbers of one step, by tag."""
-        values = [_message(1, _string(1, tag) + _key(2, _FIXED32) + struct.pack("<f", value)) for tag, value in scalars.items()]
-        self._write(_number(2, step) + _message(5, b"".join(values)))
+        values = [_bytes(1, _string(1, tag) + _key(2, _FIXED32) + struct.pack("<f", value)) for tag, value in scalars.items()]
+        self._write(_number(2, step) + _bytes(5, b"".join(values)))
+
+    def show(self, step: int, pictures: Mapping[str, tuple[bytes, tuple[int, int]]]) -> None:
+        """Pictures of one step, by tag: the content of an image file, and (width, height)."""
+        values = []
+        for tag, (content, (width, height)) in pictures.items():
+            picture = _number(1, height) + _number(2, width) + _number(3, _RGB) + _bytes(4, content)
+            values.append(_bytes(1, _string(1, tag) + _bytes(4, picture)))
+        self._write(_number(2, step) + _bytes(5, b"".join(values)))
 
     def close(self) -> None:
         self._file.close()
@@ -87,9 +96,9 @@ def _number(field: int, value: int) -> bytes:
     return _key(field, _VARINT) + _varint(value)
 
 
-def _message(field: int, content: bytes) -> bytes:
+def _bytes(field: int, content: bytes) -> bytes:
     return _key(field, _BYTES) + _varint(len(content)) + content
 
 
 def _string(field: int, text: str) -> bytes:
-    return _message(field, text.encode())
+    return _bytes(field, text.encode())

@@ -17,6 +17,7 @@ from torch import Tensor
 from crepatrain.commands.evaluation import Evaluation
 from crepatrain.commands.precompute import fill_caches, free_memory, plan_caches
 from crepatrain.commands.preflight import dataset_facts, hold_out, look_at_clips
+from crepatrain.commands.push import expect_pushable, push
 from crepatrain.commands.rehearsal import compare_memory, rehearse
 from crepatrain.commands.reporting.report import refresh_report
 from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder, expect_same_fingerprint
@@ -60,6 +61,8 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False) -> None:
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     folder = RunFolder(plan.config, writes=accelerator.is_main_process)
     device = accelerator.device
+    if plan.config.push_to_hub:
+        expect_pushable(plan.config)
     with StopSignal() as stop:
         resume = folder.look()
         with accelerator.main_process_first():
@@ -90,6 +93,8 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False) -> None:
     _closing_table(run, screen)
     if device.type == "cuda" and accelerator.is_main_process:
         compare_memory(plan, list(dataset.cut.buckets), _training_peak(run), screen)
+    if plan.config.push_to_hub and accelerator.is_main_process:
+        push(folder.root, screen)
 
 
 def _expect_one_start(start: Start, processes: int) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.sources import read_checkpoint
 from crepatrain.config.specs import FAMILIES
@@ -21,9 +23,13 @@ _STEP_AT_THE_END = re.compile(r"-(\d{6,})$")
 
 
 class Tracker(Protocol):
-    """Where logged lines go beside metrics.jsonl."""
+    """Where logged lines go beside metrics.jsonl, and videos beside samples/."""
 
     def log(self, line: Mapping[str, Any]) -> None: ...
+
+    def show(self, step: int, videos: Mapping[str, np.ndarray], file: Path) -> None:
+        """Videos [F, H, W, 3] uint8 by prompt, and the file in which they stand side by side."""
+        ...
 
     def close(self) -> None: ...
 
@@ -168,6 +174,11 @@ class RunFolder:
             ) from error
         for tracker in self.trackers:
             tracker.log(line)
+
+    def show(self, step: int, videos: Mapping[str, np.ndarray], file: Path) -> None:
+        """Tell the trackers of the videos of a step."""
+        for tracker in self.trackers:
+            tracker.show(step, videos, file)
 
     def status(self, status: Literal["running", "completed", "stopped", "failed"], step: int, reason: str = "") -> None:
         """Say where the run stands."""

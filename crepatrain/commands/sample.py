@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from crepatrain.commands.records import read_run
 from crepatrain.commands.runfolder import ADAPTER_FILE, adapter_name, config_of, family_of
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.sources import fetch, read_checkpoint
@@ -24,7 +25,7 @@ from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.training.adapter_file import read_adapter
-from crepatrain.training.recipe import SCHEMA, sample_defaults
+from crepatrain.training.recipe import SCHEMA, public_name, sample_defaults
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class _Source:
         settings: a recipe's `sample`.
         prompt: where the user gives none.
         folder: where videos go.
+        step: optimizer steps behind what is sampled; None where several are compared.
     """
 
     family: Family
@@ -72,6 +74,7 @@ class _Source:
     settings: dict[str, Any]
     prompt: str | None
     folder: Path
+    step: int | None
 
 
 def sample(target: Path, wish: Wish, screen: Screen) -> None:
@@ -104,9 +107,10 @@ def sample(target: Path, wish: Wish, screen: Screen) -> None:
     base, made = rows[0][0], [row[0] for row in rows[1:]]
     per_row = len(wish.strengths)
     grid = [[base, *made[start : start + per_row]] for start in range(0, len(made), per_row)]
-    write_video(path, made[-1][1], fps=settings["fps"])
+    facts = {"prompt": prompt, "seed": wish.seed, "step": source.step, "base": public_name(source.base)} | settings
+    write_video(path, made[-1][1], fps=settings["fps"], facts=facts | {"shown": str(shown[-1])})
     beside = path.with_name(f"{path.stem}-beside-base.mp4")
-    write_video(beside, grid_video(grid), fps=settings["fps"])
+    write_video(beside, grid_video(grid), fps=settings["fps"], facts=facts | {"shown": list(map(str, shown))})
     change = float(np.abs(made[-1][1].astype(np.int16) - base[1]).mean())
     screen.rows(
         "videos",
@@ -167,7 +171,11 @@ def _open_run(root: Path, wish: Wish) -> _Source:
         raise UserError(f"{gone}: there is no such file", f"see what is in {root / 'adapters'}")
     settings = sample_defaults(config, family)
     base, folder = config.pretrained_model_name_or_path, root / "samples"
-    return _Source(family, base, config.revision, adapters, transformer, settings, _some_caption(config), folder)
+    if transformer:
+        step = read_run(root).status.get("step")
+    else:
+        step = None if wish.at else read_adapter(adapters["adapter"]).recipe().get("step")
+    return _Source(family, base, config.revision, adapters, transformer, settings, _some_caption(config), folder, step)
 
 
 def _some_caption(config: RunConfig) -> str | None:
@@ -200,7 +208,8 @@ def _open_adapter(path: Path, wish: Wish) -> _Source:
     checkpoint, _ = read_checkpoint(base, revision, FAMILIES[family_name], recipe["expert"], online=True)
     family = get_family(family_name, checkpoint, task=recipe["task"], expert=recipe["expert"])
     trigger = recipe["train"]["trigger"]
-    return _Source(family, base, revision, {"adapter": path}, None, dict(recipe["sample"]), trigger, path.parent)
+    settings = dict(recipe["sample"])
+    return _Source(family, base, revision, {"adapter": path}, None, settings, trigger, path.parent, recipe["step"])
 
 
 def _settings(source: _Source, wish: Wish, screen: Screen) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.tracking import WandBTracker
 
 from crepatrain.commands.events import EventFile
 from crepatrain.commands.runfolder import RunFolder
 from crepatrain.config.sections import RunConfig
+from crepatrain.data.encode import as_jpeg, film_strip
 from crepatrain.errors import UserError
 
 # What a line's numbers are shown under, by the beginning or the end of their name; the rest under train.
@@ -31,6 +33,12 @@ class TensorBoard:
     def log(self, line: Mapping[str, Any]) -> None:
         with self._writable():
             self._events.add(line["step"], scalars(line))
+
+    def show(self, step: int, videos: Mapping[str, np.ndarray], file: Path) -> None:  # noqa: ARG002
+        """A few frames of each: its pages play no video, and a GIF's few colours flicker by themselves."""
+        strips = {f"samples/{prompt}": film_strip(frames) for prompt, frames in videos.items()}
+        with self._writable():
+            self._events.show(step, {tag: (as_jpeg(strip), strip.size) for tag, strip in strips.items()})
 
     def close(self) -> None:
         self._events.close()
@@ -63,6 +71,11 @@ class WandB:
 
     def log(self, line: Mapping[str, Any]) -> None:
         self._tracker.log(scalars(line), step=line["step"])
+
+    def show(self, step: int, videos: Mapping[str, np.ndarray], file: Path) -> None:  # noqa: ARG002
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        self._tracker.log({"samples": wandb.Video(str(file), format="mp4")}, step=step)
 
     def close(self) -> None:
         self._tracker.finish()

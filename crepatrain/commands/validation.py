@@ -64,9 +64,17 @@ class Validation:
         assert fps is not None
         name = f"step-{run.state.step:06d}"
         labelled = [(f"{name} {prompt[:_PROMPT_SHOWN]}", video) for prompt, video in zip(prompts, videos, strict=True)]
-        write_video(folder / f"{name}.mp4", grid_video([labelled]), fps=fps)
+        facts = {
+            "prompts": prompts,
+            "seed": config.validation_seed,
+            "steps": config.validation_sampling_steps,
+            "step": run.state.step,
+        }
+        path, by_prompt = folder / f"{name}.mp4", dict(zip(_told_apart(prompts), videos, strict=True))
+        write_video(path, grid_video([labelled]), fps=fps, facts=facts)
+        run.folder.show(run.state.step, by_prompt, path)
         if self.plan.encoder is not None:
-            self._measure(dict(zip(prompts, videos, strict=True)), device)
+            self._measure(by_prompt, device)
         with contextlib.suppress(UserError):  # the training goes on without it
             refresh_report(run.folder.root)
 
@@ -111,6 +119,11 @@ class Validation:
                 file.write(json.dumps(line) + "\n")
         del encoder
         free_memory()
+
+
+def _told_apart(prompts: list[str]) -> list[str]:
+    """The same prompt may stand there twice, for two images."""
+    return [f"{prompt} ({number})" if prompts.count(prompt) > 1 else prompt for number, prompt in enumerate(prompts, start=1)]
 
 
 @contextlib.contextmanager

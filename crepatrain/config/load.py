@@ -14,6 +14,8 @@ from crepatrain.config.sections import RunConfig
 from crepatrain.config.specs import FAMILIES
 from crepatrain.errors import Problem, UserError, closest
 
+_SECRETS = {"hub_token", "hf_token", "huggingface_token", "token", "use_auth_token"}
+
 # What SimpleTuner, musubi-tuner, diffusers' scripts, finetrainers, ai-toolkit and diffusion-pipe call the same thing.
 FOREIGN_KEYS: Mapping[str, str] = {
     "pretrained_transformer_model_name_or_path": "pretrained_model_name_or_path",
@@ -303,6 +305,8 @@ def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> tupl
 def unknown_key(key: str) -> Problem:
     """What to answer to a key that is not ours."""
     lowered = key.lower().replace("-", "_").lstrip("_")
+    if lowered in _SECRETS:
+        return Problem(f"{key}: unknown key", "a config is copied into the run's folder: run `hf auth login`, or set HF_TOKEN")
     if lowered in FOREIGN_KEYS:
         return Problem(f"{key}: unknown key", f"here it is called {FOREIGN_KEYS[lowered]}")
     close = closest(lowered, RunConfig.model_fields, cutoff=0.7)
@@ -326,7 +330,7 @@ _WRONG: Mapping[str, tuple[str, str]] = {
     "list_type": ("wrong type", "write a list"),
     "too_short": ("an empty list", "write a list with a name in it, or leave the key out"),
     "string_too_short": ("empty", "write a value"),
-    "string_pattern_mismatch": ("not a file name", "use letters, digits, dot, dash and underscore"),
+    "string_pattern_mismatch": ("a name that can't be", "use letters, digits, dot, dash and underscore"),
     "impossible_regex": ("no regular expression", "write a list of names, or mend it"),
     "impossible_path": ("no system has such a path", "give a shorter path"),
 }

@@ -231,6 +231,23 @@ class ValidationConfig(Section):
     validation_sampling_steps: int = Field(25, ge=2, le=1000, description="denoising steps", json_schema_extra=_MAY_CHANGE)
 
 
+class HubConfig(Section):
+    """The Hugging Face hub, which only sees what a run has made, never its clips. A token is never a key: `hf auth login`."""
+
+    push_to_hub: bool = Field(
+        False, description="upload the result with a model card when the run is complete", json_schema_extra=_MAY_CHANGE
+    )
+    hub_model_id: str | None = Field(
+        None,
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="repository, with or without its owner; null: the name of output_dir, under your own name",
+        json_schema_extra=_MAY_CHANGE,
+    )
+    hub_private_repo: bool = Field(
+        True, description="of a repository that does not exist yet: seen by you alone", json_schema_extra=_MAY_CHANGE
+    )
+
+
 class CrepaConfig(Section):
     """CREPA, as arXiv 2506.09229 has it, and when to stop it."""
 
@@ -302,6 +319,7 @@ SECTIONS: tuple[type[Section], ...] = (
     OptimConfig,
     LoopConfig,
     ValidationConfig,
+    HubConfig,
     CrepaConfig,
     LayerSyncConfig,
 )
@@ -315,6 +333,7 @@ class RunConfig(
     OptimConfig,
     LoopConfig,
     ValidationConfig,
+    HubConfig,
     CrepaConfig,
     LayerSyncConfig,
 ):

@@ -1,8 +1,11 @@
-"""Writing video files."""
+"""Writing video files, and pictures of videos."""
 
-from collections.abc import Sequence
+import io
+import json
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -12,11 +15,18 @@ from crepatrain.files import written_aside
 
 _GAP = 4
 _LABEL_HEIGHT = 22
+_STRIP_FRAMES, _STRIP_WIDTH = 6, 320
 
 
-def write_video(path: Path, frames: np.ndarray, *, fps: float) -> None:
-    """Write frames [F, H, W, 3] uint8 as H.264 in yuv420p, whole or not at all."""
+def write_video(path: Path, frames: np.ndarray, *, fps: float, facts: Mapping[str, Any] | None = None) -> None:
+    """Write frames [F, H, W, 3] uint8 as H.264 in yuv420p, whole or not at all.
+
+    Args:
+        facts: what the file says of itself, as JSON in its comment, which players and ffprobe show.
+    """
     with written_aside(path) as aside, av.open(str(aside), "w", format="mp4") as container:
+        if facts:
+            container.metadata["comment"] = json.dumps(facts, ensure_ascii=False)
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = (side - side % 2 for side in frames.shape[1:3])  # what yuv420p can hold
         stream.pix_fmt = "yuv420p"
@@ -24,6 +34,32 @@ def write_video(path: Path, frames: np.ndarray, *, fps: float) -> None:
             even = np.ascontiguousarray(picture[: stream.height, : stream.width])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
         container.mux(stream.encode())
+
+
+def video_facts(path: Path) -> dict[str, Any]:
+    """What `write_video` has let a file say of itself; empty for others."""
+    try:
+        with av.open(str(path)) as container:
+            facts = json.loads(container.metadata.get("comment", "{}"))
+    except (av.FFmpegError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def film_strip(frames: np.ndarray) -> Image.Image:
+    """A few frames of a video [F, H, W, 3] uint8, evenly spread from the first to the last, side by side."""
+    chosen = np.unique(np.linspace(0, len(frames) - 1, _STRIP_FRAMES).round().astype(int))
+    pictures = [Image.fromarray(frames[index]) for index in chosen]
+    for picture in pictures:
+        picture.thumbnail((_STRIP_WIDTH, _STRIP_WIDTH))
+    return Image.fromarray(_joined([np.array(picture)[None] for picture in pictures], axis=2)[0])
+
+
+def as_jpeg(picture: Image.Image) -> bytes:
+    """The content of a JPEG file."""
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    return file.getvalue()
 
 
 def grid_video(rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> np.ndarray:

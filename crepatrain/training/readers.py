@@ -9,6 +9,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from crepatrain.config.specs import FamilySpec
 from crepatrain.training.adapter_file import ENDS, KOHYA, AdapterFile, Model, Pair
 
 _REFUSALS = (ValueError, KeyError, IndexError, AttributeError, RuntimeError, TypeError, NameError)
@@ -180,5 +181,10 @@ def how_to_load(file: AdapterFile, model: Model) -> list[str]:
         f'  pipeline.load_lora_weights("{file.path.parent}", weight_name="{file.path.name}"{second})',
     ]
     if spec.comfyui:
-        lines += ["ComfyUI:", "  put it into models/loras and load it at strength 1" + _COMFYUI_HINTS.get(spec.name, "")]
+        lines += ["ComfyUI:", "  put it into models/loras and load it at strength 1" + comfyui_hint(spec)]
     return lines
+
+
+def comfyui_hint(spec: FamilySpec) -> str:
+    """What else must be known of loading a family's adapters in ComfyUI."""
+    return _COMFYUI_HINTS.get(spec.name, "")

@@ -21,7 +21,7 @@ from crepatrain.commands.validation import steadiness
 from crepatrain.config.load import parse_numbers
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
-from crepatrain.data.encode import grid_video, write_video
+from crepatrain.data.encode import film_strip, grid_video, video_facts, write_video
 from crepatrain.errors import UserError
 
 PROMPTS = ["a square", "another square moves"]
@@ -82,12 +82,22 @@ def test_a_sample_stands_beside_the_base_of_the_same_seed(trained, tmp_path, cap
     assert beside.shape[2] == 2 * 96 + 4
     base, made = (beside[:, 22:86, start : start + 96].astype(int) for start in (0, 100))
     assert np.abs(base - made).mean() > 1
+    facts = video_facts(tmp_path / "one-beside-base.mp4")
+    assert {key: facts[key] for key in ("prompt", "seed", "step", "steps", "shown", "base")} == {
+        "prompt": "a square",
+        "seed": 42,
+        "step": 4,
+        "steps": 2,
+        "shown": ["base", "adapter"],
+        "base": "wan-tiny",
+    }
+    assert video_facts(trained / "samples" / "step-000002.mp4") == {"prompts": PROMPTS, "seed": 42, "steps": 2, "step": 2}
 
 
 def test_the_same_seed_gives_the_same_frames(trained, tmp_path, monkeypatch):
     """Before they are encoded: the encoder's threads may split the bits otherwise."""
     written = []
-    monkeypatch.setattr(module, "write_video", lambda _path, frames, *, fps: written.append((frames.copy(), fps)))
+    monkeypatch.setattr(module, "write_video", lambda _path, frames, *, fps, facts: written.append((frames.copy(), fps)))
     for seed in (1, 1, 2):
         sample(trained, Wish(prompt="a", steps=2, frames=5, seed=seed, output=tmp_path / "out.mp4"), Screen(quiet=True))
     first, again, other = (written[index][0] for index in (0, 2, 4))
@@ -253,3 +263,17 @@ def test_a_grid_is_labelled_and_whole(tmp_path):
     assert grid[:, :22, :48].max() > 100
     write_video(tmp_path / "deep" / "grid.mp4", grid, fps=16)
     assert frames_of(tmp_path / "deep" / "grid.mp4").shape == grid.shape
+
+
+def test_a_strip_shows_both_ends_and_no_frame_twice():
+    frames = np.arange(9, dtype=np.uint8).repeat(400 * 800 * 3).reshape(9, 400, 800, 3)
+    strip = np.array(film_strip(frames))
+    assert strip.shape == (160, 6 * 320 + 5 * 4, 3)
+    assert [strip[80, left + 160, 0] for left in range(0, strip.shape[1], 324)] == [0, 2, 3, 5, 6, 8]
+    assert np.array(film_strip(frames[:1])).shape == (160, 320, 3)
+
+
+def test_a_video_without_facts_has_none(tmp_path):
+    write_video(tmp_path / "plain.mp4", np.zeros((2, 32, 32, 3), dtype=np.uint8), fps=8)
+    (tmp_path / "broken.mp4").write_bytes(b"x")
+    assert video_facts(tmp_path / "plain.mp4") == video_facts(tmp_path / "broken.mp4") == {}

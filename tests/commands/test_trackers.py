@@ -1,5 +1,6 @@
 """What goes to TensorBoard and elsewhere is what metrics.jsonl holds."""
 
+import io
 import json
 import struct
 from collections.abc import Iterator
@@ -7,7 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crepatrain.commands.events import EventFile, _masked_crc
 from crepatrain.commands.fit import fit
@@ -58,9 +63,9 @@ def events(path: Path) -> Iterator[dict[int, Any]]:
         content = content[16 + size :]
 
 
-def shown(folder: Path) -> dict[str, dict[int, float]]:
-    """What TensorBoard shows: tag -> step -> value, of all files in their order."""
-    found: dict[str, dict[int, float]] = {}
+def shown(folder: Path) -> dict[str, dict[int, Any]]:
+    """What TensorBoard shows: tag -> step -> number or picture, of all files in their order."""
+    found: dict[str, dict[int, Any]] = {}
     for path in sorted(folder.iterdir()):
         first, start, *rest = events(path)
         assert first[3] == b"brain.Event:2"
@@ -73,7 +78,7 @@ def shown(folder: Path) -> dict[str, dict[int, float]]:
                 told = dict(fields(value))
                 values = found.setdefault(told[1].decode(), {})
                 assert event[2] not in values, "a step is there once"
-                values[event[2]] = told[2]
+                values[event[2]] = told[2] if 2 in told else told[4]
     return found
 
 
@@ -109,10 +114,7 @@ def test_tensorboard_has_the_lines_of_a_run_in_two_parts_once(config_file, tmp_p
     assert list(found["train/loss"]) == [1, 2, 3, 4]
 
 
-@pytest.mark.skipif(find_spec("tensorboard") is None, reason="no tensorboard")
 def test_tensorboard_itself_reads_it(tmp_path: Path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     for begin, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         file = EventFile(tmp_path, begin)
         for step in steps:
@@ -125,6 +127,25 @@ def test_tensorboard_itself_reads_it(tmp_path: Path):
         (3, 3.2),
         (4, 4.2),
     ]
+
+
+def test_validation_leaves_a_strip_of_frames_of_every_prompt(config_file, tmp_path: Path):
+    """As TensorBoard reads it: as wide as its pictures, in their order, and what the run has made."""
+    prompts = ["a square", "another", "another"]
+    changes = {"validation_prompts": prompts, "validation_sampling_steps": 2, "max_train_steps": 1}
+    fit(read_plan(config_file(**changes)), Screen(quiet=True))
+    reader = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert reader.Tags()["images"] == ["samples/a square", "samples/another (2)", "samples/another (3)"]
+    for tag in reader.Tags()["images"]:
+        assert [event.step for event in reader.Images(tag)] == [0, 1]
+    first = reader.Images("samples/a square")[0]
+    strip = np.array(Image.open(io.BytesIO(first.encoded_image_string)))
+    assert strip.shape == (64, 6 * 96 + 5 * 4, 3) == (first.height, first.width, 3)
+    with av.open(str(tmp_path / "run" / "samples" / "step-000000.mp4")) as container:
+        video = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    for place, frame in enumerate((0, 2, 3, 5, 6, 8)):
+        away = np.abs(strip[:, place * 100 : place * 100 + 96].astype(int) - video[:, 22:86, :96]).mean(axis=(1, 2, 3))
+        assert away.argmin() == frame, away  # both have been compressed
 
 
 def test_what_was_not_measured_is_left_out():

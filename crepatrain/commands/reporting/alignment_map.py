@@ -1,7 +1,6 @@
 """Where in the picture the transformer agrees with the teacher: a cosine per patch, beside the frames."""
 
 import base64
-import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from crepatrain.config.plan import Plan, read_plan
 from crepatrain.console import Screen
 from crepatrain.data.buckets import Window
 from crepatrain.data.decode import read_frames
+from crepatrain.data.encode import as_jpeg
 from crepatrain.data.loader import Draw
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
@@ -128,6 +128,4 @@ def _jpeg(picture: Tensor) -> str:
     """[3, H, W] uint8 as a data URI."""
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     image.thumbnail((_PICTURE_WIDTH, _PICTURE_WIDTH))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+    return f"data:image/jpeg;base64,{base64.b64encode(as_jpeg(image)).decode('ascii')}"
