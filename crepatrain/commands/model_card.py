@@ -76,13 +76,14 @@ class Card:
         return self.weights.endswith(".safetensors")
 
     @property
-    def _base(self) -> str:
+    def base(self) -> str:
         """A hub id, or the name that a folder had."""
         return self.recipe["base"]["repo"]
 
     @property
-    def _on_hub(self) -> bool:
-        return "/" in self._base
+    def links_base(self) -> bool:
+        """Whether the base is on the hub."""
+        return "/" in self.base
 
     def _metadata(self) -> dict[str, Any]:
         tag = _TASKS[self.family.task][0]
@@ -93,8 +94,8 @@ class Card:
             "tags": [tag, "diffusers", *own, self.family.variant.architecture, *(["crepa"] if self.recipe["crepa"] else [])],
             "widget": [{"text": video.words, "output": {"url": video.place}} for video in self.videos],
         }
-        if self._on_hub:
-            told |= {"base_model": self._base, "base_model_relation": "adapter" if self._lora else "finetune"}
+        if self.links_base:
+            told |= {"base_model": self.base, "base_model_relation": "adapter" if self._lora else "finetune"}
         if self.recipe["train"]["trigger"]:
             told["instance_prompt"] = self.recipe["train"]["trigger"]
         return {key: value for key, value in told.items() if value}
@@ -102,7 +103,7 @@ class Card:
     def _text(self) -> str:
         recipe, spec = self.recipe, self.family.spec
         what = f"A LoRA of rank {recipe['rank']}" if self._lora else "A whole transformer"
-        base = f"[{self._base}](https://huggingface.co/{self._base})" if self._on_hub else f"`{self._base}`"
+        base = f"[{self.base}](https://huggingface.co/{self.base})" if self.links_base else f"`{self.base}`"
         told = [
             f"# {self.repo.rpartition('/')[2]}",
             f"{what} for {base} ({recipe['variant']}, from {_TASKS[self.family.task][1]}), after {recipe['step']} steps.",
@@ -140,7 +141,7 @@ class Card:
                 "torch_dtype=torch.bfloat16)"
             )
             given = f"{part}={part}, "
-        lines += ["", f'pipeline = {kind}.from_pretrained("{self._base}", {given}torch_dtype=torch.bfloat16).to("cuda")']
+        lines += ["", f'pipeline = {kind}.from_pretrained("{self.base}", {given}torch_dtype=torch.bfloat16).to("cuda")']
         if self._lora:
             second = ", load_into_transformer_2=True" if recipe["expert"] == "low" else ""
             lines.append(f'pipeline.load_lora_weights("{self.repo}", weight_name="{self.weights}"{second})')

@@ -79,35 +79,20 @@ def push(
     family, run = family_of(config), read_run(root)
     upload = _weights(root, config, family, step)
     videos = _videos(run, upload.recipe["step"])
-    files = dict(upload.files) | {f"samples/{path.name}": path for path in videos}
     shown = [Shown(f"samples/{path.name}", prompts, base=path.name == _OF_BASE) for path, prompts in videos.items()]
-    name = repo or config.hub_model_id or root.resolve().name
-    repo = _repository(name, ask=not dry)
-    api = HfApi()
-    with _hub(repo):
-        before = None if dry else _card_there(api, repo)
-    own = root / CARD_FILE
-    if before is None and own.is_file():
-        before = own.read_text(encoding="utf-8")
-    text = Card(run, family, repo, upload.weights, upload.recipe, shown).over(before)
-    try:
-        with written_aside(own) as aside:
-            aside.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{own} can't be written ({error.strerror})", "free disk space, or mend its permissions") from error
-    files[CARD_FILE] = own
-    listed = [(place, f"{path.stat().st_size / 2**20:.2f} MiB") for place, path in files.items()]
-    screen.rows(f"for {repo}", listed)
+    repo = _repository(repo or config.hub_model_id or root.resolve().name, ask=not dry)
+    card = Card(run, family, repo, upload.weights, upload.recipe, shown)
+    files = {**upload.files, **{f"samples/{path.name}": path for path in videos}, CARD_FILE: root / CARD_FILE}
+    _write_card(root / CARD_FILE, card, there=not dry)
+    screen.rows(f"for {repo}", [(place, f"{path.stat().st_size / 2**20:.2f} MiB") for place, path in files.items()])
     for prompt in sorted({prompt for one in shown for prompt in one.prompts}):
         screen.note(f"the card shows the prompt {prompt!r}")
-    base = upload.recipe["base"]["repo"]
-    if "/" not in base:
-        screen.note(
-            f"the card can't link its base, which was a folder called {base}: add base_model to it, on the hub or in {own}"
-        )
+    if not card.links_base:
+        screen.note(f"the card can't link its base, which was a folder called {card.base}: add base_model to {root / CARD_FILE}")
     if dry:
-        screen.say(f"nothing was uploaded; the card is {own}")
+        screen.say(f"nothing was uploaded; the card is {root / CARD_FILE}")
         return
+    api = HfApi()
     with _hub(repo):
         url = api.create_repo(repo, private=config.hub_private_repo if private is None else private, exist_ok=True)
         additions = [CommitOperationAdd(place, str(path)) for place, path in files.items()]
@@ -185,12 +170,32 @@ def _videos(run: RunRecord, step: int) -> dict[Path, list[str]]:
     return found
 
 
-def _card_there(api: HfApi, repo: str) -> str | None:
-    """The card that the repository has."""
+def _write_card(path: Path, card: Card, *, there: bool) -> None:
+    """The card in the run's folder, over the one that the repository has, or else the folder.
+
+    Args:
+        there: look into the repository.
+
+    Raises:
+        UserError: it can't be written, or the one before can't be read.
+    """
+    before = _card_there(card.repo) if there else None
+    if before is None and path.is_file():
+        before = path.read_text(encoding="utf-8")
+    text = card.over(before)
     try:
-        path = hf_hub_download(repo, CARD_FILE, endpoint=api.endpoint)
-    except (EntryNotFoundError, RepositoryNotFoundError):
-        return None
+        with written_aside(path) as aside:
+            aside.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror})", "free disk space, or mend its permissions") from error
+
+
+def _card_there(repo: str) -> str | None:
+    with _hub(repo):
+        try:
+            path = hf_hub_download(repo, CARD_FILE, endpoint=constants.ENDPOINT)
+        except (EntryNotFoundError, RepositoryNotFoundError):
+            return None
     return Path(path).read_text(encoding="utf-8")
 
 

@@ -194,4 +194,4 @@ def _config(runs: Sequence[RunRecord]) -> str:
 
 
 def _value(run: RunRecord, key: str) -> str:
-    return json.dumps(run.config.get(key))
+    return json.dumps(run.config.get(key), ensure_ascii=False)

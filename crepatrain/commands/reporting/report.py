@@ -50,6 +50,6 @@ def write_report(roots: Sequence[Path], path: Path) -> None:
     text = page(runs)
     try:
         with written_aside(path) as aside:
-            aside.write_text(text, encoding="utf-8")
+            aside.write_text(text, encoding="utf-8", errors="replace")  # paths may hold what is no text
     except OSError as error:
         raise UserError(f"{path} can't be written ({error})", "free disk space, or give another --output") from error
