@@ -215,7 +215,7 @@ def status(run: Annotated[Path, typer.Argument(help="output_dir of a run", show_
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="output_dir of a run", show_default=False)],
-    step: Annotated[int | None, typer.Option(help="of the checkpoint; without it the last", show_default=False)] = None,
+    step: Annotated[str | None, typer.Option(help="of the checkpoint, or best; without it the last", show_default=False)] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="of the file's tensors", show_default=False)
     ] = None,
@@ -228,8 +228,9 @@ def export(
 
     def work() -> None:
         from crepatrain.commands.export import export as command
+        from crepatrain.commands.runfolder import asked_step
 
-        command(run, step, dtype, output, _screen, weights=weights)
+        command(run, asked_step(run, step), dtype, output, _screen, weights=weights)
 
     _stoppable(work)
 
@@ -322,7 +323,7 @@ def push(
     repo: Annotated[
         str | None, typer.Option(help="on the hub, with or without its owner; without it hub_model_id", show_default=False)
     ] = None,
-    step: Annotated[int | None, typer.Option(help="of the adapter; without it the last", show_default=False)] = None,
+    step: Annotated[str | None, typer.Option(help="of the adapter, or best; without it the last", show_default=False)] = None,
     private: Annotated[
         bool | None,
         typer.Option("--private/--public", help="of a new repository; without it hub_private_repo", show_default=False),
@@ -333,8 +334,9 @@ def push(
 
     def work() -> None:
         from crepatrain.commands.push import push as command
+        from crepatrain.commands.runfolder import asked_step
 
-        command(run, _screen, repo=repo, private=private, step=step, dry=dry)
+        command(run, _screen, repo=repo, private=private, step=asked_step(run, step), dry=dry)
 
     _stoppable(work)
 

@@ -19,6 +19,7 @@ from crepatrain.families.base import Family
 from crepatrain.training.checkpoint import checkpoints, replace_json, step_of
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+BEST_FILE = "best.json"
 _STEP_AT_THE_END = re.compile(r"-(\d{6,})$")
 
 
@@ -51,7 +52,6 @@ class RunFolder:
         self.metrics = self.root / "metrics.jsonl"
         self._config_file = self.root / "config.json"
         self._status_file = self.root / "status.json"
-        self._best_file = self.root / "best.json"
         self._config = config
 
     def look(self) -> Path | None:
@@ -68,16 +68,16 @@ class RunFolder:
 
     def best_step(self) -> int | None:
         """The step that `mark_best` has found; None where nothing was held out yet."""
-        return json.loads(self._best_file.read_text(encoding="utf-8"))["step"] if self._best_file.is_file() else None
+        return best_step(self.root)
 
     def mark_best(self) -> None:
         """Write down the checkpoint of the smallest eval_loss among all lines, for people and programs."""
         found = [line for line in self.lines() if line.get("eval_loss") is not None and line["step"] > 0]
         if found:
             best = min(found, key=lambda line: line["eval_loss"])
-            replace_json(self._best_file, {"step": best["step"], "eval_loss": best["eval_loss"]})
+            replace_json(self.root / BEST_FILE, {"step": best["step"], "eval_loss": best["eval_loss"]})
         else:
-            self._best_file.unlink(missing_ok=True)
+            (self.root / BEST_FILE).unlink(missing_ok=True)
 
     def claim(self, step: int) -> None:
         """Make the folder this run's, from `step` on.
@@ -238,6 +238,30 @@ def _step_of_line(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError):
         return math.inf
+
+
+def best_step(root: Path) -> int | None:
+    """The checkpoint of the smallest eval_loss; None where nothing was held out yet."""
+    path = root / BEST_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["step"] if path.is_file() else None
+
+
+def asked_step(root: Path, text: str | None) -> int | None:
+    """What `--step` means: a number, or `best`; None: the last.
+
+    Raises:
+        UserError: it is neither, or the run held nothing out.
+    """
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    if text != "best":
+        raise UserError(f"--step {text}: no step", "give a number, or best")
+    best = best_step(root)
+    if best is None:
+        raise UserError(
+            f"--step best: {root} has no {BEST_FILE}, as it held out no clips", "give a number, or train with eval_share"
+        )
+    return best
 
 
 def config_of(run: Path) -> RunConfig:

@@ -25,7 +25,7 @@ from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.training.adapter_file import read_adapter
-from crepatrain.training.recipe import SCHEMA, public_name, sample_defaults
+from crepatrain.training.recipe import SCHEMA, public_name, sample_defaults, sampler_facts
 
 
 @dataclass(frozen=True)
@@ -169,12 +169,12 @@ def _open_run(root: Path, wish: Wish) -> _Source:
     if not found:
         gone = next((path for path in adapters.values() if not path.is_file()), transformer)
         raise UserError(f"{gone}: there is no such file", f"see what is in {root / 'adapters'}")
-    settings = sample_defaults(config, family)
-    base, folder = config.pretrained_model_name_or_path, root / "samples"
     if transformer:
-        step = read_run(root).status.get("step")
+        settings, step = sample_defaults(config, family), read_run(root).status.get("step")
     else:
-        step = None if wish.at else read_adapter(adapters["adapter"]).recipe().get("step")
+        recipe = read_adapter(next(iter(adapters.values()))).recipe()
+        settings, step = dict(recipe["sample"]), None if wish.at else recipe["step"]
+    base, folder = config.pretrained_model_name_or_path, root / "samples"
     return _Source(family, base, config.revision, adapters, transformer, settings, _some_caption(config), folder, step)
 
 
@@ -219,6 +219,10 @@ def _settings(source: _Source, wish: Wish, screen: Screen) -> dict[str, Any]:
         UserError: a size that the model can't take.
     """
     settings = dict(source.settings)
+    for name, value in sampler_facts(source.family, settings).items():
+        if value != settings[name]:
+            screen.note(f"{name}: {value}, as {source.base} has it, instead of the recipe's {settings[name]}")
+            settings[name] = value
     for name in ("steps", "guidance", "frames", "height", "width", "negative_prompt"):
         wanted = getattr(wish, name)
         if wanted is not None and wanted != settings[name]:

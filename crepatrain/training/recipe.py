@@ -111,20 +111,27 @@ def recipe(config: RunConfig, family: Family, fingerprint: Mapping[str, Any], st
 def sample_defaults(config: RunConfig, family: Family) -> dict[str, Any]:
     """How the family's pipeline is asked for a video of the clips' own size."""
     frames, height, width = wanted_size(config)
-    sampling, files = family.variant.sampling, family.checkpoint
+    sampling = family.variant.sampling
+    size = {"frames": frames, "height": height, "width": width}
     return {
-        "scheduler_class": files.scheduler.get("_class_name"),
-        "shift": files.flow_shift(family.geometry.token_grid(frames, height, width).tokens),
+        **size,
+        **sampler_facts(family, size),
         "steps": sampling.steps,
         "guidance": sampling.guidance,
         "guidance_2": sampling.guidance_2,
-        "boundary_ratio": files.model_index.get("boundary_ratio"),
         "negative_prompt": sampling.negative_prompt,
-        "width": width,
-        "height": height,
-        "frames": frames,
         "fps": config.fps,
         "decode": dict(sampling.decode),
+    }
+
+
+def sampler_facts(family: Family, size: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe's `sample` the base itself decides, for videos of a size (frames, height, width)."""
+    files = family.checkpoint
+    return {
+        "scheduler_class": files.scheduler.get("_class_name"),
+        "shift": files.flow_shift(family.geometry.token_grid(size["frames"], size["height"], size["width"]).tokens),
+        "boundary_ratio": files.model_index.get("boundary_ratio"),
     }
 
 

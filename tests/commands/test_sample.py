@@ -15,6 +15,7 @@ from conftest import render_clip
 from crepatrain.commands import sample as module
 from crepatrain.commands.fit import fit
 from crepatrain.commands.preflight import hold_out, look_at_clips
+from crepatrain.commands.runfolder import asked_step
 from crepatrain.commands.sample import Wish, sample
 from crepatrain.commands.stopping import StopSignal
 from crepatrain.commands.validation import steadiness
@@ -124,6 +125,17 @@ def test_an_adapters_file_is_enough_where_its_base_is_known(trained, wan, tmp_pa
         sample(file, Wish(prompt="a", at=(2,)), Screen(quiet=True))
 
 
+def test_what_another_base_decides_otherwise_is_told(trained, wan, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(wan, other)
+    file = other / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"flow_shift": 5.0}))
+    wish = Wish(prompt="a", steps=2, frames=5, base=str(other), output=tmp_path / "out.mp4")
+    for target in (trained, trained / "pytorch_lora_weights.safetensors"):
+        sample(target, wish, Screen())
+        assert f"shift: 5.0, as {other} has it, instead of the recipe's 3.0" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
@@ -170,6 +182,17 @@ def test_held_out_clips_are_measured_at_every_checkpoint(trained):
         assert line["eval_loss"] == pytest.approx(sum(line["eval_sigma_loss"].values()) / 5, rel=1e-5)
     best = min(found[1:], key=lambda line: line["eval_loss"])  # before the first step there is no checkpoint to keep
     assert json.loads((trained / "best.json").read_text()) == {"step": best["step"], "eval_loss": best["eval_loss"]}
+
+
+def test_the_best_step_can_be_asked_for(trained, config_file, tmp_path):
+    best = json.loads((trained / "best.json").read_text())["step"]
+    assert asked_step(trained, "best") == best
+    assert asked_step(trained, "2") == 2
+    assert asked_step(trained, None) is None
+    with pytest.raises(UserError, match="--step last: no step"):
+        asked_step(trained, "last")
+    with pytest.raises(UserError, match=r"has no best.json, as it held out no clips"):
+        asked_step(tmp_path, "best")
 
 
 def test_a_resume_from_an_earlier_step_forgets_what_came_later(trained, tmp_path):
