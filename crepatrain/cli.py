@@ -284,7 +284,7 @@ def sample(
     frames: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
     height: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
     width: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="the same for every video")] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same for every video")] = 42,
     strength: Annotated[str, typer.Option(help="of the adapter, one or several between commas")] = "1.0",
     at: Annotated[str, typer.Option(help="steps of a run to compare, between commas", show_default=False)] = "",
     base: Annotated[

@@ -95,10 +95,13 @@ class Screen:
             task = bar.add_task(what, total=total)
             yield lambda: bar.advance(task)
 
+    def explain_crepa(self) -> None:
+        """How its numbers are read."""
+        self.say(_HOW_TO_READ)
+
     @contextmanager
     def training(self, done: int, total: int) -> Iterator["TrainingView"]:
         """The live view of a run from step `done` to `total`."""
-        self.say(_HOW_TO_READ)
         if not self.console.is_terminal:
             yield TrainingView(self, done, total, None)
             return
@@ -133,7 +136,7 @@ class TrainingView:
         self._live = live
         self._total = total
         self._first = done
-        self._began = time.monotonic()
+        self._seconds = 0.0
         self._numbers: Mapping[str, Any] = {}
         self._last_line = 0.0
         self._bar = Progress(
@@ -145,8 +148,9 @@ class TrainingView:
         )
         self._task = self._bar.add_task("training", total=total, completed=done, speed="")
 
-    def step(self, done: int) -> None:
-        """An optimizer step is done."""
+    def step(self, done: int, seconds: float) -> None:
+        """An optimizer step is done, and took so long. Looking and saving between the steps are no part of it."""
+        self._seconds += seconds
         if self._live:
             self._bar.update(self._task, completed=done, speed=self._speed(done))
             self._live.update(self._render())
@@ -168,11 +172,9 @@ class TrainingView:
         steps = done - self._first
         if steps < 1:
             return ""
-        seconds = (time.monotonic() - self._began) / steps
+        seconds = self._seconds / steps
         left = int(seconds * (self._total - done))
-        samples = self._numbers.get("samples_per_second")
-        rate = f"  {samples:.2f} samples/s" if samples else ""
-        return f"{seconds:.2f} s/step  eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}{rate}"
+        return f"{seconds:.2f} s/step  eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)

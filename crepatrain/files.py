@@ -6,6 +6,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+# Python tells it only by setting it, which other threads would see; so once, at the beginning.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
@@ -19,12 +23,18 @@ def written_aside(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
+        share(aside)
         flush(aside)
         aside.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
+
+
+def share(path: Path) -> None:
+    """Let a file be read by those who may read what the user writes; safetensors keeps its own to their owner."""
+    path.chmod(0o666 & ~_UMASK)
 
 
 def flush(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The loss and the alignment on clips that are not trained on, at fixed noise levels and with fixed noise."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -44,6 +45,9 @@ class Evaluation:
         """Log eval_loss, eval_alignment and the loss at each noise level, and mark the checkpoint where the loss is smallest.
 
         The first process does it with the bare module, which waits for no other. No random number of the training is touched.
+
+        Raises:
+            DivergedError: a loss or score is not finite.
         """
         run = self.run
         if not run.accelerator.is_main_process:
@@ -54,6 +58,8 @@ class Evaluation:
         finally:
             run.adapted.train()
         loss = losses.mean().item()
+        if not math.isfinite(loss) or not scores.isfinite().all():
+            raise run.diverged_error(run.state.step, f"loss {loss:g}, alignment {scores.mean():g} on the held-out clips")
         run.folder.log(
             {
                 "step": run.state.step,

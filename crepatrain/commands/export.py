@@ -16,6 +16,7 @@ from crepatrain.config.sections import RunConfig
 from crepatrain.console import Screen
 from crepatrain.errors import Problem, UserError
 from crepatrain.families.base import Family
+from crepatrain.files import share
 from crepatrain.training.adapter_file import AdapterFile, Model, read_adapter
 from crepatrain.training.build import compute_dtype
 from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, checkpoints, read_plain, read_tensors, replace_file, step_of
@@ -35,7 +36,7 @@ def export(
         step: None: the last one.
         dtype: of the tensors; None: of an adapter float32, of a whole transformer what the run computed in.
         weights: raw or ema; None: the average where the run kept one.
-        output: an adapter's file, or a whole transformer's folder; None: in RUN/exports.
+        output: a new file of an adapter, or a new folder of a whole transformer; None: in RUN/exports.
 
     Raises:
         UserError: there is no such run or step, its base is gone, or the disk is full.
@@ -55,7 +56,10 @@ def export(
         raise UserError(f"--weights ema: {run} kept no average", "leave it out, or train with use_ema")
     average = config.use_ema and weights != "raw"
     kind = getattr(torch, dtype) if dtype else torch.float32 if config.model_type == "lora" else compute_dtype(config)
-    default = run / "exports" / f"{name}-{chosen:06d}-{str(kind).removeprefix('torch.')}"
+    whose = "" if not config.use_ema else "-ema" if average else "-raw"
+    default = run / "exports" / f"{name}-{chosen:06d}{whose}-{str(kind).removeprefix('torch.')}"
+    if output and output.exists() and (output.is_file() or any(output.iterdir())):
+        raise UserError(f"--output {output}: there is something already", "give a new name")
     if config.model_type == "full":
         tensors = read_tensors(found[chosen], EMA_FILE if average else TRAINED_FILE["full"])
         _export_transformer(output or default, f"{name}-{chosen:06d}", family, tensors, kind, screen)
@@ -67,7 +71,9 @@ def export(
         tensors = read_tensors(found[chosen], EMA_FILE if average else TRAINED_FILE["lora"])
         transformer = _adapter_of_checkpoint(config, family, tensors)
         fingerprint, layers = read_plain(found[chosen], "fingerprint"), list(live_adapter(transformer))
-        metadata = adapter_metadata(config, family, fingerprint, chosen, layers=layers, day=datetime.now(UTC).date())
+        metadata = adapter_metadata(
+            config, family, fingerprint, chosen, layers=layers, day=datetime.now(UTC).date(), averaged=average
+        )
     elif config.use_ema and weights == "raw":
         raise UserError(f"--weights raw: the checkpoint of step {chosen} was rotated away", "only the average of it is left")
     else:
@@ -174,7 +180,9 @@ def write_result(
         return
     small = folder.adapters / f"{adapter_name(config, family)}-{step:06d}.safetensors"
     layers = list(live_adapter(transformer))
-    metadata = adapter_metadata(config, family, fingerprint, step, layers=layers, day=datetime.now(UTC).date())
+    metadata = adapter_metadata(
+        config, family, fingerprint, step, layers=layers, day=datetime.now(UTC).date(), averaged=config.use_ema
+    )
     write_adapter([small, folder.root / ADAPTER_FILE], family, transformer, metadata)
 
 
@@ -232,6 +240,8 @@ def write_transformer(folder: Path, transformer: Any, dtype: torch.dtype) -> Non
         transformer.save_config(aside)
         state = {name: tensor.detach().to("cpu", dtype) for name, tensor in transformer.state_dict().items()}
         save_torch_state_dict(state, aside, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size="5GB")
+        for file in aside.iterdir():
+            share(file)
         if folder.exists():
             folder.rename(old)
         aside.rename(folder)

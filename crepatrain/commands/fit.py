@@ -18,6 +18,7 @@ from crepatrain.commands.evaluation import Evaluation
 from crepatrain.commands.precompute import fill_caches, free_memory, plan_caches
 from crepatrain.commands.preflight import dataset_facts, hold_out, look_at_clips
 from crepatrain.commands.push import expect_pushable, push
+from crepatrain.commands.records import read_run
 from crepatrain.commands.rehearsal import compare_memory, rehearse
 from crepatrain.commands.reporting.report import refresh_report
 from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder, expect_same_fingerprint
@@ -29,10 +30,10 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.console import Screen, TrainingView
 from crepatrain.data.loader import keyed_generator
-from crepatrain.errors import DivergedError, UserError
+from crepatrain.errors import UserError
 from crepatrain.tensors import Batch
 from crepatrain.training import build
-from crepatrain.training.checkpoint import checkpoints, read_plain
+from crepatrain.training.checkpoint import read_plain, readable
 from crepatrain.training.clock import StepClock
 from crepatrain.training.metrics import SIGMA_RANGES, HostCopy, StepNumbers, StepSums
 from crepatrain.training.optim import clip_gradients
@@ -59,11 +60,10 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False) -> None:
     # The first process fills the caches while the others wait for it, however long that takes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
-    folder = RunFolder(plan.config, writes=accelerator.is_main_process)
     device = accelerator.device
     if plan.config.push_to_hub:
         expect_pushable(plan.config)
-    with StopSignal() as stop:
+    with RunFolder(plan.config, writes=accelerator.is_main_process) as folder, StopSignal() as stop:
         resume = folder.look()
         with accelerator.main_process_first():
             dataset, held = hold_out(plan, look_at_clips(plan, screen, stop), screen, stop)
@@ -71,10 +71,12 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False) -> None:
             caches = plan_caches(plan, dataset, screen, device, teacher=start.state.asks_teacher)
             fingerprint = take_fingerprint(dataset, caches, start)
             if resume:
-                _compare(fingerprint, resume, screen)
+                _compare(fingerprint, resume, screen, goes_on=start.state.step < start.total)
             if start.state.step >= start.total:
                 screen.say(f"this run is complete: {start.state.step} steps. {_further(plan.config)} to go on")
-                return
+                if not Validation.lacks(plan.config, folder, start.state.step, start.total):
+                    _close(folder, start.state.step)
+                    return
             fill_caches(plan, dataset, caches, screen, device, stop)
             held_caches = held and plan_caches(plan, held, screen, device, teacher=start.state.asks_teacher)
             if held and held_caches:
@@ -89,7 +91,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False) -> None:
             if device.type == "cuda" or rehearsed:
                 rehearse(run, plan, list(dataset.cut.buckets), screen)
             evaluation = Evaluation.of(run, plan, held, held_caches) if held and held_caches else None
-            _train(run, screen, stop, Validation(run, plan, caches, screen), evaluation)
+            _train(run, screen, stop, Validation(run, plan, caches, screen, stop), evaluation)
     _closing_table(run, screen)
     if device.type == "cuda" and accelerator.is_main_process:
         compare_memory(plan, list(dataset.cut.buckets), _training_peak(run), screen)
@@ -106,14 +108,23 @@ def _expect_one_start(start: Start, processes: int) -> None:
         )
 
 
-def _compare(fingerprint: dict[str, Any], resume: Path, screen: Screen) -> None:
+def _compare(fingerprint: dict[str, Any], resume: Path, screen: Screen, *, goes_on: bool) -> None:
     before = read_plain(resume, "fingerprint")
-    expect_same_fingerprint(before, fingerprint)
-    if before["total"] != fingerprint["total"]:
+    with readable(resume):
+        expect_same_fingerprint(before, fingerprint)
+        total = before["total"]
+    if goes_on and total != fingerprint["total"]:
         screen.note(
-            f"the run was of {before['total']} steps and is of {fingerprint['total']} now: "
+            f"the run was of {total} steps and is of {fingerprint['total']} now: "
             "learning rate and CREPA weight, where they decay until the end, follow the new length from here on"
         )
+
+
+def _close(folder: RunFolder, step: int) -> None:
+    """Say that a run is complete, where a kill behind its last checkpoint has left that unsaid."""
+    if folder.writes and read_run(folder.root).status.get("status") != "completed":
+        with _reported(folder):
+            folder.status("completed", step)
 
 
 def _further(config: RunConfig) -> str:
@@ -175,49 +186,89 @@ def _train(run: Run, screen: Screen, stop: StopSignal, validation: Validation, e
     """The loop. A step is settled after the next one is launched, so that the device never waits for the host."""
     state, schedule = run.state, run.state.schedule
     alone = run.accelerator.num_processes == 1
-    if state.step == 0:
-        _look_at_the_base(validation, evaluation)
+    _look_before(validation, evaluation)
     batches = run.open_batches(state.step)
     before, stopping = None, False
     if run.accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of the caches' models
+    if schedule is not None:
+        screen.explain_crepa()
     with screen.training(state.step, run.total) as view:
         while state.step < run.total and not stopping:
             began = time.perf_counter()
             was_off = schedule is not None and schedule.cutoff
-            launched = _launch(run, batches, stop)
+            launched = _launch_or_rescue(run, batches, stop, before, view)
             if before:
                 _settle(run, before, view)
-            before = launched
             stopping = _observe(run, launched) or (alone and stop.requested)
             if schedule is not None and schedule.cutoff != was_off:
                 batches = run.open_batches(state.step)
             if run.teacher is not None and not state.asks_teacher:
                 run.teacher = None
                 free_memory()
-            state.window.add(step_seconds=time.perf_counter() - began)
-            view.step(state.step)
-            ending = stopping or state.step == run.total
-            if ending or state.step % run.config.checkpointing_steps == 0:
-                _settle(run, launched, view, ending=ending)
-                before = None
-                _keep(run, None if stopping else evaluation)
-            if not stopping and validation.due(ending=ending):
-                if before:
-                    _settle(run, before, view)
-                    before = None
-                with _looking(run):
-                    validation.make()
+            seconds = time.perf_counter() - began
+            state.window.add(step_seconds=seconds)
+            view.step(state.step, seconds)
+            settled, stopping = _save_and_look(run, launched, view, validation, evaluation, stopping=stopping)
+            before = None if settled else launched
     if state.step < run.total:
         raise Stopped(f"saved at step {state.step}; the same command goes on from there")
 
 
-def _look_at_the_base(validation: Validation, evaluation: Evaluation | None) -> None:
-    """What the model does before its first step."""
-    if evaluation:
+def _launch_or_rescue(
+    run: Run, batches: Iterator[Batch], stop: StopSignal, before: Launched | None, view: TrainingView
+) -> Launched:
+    """Launch a step. If it can't be done, keep the steps before it, unless an optimizer was at work."""
+    try:
+        return _launch(run, batches, stop)
+    except (UserError, torch.OutOfMemoryError):
+        if run.accelerator.num_processes == 1 and run.state.step and not run.moving:
+            for learner in run.learners.values():
+                learner.optimizer.zero_grad(set_to_none=True)
+            free_memory()
+            if before:
+                _settle(run, before, view)
+            save(run)
+        raise
+
+
+def _save_and_look(
+    run: Run,
+    launched: Launched,
+    view: TrainingView,
+    validation: Validation,
+    evaluation: Evaluation | None,
+    *,
+    stopping: bool,
+) -> tuple[bool, bool]:
+    """What is due behind a step: a checkpoint, videos.
+
+    Returns:
+        Whether the step was settled for it, and whether the run is to stop.
+    """
+    saving = stopping or run.state.step == run.total or run.state.step % run.config.checkpointing_steps == 0
+    looking = not stopping and validation.due()
+    if saving or looking:
+        _settle(run, launched, view)
+    if saving:
+        _keep(run, None if stopping else evaluation)
+    if looking:
+        with _looking(run):
+            stopping = not validation.make()
+        if stopping and not saving:
+            save(run)
+    return saving or looking, stopping
+
+
+def _look_before(validation: Validation, evaluation: Evaluation | None) -> None:
+    """What the base does before the first step, or the videos of this step that an earlier end has left out."""
+    run = validation.run
+    if evaluation and run.state.step == 0:
         evaluation.make()
-    if validation.due(ending=False):
-        validation.make()
+    if Validation.lacks(run.config, run.folder, run.state.step, run.total):
+        with _looking(run):
+            if not validation.make():
+                raise Stopped(f"at step {run.state.step}, before the next one")
 
 
 def _keep(run: Run, evaluation: Evaluation | None) -> None:
@@ -293,11 +344,13 @@ def _launch(run: Run, batches: Iterator[Batch], stop: StopSignal) -> Launched:
     )
     if not all(learner.guarded for learner in run.learners.values()):
         _expect_finite(run, launched)
+    run.moving = True
     with clock.part("optimizer"):
         for learner in run.learners.values():
             learner.step(run.diverged)
         if run.average:
             run.average.update()
+    run.moving = False
     state.step += 1
     state.samples_seen += run.sampler.unit
     return launched
@@ -346,8 +399,8 @@ def _numbers(run: Run, launched: Launched) -> tuple[StepNumbers, bool]:
     return StepNumbers.of(values, crepa=launched.measured, layersync=run.layersync is not None), asked_to_stop > 0
 
 
-def _settle(run: Run, launched: Launched, view: TrainingView, *, ending: bool = False) -> None:
-    """Take a step's numbers into the logging window, and log where one ends.
+def _settle(run: Run, launched: Launched, view: TrainingView) -> None:
+    """Take a step's numbers into the logging window, and log where one ends. One that is cut off goes on with the run.
 
     Raises:
         DivergedError: a number is not finite; no weight has moved since.
@@ -373,7 +426,8 @@ def _settle(run: Run, launched: Launched, view: TrainingView, *, ending: bool = 
     )
     for sigmas, (total, count) in zip(SIGMA_RANGES, numbers.by_sigma, strict=True):
         window.add_mean(f"{_OF_SIGMA}{sigmas}", total, count)
-    if ending or (launched.step + 1) % config.logging_steps == 0:
+    done = launched.step + 1
+    if done == run.total or done % config.logging_steps == 0:
         view.log(_log(run, launched))
 
 
@@ -384,13 +438,8 @@ def _expect_finite(run: Run, launched: Launched) -> None:
     run.state.step = launched.step
     numbers, _ = _numbers(run, launched)
     loss = numbers.total(launched.weight, run.config.layersync_lambda)
-    saved = checkpoints(run.folder.checkpoints)
-    good = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
     listed = ", ".join(f"{norm:g}" for norm in norms)
-    raise DivergedError(
-        f"step {launched.step + 1}: loss {loss:g}, gradient norms {listed}, on {', '.join(launched.clips)}",
-        f"the weights were not changed; {good}. Lower learning_rate, or look at those clips",
-    )
+    raise run.diverged_error(launched.step + 1, f"loss {loss:g}, gradient norms {listed}, on {', '.join(launched.clips)}")
 
 
 def _log(run: Run, launched: Launched) -> dict[str, Any]:
@@ -441,7 +490,11 @@ def _closing_table(run: Run, screen: Screen) -> None:
         )
         if any(line.get(key) is not None for part in parts for line in part)
     ]
-    spans = [f"steps {part[0]['step']}-{part[-1]['step']}" if tenth > 1 else f"step {part[0]['step']}" for part in parts]
+    firsts = [max(part[0]["step"] - run.config.logging_steps + 1, 1) for part in parts]
+    spans = [
+        f"steps {first}-{part[-1]['step']}" if first < part[-1]["step"] else f"step {first}"
+        for first, part in zip(firsts, parts, strict=True)
+    ]
     screen.table("training, first -> last", ("mean of", *spans), rows)
     screen.rows(
         "result",

@@ -145,9 +145,7 @@ class Card:
         if self._lora:
             second = ", load_into_transformer_2=True" if recipe["expert"] == "low" else ""
             lines.append(f'pipeline.load_lora_weights("{self.repo}", weight_name="{self.weights}"{second})')
-        asked = family.ask(recipe["sample"])
-        if recipe["sample"]["negative_prompt"] is not None:
-            asked["negative_prompt"] = recipe["sample"]["negative_prompt"]
+        asked = {"negative_prompt": recipe["sample"]["negative_prompt"]} | family.ask(recipe["sample"])
         prompt = self.videos[0].prompts[0] if self.videos else recipe["train"]["trigger"] or "..."
         arguments = [f"prompt={prompt!r}", *(['image=load_image("first-frame.png")'] if image else [])]
         arguments += [f"{name}={value!r}" for name, value in asked.items()]
@@ -175,7 +173,10 @@ class Card:
         told = [
             ("steps", f"{recipe['step']}, batch {facts['unit']}" if facts else str(recipe["step"])),
             ("clips", f"{facts['clips']}, {facts['windows']} windows" if facts else ""),
-            ("frames, size", f"{sizes['frames']} of {sizes['resolution'][1]} x {sizes['resolution'][0]}"),
+            (
+                "frames, size",
+                f"{sizes['frames']} of " + ", ".join(f"{width} x {height}" for height, width in sizes["resolutions"]),
+            ),
             ("learning rate", f"{config['learning_rate']:g}, {config['lr_scheduler']}, {config['optimizer']}"),
             ("noise levels", f"{sizes['timestep_sampling']}, shift {sizes['shift']:g}"),
         ]

@@ -44,8 +44,9 @@ class Caches:
     """Where everything of a dataset is, or will be, in the store.
 
     Attributes:
-        text, latents, image, teacher: keys; image holds the windows that are conditioned on their first frame, teacher is empty
-            where features are not cached.
+        text, latents, image, teacher: keys, of text by caption; image holds the windows that are conditioned on their first
+            frame, teacher is empty where features are not cached.
+        negative: key of what validation's videos shall not show; None where there are none.
         models: digests of what made them, by part.
         samples: one per window, in the dataset's order.
         teacher_grids: (rows, columns) of the teacher's patches, per bucket.
@@ -56,6 +57,7 @@ class Caches:
     latents: Mapping[Window, str]
     image: Mapping[Window, str]
     teacher: Mapping[Window, str]
+    negative: str | None
     models: Mapping[str, str]
     samples: tuple[Sample, ...]
     teacher_grids: Mapping[Bucket, tuple[int, int]]
@@ -80,7 +82,7 @@ def plan_caches(plan: Plan, dataset: Dataset, screen: Screen, device: torch.devi
     source = plan.config.crepa_feature_source if teacher else None
     models = _digests(plan, dataset, screen, encoder=source == "cached")
     windows = dataset.cut.windows
-    text = _text_keys(plan, dataset, models, device)
+    text, negative = _text_keys(plan, dataset, models, device)
     latents = _latents_keys(plan, windows, models)
     image = _image_keys(plan, windows, models, device)
     features = _teacher_keys(plan, dataset, models, device) if source == "cached" else {}
@@ -97,7 +99,8 @@ def plan_caches(plan: Plan, dataset: Dataset, screen: Screen, device: torch.devi
         for window in windows
     )
     grids = {bucket: plan.teacher_grid(grid) for bucket, grid in dataset.grids.items()}
-    return Caches(CacheStore(Path(plan.config.cache_dir)), text, latents, image, features, models, samples, grids)
+    store = CacheStore(Path(plan.config.cache_dir))
+    return Caches(store, text, latents, image, features, negative, models, samples, grids)
 
 
 def _digests(plan: Plan, dataset: Dataset, screen: Screen, *, encoder: bool) -> dict[str, str]:
@@ -130,15 +133,20 @@ def fill_caches(plan: Plan, dataset: Dataset, caches: Caches, screen: Screen, de
         ) from error
 
 
-def _text_keys(plan: Plan, dataset: Dataset, models: Mapping[str, str], device: torch.device) -> dict[str, str]:
+def _text_keys(
+    plan: Plan, dataset: Dataset, models: Mapping[str, str], device: torch.device
+) -> tuple[dict[str, str], str | None]:
+    """Of every caption and validation prompt, and of the negative prompt beside these."""
+    prompts = plan.config.validation_prompts or ()
     facts = {
         "family": plan.spec.name,
         "length": plan.spec.text_length,
         "models": {part: digest for part, digest in models.items() if part.startswith(("text_encoder", "tokenizer"))},
         "dtype": str(encoding_dtype(device)),
     }
-    captions = sorted({window.clip.caption for window in dataset.cut.windows} | {"", *(plan.config.validation_prompts or ())})
-    return {caption: entry_key(kind="text", caption=caption, **facts) for caption in captions}
+    captions = sorted({window.clip.caption for window in dataset.cut.windows} | {"", *prompts})
+    negative = entry_key(kind="text", negative=plan.variant.sampling.negative_prompt, **facts) if prompts else None
+    return {caption: entry_key(kind="text", caption=caption, **facts) for caption in captions}, negative
 
 
 def _latents_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str]) -> dict[Window, str]:
@@ -194,8 +202,10 @@ def _teacher_frames(dataset: Dataset, window: Window) -> tuple[int, ...]:
 
 
 def _fill_text(plan: Plan, caches: Caches, screen: Screen, device: torch.device, stop: StopSignal) -> None:
-    missing = [caption for caption, key in caches.text.items() if not caches.store.has("text", key)]
-    if not missing:
+    store = caches.store
+    missing = [caption for caption, key in caches.text.items() if not store.has("text", key)]
+    negative = caches.negative if caches.negative and not store.has("text", caches.negative) else None
+    if not missing and not negative:
         return
     family = build_family(plan)
     folder = model_folder(plan)
@@ -207,8 +217,10 @@ def _fill_text(plan: Plan, caches: Caches, screen: Screen, device: torch.device,
             stop.check(_KEPT)
             captions = missing[start : start + _CAPTIONS_AT_ONCE]
             for caption, text in zip(captions, family.encode_text(encoder, captions), strict=True):
-                caches.store.write("text", caches.text[caption], text)
+                store.write("text", caches.text[caption], text)
                 advance()
+        if negative:
+            store.write("text", negative, family.encode_negative(encoder, plan.variant.sampling.negative_prompt))
     del encoder
     free_memory()
 

@@ -139,7 +139,9 @@ def _weights(root: Path, config: RunConfig, family: Family, step: int | None) ->
             raise UserError(f"{root / part}: there is no transformer yet", "train first")
         state, fingerprint = read_plain(found[-1], "state"), read_plain(found[-1], "fingerprint")
         return _Upload(
-            part, {f"{part}/{path.name}": path for path in paths}, recipe(config, family, fingerprint, state["step"], ())
+            part,
+            {f"{part}/{path.name}": path for path in paths},
+            recipe(config, family, fingerprint, state["step"], (), averaged=config.use_ema),
         )
     name = adapter_name(config, family)
     path = root / ADAPTER_FILE if step is None else root / "adapters" / f"{name}-{step:06d}.safetensors"

@@ -16,4 +16,5 @@ def quiet_libraries() -> None:
     enable_progress_bars()  # the line above turns these off too
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # of Kandinsky's norms, in bf16
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters in one sample are meant

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.sources import read_checkpoint
@@ -20,6 +21,7 @@ from crepatrain.training.checkpoint import checkpoints, replace_json, step_of
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 BEST_FILE = "best.json"
+_LOCK_FILE = ".lock"
 _STEP_AT_THE_END = re.compile(r"-(\d{6,})$")
 
 
@@ -36,7 +38,7 @@ class Tracker(Protocol):
 
 
 class RunFolder:
-    """The folder of one run.
+    """The folder of one run. Within its context no other process trains in it.
 
     Args:
         config: of the run, with every default filled in.
@@ -53,6 +55,15 @@ class RunFolder:
         self._config_file = self.root / "config.json"
         self._status_file = self.root / "status.json"
         self._config = config
+        self._lock = FileLock(self.root / _LOCK_FILE, timeout=0)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock.is_locked:
+            (self.root / _LOCK_FILE).unlink(missing_ok=True)
+            self._lock.release()
 
     def look(self) -> Path | None:
         """Make sure that the folder is this run's, or nobody's. Writes nothing.
@@ -61,8 +72,10 @@ class RunFolder:
             The checkpoint to go on from; None: begin at step 0.
 
         Raises:
-            UserError: the folder holds another run, or there is no such checkpoint.
+            UserError: the folder holds another run, one that is under way, or there is no such checkpoint.
         """
+        if (self.root / _LOCK_FILE).is_file():
+            self._take()
         self._expect_same_run()
         return self._checkpoint()
 
@@ -90,6 +103,7 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output_dir={self.root}: it can't be made ({error.strerror})", "give another folder") from error
+        self._take()
         self.status("running", step)
         replace_json(self._config_file, self._config.model_dump())
         for log in (self.metrics, self.root / "samples" / "figures.jsonl"):
@@ -105,13 +119,28 @@ class RunFolder:
         for pattern in ("samples/step-*.mp4", "adapters/*.safetensors"):
             for path in self.root.glob(pattern):
                 match = _STEP_AT_THE_END.search(path.stem)
-                if match and int(match.group(1)) > step:
+                if match and (step == 0 or int(match.group(1)) > step):
                     path.replace(path.with_name(f"{path.name}.left"))
+
+    def _take(self) -> None:
+        """The system frees the lock when this process ends, however it ends."""
+        if not self.writes or self._lock.is_locked:
+            return
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"output_dir={self.root}: a run is under way in it already", "wait for it or stop it, or give a new output_dir"
+            ) from None
+        except NotImplementedError:
+            return  # a disk that knows no locks
+        except OSError as error:
+            raise UserError(f"{self._lock.lock_file}: it can't be made ({error.strerror})", "mend its permissions") from error
 
     def _expect_same_run(self) -> None:
         before = self._config_before()
         if before is None:
-            strangers = sorted(path.name for path in self.root.iterdir()) if self.root.is_dir() else []
+            strangers = sorted(path.name for path in self.root.iterdir() if path.name != _LOCK_FILE) if self.root.is_dir() else []
             if strangers:
                 raise UserError(
                     f"output_dir={self.root}: it is not empty and holds no run ({', '.join(strangers[:5])})", "give a new folder"

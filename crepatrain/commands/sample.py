@@ -1,5 +1,7 @@
 """Videos from an adapter, beside those of the model without it."""
 
+import itertools
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -91,10 +93,9 @@ def sample(target: Path, wish: Wish, screen: Screen) -> None:
     prompt = wish.prompt if wish.prompt is not None else source.prompt
     if prompt is None:
         raise UserError("--prompt is missing", "give it")
-    arguments = source.family.ask(settings) | {"prompt": prompt} | _image(source, wish, settings)
-    if settings["negative_prompt"] is not None:
-        arguments["negative_prompt"] = settings["negative_prompt"]
-    path = _output(wish.output or source.folder / f"sample-{wish.seed}.mp4")
+    said = {"prompt": prompt, "negative_prompt": settings["negative_prompt"]}
+    arguments = source.family.ask(settings) | said | _image(source, wish, settings)
+    path = _output(wish.output or _new_name(source.folder, f"sample-{wish.seed}"))
     pipeline = _pipeline(source, screen)
     shown = [_Shown("base", None, 0.0)]
     for label in source.adapters or {"trained": None}:
@@ -118,6 +119,12 @@ def sample(target: Path, wish: Wish, screen: Screen) -> None:
     )
     if change == 0:
         screen.note("the adapter changes nothing; `crepatrain verify` says why")
+
+
+def _new_name(folder: Path, stem: str) -> Path:
+    """A video's name that none has yet."""
+    names = (f"{stem}.mp4" if number == 1 else f"{stem}-{number}.mp4" for number in itertools.count(1))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _output(path: Path) -> Path:
@@ -197,15 +204,20 @@ def _open_adapter(path: Path, wish: Wish) -> _Source:
     recipe = read_adapter(path).recipe()
     if recipe.get("schema") != SCHEMA:
         raise UserError(
-            f"{path}: its header holds no recipe, so its base is unknown",
-            "sample it through the run's folder, or in your program",
+            f"{path}: its header holds no recipe of crepatrain, so how it is to be sampled is unknown",
+            "sample it in your program; `crepatrain verify` says how it is loaded",
         )
     base = wish.base or recipe["base"]["repo"]
     if wish.base is None and "/" not in base:
         raise UserError(f"{path}: its base was a local folder called {base}", "say with --base where it is")
     revision = None if wish.base else recipe["base"]["revision"]
     family_name = recipe["family"]
-    checkpoint, _ = read_checkpoint(base, revision, FAMILIES[family_name], recipe["expert"], online=True)
+    checkpoint, variant = read_checkpoint(base, revision, FAMILIES[family_name], recipe["expert"], online=True)
+    if recipe["task"] not in variant.tasks or recipe["expert"] != variant.expert:
+        wanted = recipe["variant"] + (f", {recipe['expert']} noise" if recipe["expert"] else "")
+        raise UserError(
+            f"--base {base}: it is {variant.title}, and the adapter is for {wanted}", "give the base it was trained on"
+        )
     family = get_family(family_name, checkpoint, task=recipe["task"], expert=recipe["expert"])
     trigger = recipe["train"]["trigger"]
     settings = dict(recipe["sample"])
@@ -218,6 +230,11 @@ def _settings(source: _Source, wish: Wish, screen: Screen) -> dict[str, Any]:
     Raises:
         UserError: a size that the model can't take.
     """
+    odd = [
+        f"{name} {value:g}" for name, value in (("guidance", wish.guidance),) if value is not None and not math.isfinite(value)
+    ]
+    if odd:
+        raise UserError(f"--{odd[0]}: not a finite number", "give a number")
     settings = dict(source.settings)
     for name, value in sampler_facts(source.family, settings).items():
         if value != settings[name]:
@@ -248,6 +265,8 @@ def first_frame(path: Path, size: tuple[int, int]) -> Image.Image:
     Raises:
         UserError: it can't be read.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file", "give an image or a clip")
     try:
         frame = read_frames(path, (0,), size)[0]
     except (Unreadable, OSError) as error:

@@ -23,12 +23,23 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.console import Screen
 from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, read_batches
+from crepatrain.errors import DivergedError
 from crepatrain.families.base import Family
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.adapter_file import begin_with, read_adapter
 from crepatrain.training.build import Learner
-from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, read_plain, read_tensors, read_tree, rotate, write_checkpoint
+from crepatrain.training.checkpoint import (
+    EMA_FILE,
+    TRAINED_FILE,
+    checkpoints,
+    read_plain,
+    read_tensors,
+    read_tree,
+    readable,
+    rotate,
+    write_checkpoint,
+)
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.ema import WeightAverage
 from crepatrain.training.lora import load_trained_state, trained_state
@@ -62,7 +73,8 @@ def prepare_start(plan: Plan, dataset: Dataset, world: int, device: torch.device
     total = total_steps(plan, sampler)
     state = TrainState(schedule=build.build_schedule(plan.config, total))
     if resume:
-        state.load_state_dict(read_plain(resume, "state"))
+        with readable(resume):
+            state.load_state_dict(read_plain(resume, "state"))
     return Start(sampler, state, resume, total)
 
 
@@ -91,6 +103,7 @@ class Run:
         open_batches: opens the endless stream of micro-batches at an optimizer step.
         average: of the transformer's trained weights; None without use_ema.
         peak: bytes that training held at most, of what was looked at on the way apart.
+        moving: whether the optimizers are at work, so that the weights are between two steps.
         diverged: scalar on the device, 1 from the first number on that was not finite: no optimizer moves a weight then.
     """
 
@@ -115,6 +128,15 @@ class Run:
     diverged: Tensor
     average: WeightAverage | None = None
     peak: int = 0
+    moving: bool = False
+
+    def diverged_error(self, step: int, numbers: str) -> DivergedError:
+        """What to tell of numbers that are not finite. No weight has moved since."""
+        saved = checkpoints(self.folder.checkpoints)
+        good = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        return DivergedError(
+            f"step {step}: {numbers}", f"the weights were not changed; {good}. Lower learning_rate, or look at those clips"
+        )
 
     @contextlib.contextmanager
     def result(self) -> Iterator[None]:
@@ -276,8 +298,9 @@ def restore(
     checkpoint: Path, config: RunConfig, adapted: nn.Module, projector: Crepa | None, learners: Mapping[str, Learner]
 ) -> None:
     """Put a checkpoint's tensors into modules and learners that are built."""
-    load_trained_state(adapted, read_tensors(checkpoint, TRAINED_FILE[config.model_type]))
-    if projector:
-        projector.load_state_dict(read_tensors(checkpoint, "projector"))
-    for name, learner in learners.items():
-        learner.load_state_dict(read_tree(checkpoint, f"{name}_learner"))
+    with readable(checkpoint):
+        load_trained_state(adapted, read_tensors(checkpoint, TRAINED_FILE[config.model_type]))
+        if projector:
+            projector.load_state_dict(read_tensors(checkpoint, "projector"))
+        for name, learner in learners.items():
+            learner.load_state_dict(read_tree(checkpoint, f"{name}_learner"))

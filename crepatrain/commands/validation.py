@@ -16,9 +16,12 @@ from torch.nn import functional as F
 from crepatrain.alignment.encoders import VisionEncoder
 from crepatrain.commands.precompute import Caches, free_memory
 from crepatrain.commands.reporting.report import refresh_report
+from crepatrain.commands.runfolder import RunFolder
 from crepatrain.commands.sample import call, first_frame
 from crepatrain.commands.session import Run
+from crepatrain.commands.stopping import Stopped, StopSignal
 from crepatrain.config.plan import Plan
+from crepatrain.config.sections import RunConfig
 from crepatrain.console import Screen
 from crepatrain.data.encode import grid_video, write_video
 from crepatrain.errors import UserError
@@ -36,16 +39,29 @@ class Validation:
     plan: Plan
     caches: Caches
     screen: Screen
+    stop: StopSignal
 
-    def due(self, *, ending: bool) -> bool:
+    @staticmethod
+    def wanted(config: RunConfig, step: int, total: int) -> bool:
+        """Whether videos are made at a step of a run of `total`."""
+        return config.validation_prompts is not None and (step >= total or step % config.validation_steps == 0)
+
+    @classmethod
+    def lacks(cls, config: RunConfig, folder: RunFolder, step: int, total: int) -> bool:
+        """Whether the videos of a step are not there, as when a kill came between its checkpoint and them."""
+        return cls.wanted(config, step, total) and not _video(folder, step).is_file()
+
+    def due(self) -> bool:
         """Whether videos are wanted at the step that the run has reached."""
-        config, step = self.plan.config, self.run.state.step
-        return config.validation_prompts is not None and (ending or step % config.validation_steps == 0)
+        return self.wanted(self.run.config, self.run.state.step, self.run.total)
 
-    def make(self) -> None:
+    def make(self) -> bool:
         """A grid of all prompts in RUN/samples, and a line of figures for each.
 
         Every process makes the same forwards. Random numbers of the training are untouched, and memory is given back.
+
+        Returns:
+            Whether it was made: a signal to stop ends it early where there is one process.
         """
         run, config, device = self.run, self.plan.config, self.run.accelerator.device
         prompts = config.validation_prompts or []
@@ -55,12 +71,14 @@ class Validation:
         try:
             with _fitting(), torch.random.fork_rng(devices=devices), torch.no_grad():
                 videos = self._videos(prompts, device)
+        except Stopped:
+            return False
         finally:
             run.adapted.train()
             free_memory()
         if not run.accelerator.is_main_process:
-            return
-        folder, fps = run.folder.root / "samples", config.fps
+            return True
+        fps = config.fps
         assert fps is not None
         name = f"step-{run.state.step:06d}"
         labelled = [(f"{name} {prompt[:_PROMPT_SHOWN]}", video) for prompt, video in zip(prompts, videos, strict=True)]
@@ -70,13 +88,14 @@ class Validation:
             "steps": config.validation_sampling_steps,
             "step": run.state.step,
         }
-        path, by_prompt = folder / f"{name}.mp4", dict(zip(_told_apart(prompts), videos, strict=True))
+        path, by_prompt = _video(run.folder, run.state.step), dict(zip(_told_apart(prompts), videos, strict=True))
         write_video(path, grid_video([labelled]), fps=fps, facts=facts)
         run.folder.show(run.state.step, by_prompt, path)
         if self.plan.encoder is not None:
             self._measure(by_prompt, device)
         with contextlib.suppress(UserError):  # the training goes on without it
             refresh_report(run.folder.root)
+        return True
 
     def _videos(self, prompts: list[str], device: torch.device) -> list[np.ndarray]:
         run, config = self.run, self.plan.config
@@ -89,8 +108,13 @@ class Validation:
                 asked["image"] = first_frame(Path(config.validation_images[number]), (settings["height"], settings["width"]))
             generator = torch.Generator().manual_seed(config.validation_seed)
             with build.autocast(config, device):
-                videos.append(call(pipeline, asked, generator, lambda: None))
+                videos.append(call(pipeline, asked, generator, self._denoised))
         return videos
+
+    def _denoised(self) -> None:
+        """Behind every denoising step. Several processes go on together."""
+        if self.run.accelerator.num_processes == 1:
+            self.stop.check("while a video was made")
 
     def _pipeline(self, device: torch.device) -> Any:
         """The family's pipeline around the transformer in training; prompts come encoded, so it needs no text encoder."""
@@ -103,12 +127,13 @@ class Validation:
         return pipeline
 
     def _text(self, prompt: str, device: torch.device) -> dict[str, Tensor]:
-        """The prompt, and as the negative one the empty caption, which training knows too."""
+        """The prompt and the negative one of `sample`, encoded."""
         family, store = self.run.family, self.caches.store
-        text, empty = (
-            family.collate_text([store.read("text", key)]) for key in (self.caches.text[prompt], self.caches.empty_text)
+        assert self.caches.negative is not None
+        text, negative = (
+            family.collate_text([store.read("text", key)]) for key in (self.caches.text[prompt], self.caches.negative)
         )
-        return {name: tensor.to(device) for name, tensor in family.ask_text(text, empty).items()}
+        return {name: tensor.to(device) for name, tensor in family.ask_text(text, negative).items()}
 
     def _measure(self, videos: Mapping[str, np.ndarray], device: torch.device) -> None:
         encoder = build.build_encoder(self.plan, device)
@@ -119,6 +144,10 @@ class Validation:
                 file.write(json.dumps(line) + "\n")
         del encoder
         free_memory()
+
+
+def _video(folder: RunFolder, step: int) -> Path:
+    return folder.root / "samples" / f"step-{step:06d}.mp4"
 
 
 def _told_apart(prompts: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """From a config file and command-line options to a RunConfig, or to every problem in them at once."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -291,15 +292,19 @@ def _choices(annotation: Any) -> set[Any]:
 
 
 def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> tuple[Any, ...]:
-    """Numbers between commas.
+    """Finite numbers between commas.
 
     Raises:
         UserError: something else.
     """
     try:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
+        numbers = tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise UserError(f"{option} {text}: not numbers between commas", f"write {option} 500,1000") from None
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        example = "500,1000" if kind is int else "0.7,1.0"
+        raise UserError(f"{option} {text}: not numbers between commas", f"write {option} {example}")
+    return numbers
 
 
 def unknown_key(key: str) -> Problem:

@@ -66,14 +66,13 @@ class Sampling:
     Attributes:
         guidance: `guidance_scale`; of two experts the high-noise one's.
         guidance_2: of the low-noise expert; None where there is one transformer.
-        negative_prompt: None: the pipeline's own.
         decode: arguments of the pipeline that only its VAE needs.
     """
 
     steps: int = 50
     guidance: float = 5.0
     guidance_2: float | None = None
-    negative_prompt: str | None = None
+    negative_prompt: str = ""
     decode: JSON = field(default_factory=dict)
 
 
@@ -176,6 +175,9 @@ _WAN_NEGATIVE = (
     "many people in the background, walking backwards"
 )
 _LTX_NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
+_KANDINSKY_NEGATIVE = (
+    "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, deformed, walking backwards"
+)
 _SANA_NEGATIVE = (
     "A chaotic sequence with misshapen, deformed limbs in heavy motion blur, sudden disappearance, jump cuts, jerky movements, "
     "rapid shot changes, frames out of sync, inconsistent character shapes, temporal artifacts, jitter, and ghosting effects, "
@@ -546,7 +548,8 @@ def _kandinsky_variant(files: Checkpoint, _expert: Expert | None) -> Variant:
         tasks = ("i2v", "t2v") if i2v else ("t2v", "i2v")
     elif i2v:
         raise Unsupported("it is an image-to-video model whose transformer takes no image")
-    return Variant("Kandinsky 5", tasks, parts, (512, 768, 121), 24.0, architecture="Kandinsky-5")
+    sampling, size = Sampling(negative_prompt=_KANDINSKY_NEGATIVE), (512, 768, 121)
+    return Variant("Kandinsky 5", tasks, parts, size, 24.0, sampling=sampling, architecture="Kandinsky-5")
 
 
 def _kandinsky_transformer(width: int, ff: int, layers: tuple[int, int], axes: list[int], time: int, **more: Any) -> JSON:

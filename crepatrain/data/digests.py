@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from crepatrain.errors import UserError
 from crepatrain.files import written_aside
 
 
@@ -55,6 +56,13 @@ def read_memo(path: Path) -> dict[str, Any] | None:
 
 
 def write_memo(path: Path, content: Any) -> None:
-    """Remember something in a small file."""
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(content), encoding="utf-8")
+    """Remember something in a small file.
+
+    Raises:
+        UserError: the disk is full or can't be written to.
+    """
+    try:
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps(content), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror})", "free disk space, or set cache_dir") from error

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import av
+
 from crepatrain.data.decode import IMAGE_SUFFIXES, ClipInfo, Unreadable, probe
 from crepatrain.data.digests import FileDigests, read_memo, write_memo
 from crepatrain.errors import Problem, UserError
@@ -188,14 +190,14 @@ class ClipIndex:
     def _info(self, path: Path, digest: str) -> ClipInfo:
         entry = self._root / f"{digest}-{_INDEX_FORMAT}.json"
         known = read_memo(entry)
-        if known is not None:
-            if "refused" in known:
-                raise Unreadable(known["refused"])
+        if known is not None and "refused" in known and known.get("by") == av.__version__:
+            raise Unreadable(known["refused"])
+        if known is not None and "refused" not in known:
             return ClipInfo(known["height"], known["width"], tuple(known["timestamps"]))
         try:
             info = probe(path)
         except Unreadable as error:
-            write_memo(entry, {"refused": str(error)})
+            write_memo(entry, {"refused": str(error), "by": av.__version__})  # a newer PyAV may read it
             raise
         write_memo(entry, asdict(info))
         return info

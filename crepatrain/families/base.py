@@ -90,6 +90,10 @@ class Family(ABC):
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Per caption the tensors that the transformer is conditioned on, without padding and without a batch dimension."""
 
+    def encode_negative(self, text_encoder: Any, prompt: str) -> dict[str, Tensor]:
+        """What a video shall not show, as the pipeline encodes it."""
+        return self.encode_text(text_encoder, [prompt])[0]
+
     @abstractmethod
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of what `encode_text` makes of the longest caption."""

@@ -94,16 +94,20 @@ class SanaVideoFamily(Family):
 
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Captions behind the pipeline's instruction; the empty one alone, as the negative prompt that it is in sampling."""
-        encoded = []
-        for caption in captions:
-            embeds, mask, _, _ = text_encoder.encode_prompt(
-                caption,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.spec.text_length,
-                complex_human_instruction=_INSTRUCTION if caption else None,
-            )
-            encoded.append({"prompt_embeds": embeds[0, : int(mask.sum())].clone()})
-        return encoded
+        return [self._encode(text_encoder, caption, _INSTRUCTION if caption else None) for caption in captions]
+
+    def encode_negative(self, text_encoder: Any, prompt: str) -> dict[str, Tensor]:
+        """The instruction is for what shall be seen."""
+        return self._encode(text_encoder, prompt, None)
+
+    def _encode(self, text_encoder: Any, words: str, instruction: list[str] | None) -> dict[str, Tensor]:
+        embeds, mask, _, _ = text_encoder.encode_prompt(
+            words,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.spec.text_length,
+            complex_human_instruction=instruction,
+        )
+        return {"prompt_embeds": embeds[0, : int(mask.sum())].clone()}
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (self.spec.text_length, self.checkpoint.transformer["caption_channels"])}

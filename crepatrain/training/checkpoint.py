@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -63,7 +65,25 @@ def _cannot_write(path: Path, error: Exception) -> UserError:
 
 
 def _cannot_read(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} can't be read ({error})", "remove this checkpoint folder to go on from the one before")
+    reason = (str(error).splitlines() or [""])[0]
+    return UserError(
+        f"{path} can't be read ({type(error).__name__}: {reason})", "remove this checkpoint folder to go on from the one before"
+    )
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """What comes of a checkpoint whose files can be read but hold something else, as what the user can do about it.
+
+    Raises:
+        UserError: so it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError) as error:
+        raise _cannot_read(folder, error) from error
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:

@@ -17,7 +17,14 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def adapter_metadata(
-    config: RunConfig, family: Family, fingerprint: Mapping[str, Any], step: int, *, layers: Sequence[str], day: date
+    config: RunConfig,
+    family: Family,
+    fingerprint: Mapping[str, Any],
+    step: int,
+    *,
+    layers: Sequence[str],
+    day: date,
+    averaged: bool,
 ) -> dict[str, str]:
     """The header of an adapter's safetensors file.
 
@@ -30,6 +37,7 @@ def adapter_metadata(
         step: optimizer steps behind the adapter.
         layers: names of the adapted layers.
         day: on which it is written.
+        averaged: whether its weights are those of use_ema.
     """
     variant, rank = family.variant, str(config.lora_rank)
     low, high = (round(sigma * TRAIN_TIMESTEPS) for sigma in variant.sigmas)
@@ -60,7 +68,7 @@ def adapter_metadata(
         "crepatrain.format": "1",
         "crepatrain.step": str(step),
         "crepatrain.scale": "baked",
-        "crepatrain.recipe": json.dumps(recipe(config, family, fingerprint, step, layers)),
+        "crepatrain.recipe": json.dumps(recipe(config, family, fingerprint, step, layers, averaged=averaged)),
     }
     if config.trigger_word:
         metadata["modelspec.trigger_phrase"] = config.trigger_word
@@ -69,7 +77,9 @@ def adapter_metadata(
     return metadata
 
 
-def recipe(config: RunConfig, family: Family, fingerprint: Mapping[str, Any], step: int, layers: Sequence[str]) -> dict[str, Any]:
+def recipe(
+    config: RunConfig, family: Family, fingerprint: Mapping[str, Any], step: int, layers: Sequence[str], *, averaged: bool
+) -> dict[str, Any]:
     """What a program must know to sample as the adapter was trained, and a reader to train it again."""
     frames, height, width = wanted_size(config)
     return {
@@ -93,16 +103,18 @@ def recipe(config: RunConfig, family: Family, fingerprint: Mapping[str, Any], st
             "timestep_sampling": config.timestep_sampling,
             "t_range": list(family.variant.sigmas),
             "base_dtype": "bfloat16" if config.mixed_precision == "bf16" else "float32",
-            "resolution": [height, width],
+            "quant": None,
+            "resolutions": [[height, width]],
             "aspect_buckets": config.aspect_buckets,
             "frames": frames,
             "fps": config.fps,
             "caption_max_tokens": family.spec.text_length,
+            "prompt_template_id": family.spec.pipelines[family.task],  # whose encode_prompt the captions went through
             "trigger": config.trigger_word,
         },
         "crepa": _crepa(config),
         "sample": sample_defaults(config, family),
-        "ema": {"used": config.use_ema, "decay": config.ema_decay if config.use_ema else None},
+        "ema": {"used": averaged, "decay": config.ema_decay if averaged else None},
         "step": step,
         "versions": dict(fingerprint["versions"]),
     }

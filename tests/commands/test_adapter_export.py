@@ -259,7 +259,9 @@ def test_an_exported_adapter_says_how_it_was_trained(fake_run):
         "timestep_sampling": "shifted",
         "t_range": [0.0, 1.0],
         "base_dtype": "float32",
-        "resolution": [64, 96],
+        "resolutions": [[64, 96]],
+        "quant": None,
+        "prompt_template_id": "WanPipeline",
         "aspect_buckets": False,
         "frames": 9,
         "fps": 16.0,
@@ -282,7 +284,16 @@ def test_an_exported_adapter_says_how_it_was_trained(fake_run):
         ("ltxvideo", "tiny", {}, {"guidance": 3.0, "decode": {}}),
         ("ltxvideo", "tiny-timestep-vae", {}, {"decode": {"decode_timestep": 0.05, "decode_noise_scale": 0.025}}),
         ("sanavideo", "tiny", {}, {"guidance": 6.0, "shift": 8.0}),
-        ("kandinsky5_video", "tiny", {}, {"guidance": 5.0, "shift": 5.0, "negative_prompt": None}),
+        (
+            "kandinsky5_video",
+            "tiny",
+            {},
+            {
+                "guidance": 5.0,
+                "shift": 5.0,
+                "steps": 50,
+            },
+        ),
     ],
 )
 def test_every_family_says_how_it_is_sampled(family, size, changes, told, fake_run, tiny_checkpoint):

@@ -1,5 +1,6 @@
 """Whole runs of the tiny Wan, from clips to an adapter."""
 
+import errno
 import gc
 import json
 import math
@@ -21,7 +22,7 @@ from diffusers import WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from crepatrain import cli
+from crepatrain import cli, files
 from crepatrain.commands import fit as command
 from crepatrain.commands.fit import fit
 from crepatrain.commands.stopping import Stopped
@@ -29,6 +30,7 @@ from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import DivergedError, UserError
 from crepatrain.tensors import Batch
+from crepatrain.training.checkpoint import checkpoints, step_of
 
 Write = Callable[..., Path]
 
@@ -89,8 +91,8 @@ class Watching(Screen):
         with super().training(done, total) as view:
             shown = view.step
 
-            def step(done: int) -> None:
-                shown(done)
+            def step(done: int, seconds: float) -> None:
+                shown(done, seconds)
                 self.after_step(done)
 
             view.step = step
@@ -629,19 +631,111 @@ def test_the_weights_in_memory_are_those_before_the_step(config_file: Write, tmp
     expect_same_run(whole, train(config_file, max_train_steps=4, **common))
 
 
-def test_a_damaged_cache_entry_is_the_users_to_mend(
-    config_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    """Read by a worker process, as by default."""
+def test_a_cache_entry_that_has_lost_its_end_is_written_again(config_file: Write, tmp_path: Path):
     cache = tmp_path / "cache"
-    train(config_file, cache_dir=str(cache), max_train_steps=1, train_batch_size=6)
-    damaged = next(iter((cache / "latents").rglob("*.safetensors")))
-    damaged.write_bytes(damaged.read_bytes()[:-8])
-    config = config_file(cache_dir=str(cache), max_train_steps=2, train_batch_size=6, dataloader_num_workers=1)
-    assert run_cli(monkeypatch, "fit", str(config)) == 2
-    message = capsys.readouterr().err.replace("\n", "")
-    assert damaged.name in message
-    assert "delete it" in message
+    first = train(config_file, cache_dir=str(cache), max_train_steps=2, output_dir=str(tmp_path / "first"))
+    entries = [next(iter((cache / kind).rglob("*.safetensors"))) for kind in ("latents", "text", "teacher")]
+    whole = [entry.read_bytes() for entry in entries]
+    for entry, content in zip(entries, whole, strict=True):
+        entry.write_bytes(content[:-8])
+    again = train(config_file, cache_dir=str(cache), max_train_steps=2, output_dir=str(tmp_path / "again"))
+    assert [entry.read_bytes() for entry in entries] == whole
+    expect_same_run(first, again)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_entry_that_is_lost_on_the_way_costs_no_step(config_file: Write, tmp_path: Path, workers: int):
+    """The message says which, the steps before it are saved, and the same command mends it and goes on to the bit."""
+    common = {"max_train_steps": 30, "dataloader_num_workers": workers}
+    whole = train(config_file, output_dir=str(tmp_path / "whole"), cache_dir=str(tmp_path / "other"), **common)
+    cache = tmp_path / "cache"
+
+    def lose(step: int) -> None:
+        if step == 3:
+            for entry in (cache / "latents").rglob("*.safetensors"):
+                entry.write_bytes(b"lost")
+
+    parts = {"output_dir": str(tmp_path / "parts"), "cache_dir": str(cache), **common}
+    with pytest.raises(UserError, match=r"cache entry .* can't be read .*\n.*delete it"):
+        train(config_file, after_step=lose, **parts)
+    saved = checkpoints(tmp_path / "parts" / "checkpoints")
+    assert len(saved) == 1
+    assert step_of(saved[0]) >= 3
+    assert json.loads((tmp_path / "parts" / "status.json").read_text())["status"] == "failed"
+    expect_same_run(whole, train(config_file, **parts))
+
+
+def test_two_commands_never_train_in_one_folder(config_file: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    seen = []
+
+    def second(step: int) -> None:
+        if step == 2:
+            ended = subprocess.run(
+                [sys.executable, "-m", "crepatrain", "fit", str(tmp_path / "config.json")],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            seen.append((ended.returncode, " ".join(ended.stderr.split())))
+
+    folder = train(config_file, after_step=second, max_train_steps=4, checkpointing_steps=1)
+    assert [code for code, _ in seen] == [2]
+    assert "a run is under way in it already" in seen[0][1]
+    assert column(folder, "step") == [1, 2, 3, 4]
+    assert not (folder / ".lock").exists()
+
+
+def test_a_lock_that_a_kill_has_left_holds_nobody_off(config_file: Write, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert column(train(config_file, max_train_steps=1), "step") == [1]
+
+
+def test_a_stop_within_a_logging_window_changes_no_line(config_file: Write, tmp_path: Path):
+    changes = {"max_train_steps": 12, "logging_steps": 5}
+    whole = train(config_file, output_dir=str(tmp_path / "whole"), **changes)
+    interrupted(config_file, at=7, output_dir=str(tmp_path / "parts"), **changes)
+    assert column(tmp_path / "parts", "step") == [5]
+    parts = train(config_file, output_dir=str(tmp_path / "parts"), **changes)
+    assert column(parts, "step") == [5, 10, 12]
+    expect_same_run(whole, parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("state", "{}"),
+        ("state", "[]"),
+        ("state", '{"step": "x", "samples_seen": 1, "window": {}, "schedule": null}'),
+        ("fingerprint", "{}"),
+        ("transformer_learner", "{}"),
+    ],
+)
+def test_a_checkpoint_that_holds_something_else_is_told(config_file: Write, name: str, content: str):
+    folder = train(config_file, max_train_steps=2, checkpointing_steps=1)
+    (folder / "checkpoints" / "step-000002" / f"{name}.json").write_text(content)
+    with pytest.raises(UserError, match=r"step-000002.* can't be read .*\n.*remove this checkpoint folder"):
+        train(config_file, max_train_steps=3, checkpointing_steps=1)
+    shutil.rmtree(folder / "checkpoints" / "step-000002")
+    assert column(train(config_file, max_train_steps=3, checkpointing_steps=1), "step") == [1, 2, 3]
+
+
+def test_a_kill_behind_the_last_checkpoint_is_made_good(config_file: Write):
+    folder = train(config_file, max_train_steps=1)
+    (folder / "status.json").write_text('{"status": "running", "step": 1, "reason": ""}')
+    (folder / "report.html").unlink()
+    train(config_file, max_train_steps=1)
+    assert json.loads((folder / "status.json").read_text())["status"] == "completed"
+    assert (folder / "report.html").is_file()
+
+
+def test_a_cache_disk_that_is_full_is_told(config_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(_path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "flush", full)
+    with pytest.raises(UserError, match=r"cache.*can't be written .No space left on device\)\n.*set cache_dir"):
+        train(config_file, cache_dir=str(tmp_path / "cache"), max_train_steps=1)
 
 
 # CREPA over a run

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,17 +15,18 @@ import torch
 from conftest import render_clip
 
 from crepatrain.commands import sample as module
+from crepatrain.commands import validation
 from crepatrain.commands.fit import fit
 from crepatrain.commands.preflight import hold_out, look_at_clips
 from crepatrain.commands.runfolder import asked_step
 from crepatrain.commands.sample import Wish, sample
-from crepatrain.commands.stopping import StopSignal
+from crepatrain.commands.stopping import Stopped, StopSignal
 from crepatrain.commands.validation import steadiness
 from crepatrain.config.load import parse_numbers
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.data.encode import film_strip, grid_video, video_facts, write_video
-from crepatrain.errors import UserError
+from crepatrain.errors import DivergedError, UserError
 
 PROMPTS = ["a square", "another square moves"]
 
@@ -95,6 +98,13 @@ def test_a_sample_stands_beside_the_base_of_the_same_seed(trained, tmp_path, cap
     assert video_facts(trained / "samples" / "step-000002.mp4") == {"prompts": PROMPTS, "seed": 42, "steps": 2, "step": 2}
 
 
+def test_a_sample_takes_no_others_place(trained):
+    for _ in range(2):
+        sample(trained, Wish(prompt="a", steps=2, frames=5, seed=3), Screen(quiet=True))
+    names = {path.name for path in (trained / "samples").glob("sample-3*")}
+    assert names == {"sample-3.mp4", "sample-3-beside-base.mp4", "sample-3-2.mp4", "sample-3-2-beside-base.mp4"}
+
+
 def test_the_same_seed_gives_the_same_frames(trained, tmp_path, monkeypatch):
     """Before they are encoded: the encoder's threads may split the bits otherwise."""
     written = []
@@ -114,13 +124,15 @@ def test_checkpoints_and_strengths_make_one_grid(trained, tmp_path):
     assert grid.shape == (5, 2 * (64 + 22) + 4, 3 * 96 + 2 * 4, 3)
 
 
-def test_an_adapters_file_is_enough_where_its_base_is_known(trained, wan, tmp_path):
+def test_an_adapters_file_is_enough_where_its_base_is_known(trained, wan, tiny_checkpoint, tmp_path):
     file = tmp_path / "copied.safetensors"
     shutil.copy(trained / "pytorch_lora_weights.safetensors", file)
     sample(file, Wish(prompt="a", steps=2, frames=5, base=str(wan), output=tmp_path / "out.mp4"), Screen(quiet=True))
     assert len(frames_of(tmp_path / "out.mp4")) == 5
     with pytest.raises(UserError, match="its base was a local folder called wan"):
         sample(file, Wish(prompt="a"), Screen(quiet=True))
+    with pytest.raises(UserError, match=r"--base .*: it is Wan 2.1 image-to-video, and the adapter is for Wan 2.1 text-to-video"):
+        sample(file, Wish(prompt="a", base=str(tiny_checkpoint("wan", "tiny-i2v"))), Screen(quiet=True))
     with pytest.raises(UserError, match="--at: it compares the checkpoints of a run"):
         sample(file, Wish(prompt="a", at=(2,)), Screen(quiet=True))
 
@@ -144,6 +156,7 @@ def test_what_another_base_decides_otherwise_is_told(trained, wan, tmp_path, cap
         (Wish(prompt="a", image=Path("x.png")), "--image x.png: the run was trained from text alone"),
         (Wish(prompt="a", output=Path("video.avi")), "--output video.avi: not the name of an .mp4"),
         (Wish(prompt="a", output=Path("/proc/video.mp4")), "--output /proc/video.mp4: it can't be written"),
+        (Wish(prompt="a", guidance=math.inf), "--guidance inf: not a finite number"),
         (Wish(prompt="a", at=(3,)), "adapter-000003.safetensors: there is no such file"),
     ],
 )
@@ -157,6 +170,8 @@ def test_numbers_between_commas():
     assert parse_numbers("", int, "--at") == ()
     with pytest.raises(UserError, match="--at 5,x: not numbers"):
         parse_numbers("5,x", int, "--at")
+    with pytest.raises(UserError, match=r"--strength nan: not numbers .*\n.*0.7,1.0"):
+        parse_numbers("nan", float, "--strength")
 
 
 def test_validation_makes_a_grid_and_figures_at_its_steps(trained):
@@ -171,6 +186,76 @@ def test_validation_makes_a_grid_and_figures_at_its_steps(trained):
     lines = [json.loads(line) for line in (trained / "samples" / "figures.jsonl").read_text().splitlines()]
     assert [(line["step"], line["prompt"]) for line in lines] == [(step, prompt) for step in (0, 2, 4) for prompt in PROMPTS]
     assert all(0 <= line["flicker"] < 2 and -1 <= line["consistency"] <= 1 for line in lines)
+
+
+def test_a_validation_video_is_what_sample_makes(trained, tmp_path, monkeypatch):
+    """The same settings, negative prompt and seed: before they are encoded, but for the grid's label."""
+    written = {}
+    for where in (module, validation):
+        monkeypatch.setattr(where, "write_video", lambda path, frames, *, fps, facts: written.update({path.name: frames.copy()}))
+    root = tmp_path / "run"
+    shutil.copytree(trained, root)
+    (root / "samples" / "step-000004.mp4").unlink()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads((root / "config.json").read_text()) | {"output_dir": str(root)}), encoding="utf-8")
+    fit(read_plan(path), Screen(quiet=True))
+    sample(root, Wish(prompt=PROMPTS[1], steps=2, seed=42, output=tmp_path / "one.mp4"), Screen(quiet=True))
+    grid, one = written["step-000004.mp4"], written["one.mp4"]
+    assert np.abs(grid[:, 22:, 100:].astype(int) - one).max() <= 2
+
+
+def test_a_validation_that_a_kill_has_cost_is_made_good(trained, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(trained, root)
+    for lost in ("step-000004.mp4", "step-000002.mp4"):
+        (root / "samples" / lost).unlink()
+    shutil.copytree(root / "checkpoints" / "step-000004", root / "checkpoints" / "step-000002", dirs_exist_ok=True)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads((root / "config.json").read_text()) | {"output_dir": str(root)}), encoding="utf-8")
+    fit(read_plan(path), Screen(quiet=True))  # complete, but for its last videos
+    assert (root / "samples" / "step-000004.mp4").is_file()
+    assert not (root / "samples" / "step-000002.mp4").is_file()  # that step's weights are gone
+    assert json.loads((root / "status.json").read_text())["status"] == "completed"
+
+
+def test_a_signal_ends_a_validation_and_loses_nothing(trained, tmp_path, monkeypatch):
+    def signalled(pipeline, arguments, generator, advance):
+        if "step 2" in said:
+            os.kill(os.getpid(), signal.SIGINT)
+        advance()
+        return np.zeros((9, 64, 96, 3), dtype=np.uint8)
+
+    class Listening(Screen):
+        def say(self, text=""):
+            said[:] = [f"step {text.split()[3].rstrip(':')}"] if text.startswith("validating") else said
+
+    said = []
+    config = json.loads((trained / "config.json").read_text())
+    path = tmp_path / "config.json"
+    changes = {"output_dir": str(tmp_path / "run"), "checkpointing_steps": 3}
+    path.write_text(json.dumps(config | changes), encoding="utf-8")
+    with monkeypatch.context() as patched:
+        patched.setattr(validation, "call", signalled)
+        with pytest.raises(Stopped, match="saved at step 2"):
+            fit(read_plan(path), Listening(quiet=True))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    assert not (tmp_path / "run" / "samples" / "step-000002.mp4").exists()
+    fit(read_plan(path), Screen(quiet=True))
+    assert (tmp_path / "run" / "samples" / "step-000002.mp4").exists()
+
+
+def test_held_out_losses_that_are_not_finite_end_the_run_as_such(trained, tmp_path):
+    """Before a checkpoint of such weights takes the place of a good one."""
+    config = json.loads((trained / "config.json").read_text())
+    changes = {"output_dir": str(tmp_path / "run"), "learning_rate": 10.0, "model_type": "full", "validation_prompts": None}
+    changes |= {"max_train_steps": 40, "checkpointing_steps": 1}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | changes), encoding="utf-8")
+    with pytest.raises(DivergedError, match=r"step \d+: loss nan, .* on the held-out clips"):
+        fit(read_plan(path), Screen(quiet=True))
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["status"] == "failed"
+    assert status["reason"].startswith("DivergedError")
 
 
 def test_held_out_clips_are_measured_at_every_checkpoint(trained):
