@@ -174,7 +174,9 @@ class TrainingView:
             return ""
         seconds = self._seconds / steps
         left = int(seconds * (self._total - done))
-        return f"{seconds:.2f} s/step  eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        samples = self._numbers.get("samples_per_second", 0.0) * self._numbers.get("step_seconds", 0.0)  # of one step
+        rate = f"  {samples / seconds:.2f} samples/s" if samples else ""
+        return f"{seconds:.2f} s/step  eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}{rate}"
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)

@@ -248,4 +248,6 @@ def write_transformer(folder: Path, transformer: Any, dtype: torch.dtype) -> Non
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"{folder} can't be written ({error})", "free disk space; checkpoints are untouched") from error
+        raise UserError(
+            f"{folder} can't be written ({error})", "free disk space, or mend its permissions; checkpoints are untouched"
+        ) from error

@@ -229,7 +229,7 @@ def _launch_or_rescue(
             if before:
                 _settle(run, before, view)
             save(run)
-        raise
+        raise  # of several processes the others are within the step, and none can wait for them
 
 
 def _save_and_look(
@@ -253,10 +253,14 @@ def _save_and_look(
     if saving:
         _keep(run, None if stopping else evaluation)
     if looking:
-        with _looking(run):
-            stopping = not validation.make()
-        if stopping and not saving:
-            save(run)
+        made = False
+        try:
+            with _looking(run):
+                made = validation.make()
+        finally:
+            if not made and not saving and run.accelerator.num_processes == 1:
+                save(run)
+        stopping = not made
     return saving or looking, stopping
 
 

@@ -11,6 +11,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from crepatrain.errors import UserError
 from crepatrain.files import written_aside
 
 _GAP = 4
@@ -23,8 +24,19 @@ def write_video(path: Path, frames: np.ndarray, *, fps: float, facts: Mapping[st
 
     Args:
         facts: what the file says of itself, as JSON in its comment, which players and ffprobe show.
+
+    Raises:
+        UserError: the disk is full or can't be written to.
     """
-    with written_aside(path) as aside, av.open(str(aside), "w", format="mp4") as container:
+    try:
+        with written_aside(path) as aside:
+            _encode(aside, frames, fps, facts)
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror})", "free disk space, or mend its permissions") from error
+
+
+def _encode(path: Path, frames: np.ndarray, fps: float, facts: Mapping[str, Any] | None) -> None:
+    with av.open(str(path), "w", format="mp4") as container:
         if facts:
             container.metadata["comment"] = json.dumps(facts, ensure_ascii=False)
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))

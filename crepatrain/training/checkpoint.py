@@ -61,7 +61,9 @@ def write_checkpoint(
 
 
 def _cannot_write(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} can't be written ({error})", "free disk space; earlier checkpoints are untouched")
+    return UserError(
+        f"{path} can't be written ({error})", "free disk space, or mend its permissions; earlier checkpoints are untouched"
+    )
 
 
 def _cannot_read(path: Path, error: Exception) -> UserError:

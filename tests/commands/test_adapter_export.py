@@ -1,6 +1,7 @@
 """Adapters and transformers as files: what their header says, what readers make of them, and `crepatrain export`."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -348,6 +349,9 @@ def test_an_adapter_is_exported_anew_from_its_checkpoint_or_from_its_file(fake_r
     assert header(root / "mine.safetensors")["crepatrain.step"] == "2"
     assert {tensor.dtype for tensor in load_file(root / "mine.safetensors").values()} == {torch.bfloat16}
 
+    with pytest.raises(UserError, match=r"mine.safetensors: there is something already"):
+        export(root, 2, None, root / "mine.safetensors", Screen(quiet=True))
+
     export(root, 1, None, None, Screen())
     assert "was rotated away" in capsys.readouterr().out
     before, again = (
@@ -357,6 +361,43 @@ def test_an_adapter_is_exported_anew_from_its_checkpoint_or_from_its_file(fake_r
     first, second = load_file(before), load_file(again)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_average_and_the_last_weights_are_told_apart(config_file, tmp_path):
+    fit(read_plan(config_file(use_ema=True, ema_decay=0.5, max_train_steps=2, learning_rate=0.05)), Screen(quiet=True))
+    root = tmp_path / "run"
+    for weights, used in ((None, True), ("raw", False)):
+        export(root, None, None, None, Screen(quiet=True), weights=weights)
+        path = root / "exports" / f"adapter-000002-{'ema' if used else 'raw'}-float32.safetensors"
+        assert json.loads(header(path)["crepatrain.recipe"])["ema"] == {"used": used, "decay": 0.5 if used else None}
+    ema, raw = (load_file(root / "exports" / f"adapter-000002-{name}-float32.safetensors") for name in ("ema", "raw"))
+    assert any(not torch.equal(ema[key], raw[key]) for key in ema)
+    assert json.loads(header(root / "pytorch_lora_weights.safetensors")["crepatrain.recipe"])["ema"]["used"] is True
+
+
+def test_no_export_takes_the_place_of_somebodys_files(fake_run, wan, tmp_path):
+    """Such as a pipeline's own transformer."""
+    run = fake_run(model_type="full")
+    run.checkpoint(1)
+    base = tmp_path / "base"
+    shutil.copytree(wan, base)
+    before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"--output .*base: there is something already\n.*new name"):
+        export(run.folder.root, None, None, base, Screen(quiet=True))
+    assert before == {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
+
+
+def test_what_is_handed_out_can_be_read_by_others(fake_run, tmp_path):
+    """By a server that runs as somebody else."""
+    lora, full = fake_run(), fake_run(model_type="full", output_dir=str(tmp_path / "full"))
+    for run in (lora, full):
+        run.checkpoint(1)
+        export(run.folder.root, None, None, None, Screen(quiet=True))
+    plain = tmp_path / "plain"
+    plain.touch()
+    found = [path for run in (lora, full) for path in run.folder.root.rglob("*.safetensors") if "checkpoints" not in path.parts]
+    assert len(found) == 6
+    assert {path.stat().st_mode for path in found} == {plain.stat().st_mode}
 
 
 def test_what_cant_be_exported_is_told(fake_run, tmp_path):
