@@ -229,8 +229,12 @@ def check_size(config: RunConfig, geometry: Geometry) -> list[Problem]:
     return problems
 
 
-def check_blocks(config: RunConfig, depth: int) -> list[Problem]:
-    """Blocks exist, and a teacher block is deeper than its student's."""
+def check_blocks(config: RunConfig, depth: int, *, source_known: bool = True) -> list[Problem]:
+    """Blocks exist, and a teacher block is deeper than its student's.
+
+    Args:
+        source_known: false where the spellings of the teacher's source disagree: then it may need no block.
+    """
     problems = []
     if config.crepa_enabled:
         if config.crepa_projector == "conv" and not config.crepa_spatial_align:
@@ -241,7 +245,7 @@ def check_blocks(config: RunConfig, depth: int) -> list[Problem]:
                 )
             )
         problems += _check_block("crepa_block_index", config.crepa_block_index, depth)
-        if config.crepa_feature_source == "backbone":
+        if config.crepa_feature_source == "backbone" and source_known:
             pair = ("crepa_block_index", "crepa_teacher_block_index")
             problems += _check_deeper(config, *pair, depth, because="crepa_feature_source=backbone needs it")
     if config.layersync_enabled:
@@ -263,8 +267,9 @@ def _check_block(key: str, block: int | None, depth: int) -> list[Problem]:
 def _check_deeper(config: RunConfig, student_key: str, teacher_key: str, depth: int, because: str) -> list[Problem]:
     student: int | None = getattr(config, student_key)
     teacher: int | None = getattr(config, teacher_key)
-    if student is None or student >= depth:  # told already
-        student = -1
+    than = f"{student_key}={student}"
+    if student is None or student >= depth:  # told already; the lowest block may still be it
+        student, than = 0, "any other block"
     lowest, last = student + 1, depth - 1
     if lowest > last:
         use = f"lower {student_key}, it is the last block"
@@ -275,7 +280,7 @@ def _check_deeper(config: RunConfig, student_key: str, teacher_key: str, depth: 
     if teacher > last:
         return [Problem(f"{teacher_key}={teacher}: the transformer has {depth} blocks, counted from 0", use)]
     if teacher < lowest:
-        return [Problem(f"{teacher_key}={teacher} is not deeper than {student_key}={student}", use)]
+        return [Problem(f"{teacher_key}={teacher} is not deeper than {than}", use)]
     return []
 
 

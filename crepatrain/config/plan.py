@@ -117,7 +117,8 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     problems += checks.check_init_adapter(resolved)
     problems += checks.check_optimizer(resolved)
     problems += checks.check_trackers(resolved)
-    problems += checks.check_source(config)
+    disagreeing = checks.check_source(config)
+    problems += disagreeing
     if checkpoint:
         problems += checks.check_variant(resolved, variant)
         problems += checks.check_validation(resolved, variant)
@@ -128,7 +129,7 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     if geometry:
         problems += checks.check_size(resolved, geometry)
         problems += checks.check_images(resolved, variant, geometry)
-        problems += checks.check_blocks(resolved, geometry.depth)
+        problems += checks.check_blocks(resolved, geometry.depth, source_known=not disagreeing)
         problems += checks.check_targets(resolved, spec, geometry.depth)
         problems += checks.check_threshold(resolved, geometry)
     if problems or checkpoint is None or geometry is None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from crepatrain.config.plan import Plan, read_plan
+from crepatrain.config.sources import fetch
 from crepatrain.config.specs import FAMILIES
 from crepatrain.config.summary import summarize
 from crepatrain.errors import Problem, UserError
@@ -101,6 +102,7 @@ def summary(plan: Plan) -> dict[str, str]:
         (BACKBONE | {"crepa_block_index": 9, "crepa_teacher_block_index": 9}, ["not deeper"], ["lower crepa_block_index"]),
         (LAYERSYNC | {"layersync_teacher_block": 3}, ["layersync_student_block", "missing"], ["0"]),
         (LAYERSYNC | {"layersync_student_block": 3}, ["layersync_teacher_block", "missing"], ["9"]),
+        (LAYERSYNC | {"layersync_student_block": 40, "layersync_teacher_block": 4}, ["=40", "10 blocks"], ["0 to 9"]),
         (LAYERSYNC | {"layersync_student_block": 4, "layersync_teacher_block": 4}, ["not deeper"], ["5 to 9"]),
         (LAYERSYNC | {"layersync_student_block": 4, "layersync_teacher_block": 40}, ["=40", "10 blocks"], ["9"]),
         # spellings of the teacher's source
@@ -114,6 +116,8 @@ def summary(plan: Plan) -> dict[str, str]:
             ["crepa_feature_source=backbone", "crepa_use_backbone_features=false", "disagree"],
             ["crepa_feature_source"],
         ),
+        ({"crepa_use_backbone_features": True, "crepa_feature_source": "cached"}, ["disagree"], ["crepa_feature_source"]),
+        ({"crepa_use_backbone_features": False} | BACKBONE, ["disagree"], ["crepa_feature_source"]),
         # the score: 9 frames are 3 token frames, so 1 + 4/3 * 1/e
         ({"crepa_similarity_threshold": 1.7}, ["crepa_similarity_threshold=1.7", "1.491"], ["1.491"]),
         ({"crepa_similarity_threshold": 1.5, "crepa_adjacent_tau": 0.5}, ["=1.5", "1.180"], ["1.180"]),
@@ -156,6 +160,16 @@ def test_one_wrong_value_is_one_message(problems, changes, what, fix):
         assert word in found[0].what
     for word in fix:
         assert word in found[0].fix
+
+
+def test_no_block_is_deeper_than_one_that_is_not_known(problems):
+    student, teacher = problems(**LAYERSYNC)
+    assert (student.what, student.fix) == ("layersync_student_block is missing", "use 0 to 9")
+    assert teacher.what.startswith("layersync_teacher_block is missing")
+    assert teacher.fix == "use 1 to 9"
+    _, teacher = problems(**LAYERSYNC, layersync_teacher_block=0)
+    assert teacher.what == "layersync_teacher_block=0 is not deeper than any other block"
+    assert teacher.fix == "use 1 to 9"
 
 
 def test_a_boundary_is_legal(plan):
@@ -532,6 +546,21 @@ def test_a_hub_that_does_not_let_us_is_told_which_way(problems, monkeypatch, err
     assert fix in problem.fix
 
 
+MAY_BE_A_FOLDER = "If a local folder is meant, it is not there yet"
+
+
+def test_a_path_of_two_names_may_be_a_folder_that_is_not_there_yet(problems):
+    [problem] = problems(pretrained_model_name_or_path="demo/checkpoint")
+    assert problem.fix.endswith(f"{MAY_BE_A_FOLDER}; `crepatrain make-random` writes one with random weights")
+    [problem] = problems(crepa_encoder="demo/encoder")
+    assert problem.fix.endswith(MAY_BE_A_FOLDER), "make-random writes a pipeline"
+    with pytest.raises(UserError) as caught:
+        fetch("pretrained_model_name_or_path", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", None, ("model_index.json",))
+    assert MAY_BE_A_FOLDER not in str(caught.value), "the package knows it"
+    [problem] = problems(crepa_encoder="facebook/dinov2-small")
+    assert MAY_BE_A_FOLDER not in problem.fix
+
+
 SIZELESS = {"height": ..., "width": ..., "num_frames": ...}
 # Of each released model: blocks, width, token grid at its own size, its tasks, and the shift it is sampled with.
 RELEASED = {
@@ -824,6 +853,7 @@ def test_the_summary_tells_the_neighbours(plan):
     assert "two frames 1 away" in summary(plan())["neighbours"]
     assert "exp(-distance / 2)" in summary(plan(crepa_adjacent_tau=2))["neighbours"]
     assert "frames 1 to 2 away" in summary(plan(crepa_adjacent_distance=2, crepa_cumulative_neighbors=True))["neighbours"]
+    assert "two frames 1 away" in summary(plan(crepa_cumulative_neighbors=True))["neighbours"]
     assert summary(plan(crepa_adjacent_distance=0))["neighbours"].startswith("none")
 
 
@@ -833,6 +863,11 @@ def test_the_summary_tells_the_schedule(plan):
     assert summary(plan(**schedule))["weight"] == "0 to 0.5 in 100 steps, then cosine to 0.1 by the end of the run"
     assert "in 5000 steps (step 5100)" in summary(plan(**schedule, crepa_decay_steps=5000))["weight"]
     assert "polynomial of power 2" in summary(plan(crepa_scheduler="polynomial", crepa_power=2))["weight"]
+
+
+def test_the_summary_tells_that_the_loss_grows_with_the_clip(plan):
+    words = summary(plan(crepa_normalize_by_frames=False))["weight"]
+    assert words == "0.5, on the sum over the token frames (3 at this size), which grows with a clip's length"
 
 
 def test_the_summary_tells_the_cutoff_beside_the_reachable_maximum(plan):
