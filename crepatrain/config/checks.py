@@ -5,10 +5,10 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from crepatrain.config.sections import CrepaConfig, LayerSyncConfig, LoraConfig, RunConfig
+from crepatrain.config.sections import CrepaConfig, RunConfig
 from crepatrain.config.specs import EncoderSpec, FamilySpec, Variant
 from crepatrain.errors import Problem, UserError
-from crepatrain.geometry import Geometry, TokenGrid
+from crepatrain.geometry import Geometry
 from crepatrain.neighbours import reachable_maximum
 
 _OPTIMIZER_PACKAGES = {"adamw8bit": ("bitsandbytes", "8bit"), "prodigy": ("prodigyopt", "prodigy")}
@@ -305,38 +305,3 @@ def check_threshold(config: RunConfig, geometry: Geometry) -> list[Problem]:
             f"use {maximum:.3f} or less",
         )
     ]
-
-
-def warnings(config: RunConfig, said: RunConfig, geometry: Geometry, grid: TokenGrid) -> list[str]:
-    """What has no effect, or another one than written.
-
-    Args:
-        config: with its defaults filled in.
-        said: as it was written.
-        grid: at the config's size.
-    """
-    told = []
-    if geometry.tile > 1 and not config.compile:
-        told.append("compile: without it the attention over tiles (NABLA) holds every score in memory; set it to true")
-    for section, switch in ((CrepaConfig, "crepa_enabled"), (LayerSyncConfig, "layersync_enabled")):
-        fields = section.model_fields
-        changed = [key for key in fields if key in said.model_fields_set and getattr(said, key) != fields[key].default]
-        if changed and not getattr(config, switch):
-            told.append(f"{', '.join(changed)}: without effect, as {switch} is false")
-    if config.crepa_enabled and config.crepa_adjacent_distance > grid.t - 1:
-        told.append(
-            f"crepa_adjacent_distance={config.crepa_adjacent_distance} is taken as {grid.t - 1}: clips have {grid.t} token frames"
-        )
-    if config.crepa_enabled and config.crepa_drop_vae_encoder and config.crepa_feature_source != "latents":
-        told.append("crepa_drop_vae_encoder: without effect, as only crepa_feature_source=latents keeps a VAE in training")
-    if config.validation_images and config.task != "i2v":
-        told.append("validation_images: without effect, as task is t2v")
-    if config.i2v_dropout and config.task != "i2v":
-        told.append("i2v_dropout: without effect, as task is t2v")
-    fields = LoraConfig.model_fields
-    lora = [key for key in fields if key in said.model_fields_set and getattr(said, key) != fields[key].default]
-    if lora and config.model_type != "lora":
-        told.append(f"{', '.join(lora)}: without effect, as model_type is {config.model_type}")
-    if config.lr_scheduler == "constant" and config.lr_warmup_steps:
-        told.append("lr_warmup_steps: without effect with lr_scheduler=constant; use constant_with_warmup")
-    return told

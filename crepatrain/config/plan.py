@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from crepatrain.config import checks
 from crepatrain.config.load import parse, read_values
+from crepatrain.config.notes import warnings
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.sources import read_checkpoint, read_encoder, readable
 from crepatrain.config.specs import FAMILIES, Checkpoint, EncoderSpec, FamilySpec, Task, Variant
@@ -135,7 +136,7 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     if problems or checkpoint is None or geometry is None:
         raise UserError.of(problems or [Problem(f"{', '.join(sorted(without))}: not usable", "mend it")])
     grid = geometry.token_grid(*checks.wanted_size(resolved))
-    told = tuple(checks.warnings(resolved, config, geometry, grid))
+    told = tuple(warnings(resolved, config, geometry, grid))
     return Plan(resolved, spec, checkpoint, variant, geometry, grid, encoder, told)
 
 
