@@ -109,6 +109,12 @@ def second(train: Callable[..., Path]) -> Path:
     return train("second", crepa_lambda=0.1, logging_steps=2)
 
 
+@pytest.fixture(scope="module")
+def averaged(train: Callable[..., Path]) -> Path:
+    """A run whose average is far from its last weights."""
+    return train("averaged", max_train_steps=WHOLE, learning_rate=5e-2, use_ema=True, ema_decay=0.9)
+
+
 @pytest.fixture
 def copied(first: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(first, tmp_path / "copied"))
@@ -377,7 +383,9 @@ def test_patches_average_to_the_self_similarity(options: dict[str, Any], teacher
     assert torch.allclose(similar.flatten(1).mean(dim=1), crepa(tokens, teacher, grid).self_similarity, atol=1e-6)
 
 
-def test_the_map_holds_the_cosine_of_every_patch(copied: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("run", "weights"), [("first", "adapter"), ("averaged", "ema")])
+def test_the_map_holds_the_cosine_of_every_patch(request, tmp_path, monkeypatch: pytest.MonkeyPatch, run: str, weights: str):
+    copied = Path(shutil.copytree(request.getfixturevalue(run), tmp_path / "copied"))
     assert run_cli(monkeypatch, "report", copied, "--map") == 0
     found = json.loads((copied / "alignment_map.json").read_text(encoding="utf-8"))
     assert (found["step"], found["block"], found["sigma"]) == (WHOLE, 8, 0.5)
@@ -391,7 +399,7 @@ def test_the_map_holds_the_cosine_of_every_patch(copied: Path, monkeypatch: pyte
     family = build.build_family(plan)
     transformer = build.build_transformer(plan, family, torch.device("cpu")).eval()
     checkpoint = copied / "checkpoints" / f"step-{WHOLE:06d}"
-    load_trained_state(transformer, read_tensors(checkpoint, "adapter"))
+    load_trained_state(transformer, read_tensors(checkpoint, weights))
     projector = read_tensors(checkpoint, "projector")
     clip = found["clips"][1]
     latents, text_embeds, features = entries_of(plan, clip["caption"], index=1)
