@@ -229,6 +229,38 @@ def test_several_runs_are_drawn_over_each_other(first: Path, second: Path, tmp_p
     assert '<tr class="differs"><td><code>learning_rate</code>' not in text
 
 
+def test_a_run_that_is_given_twice_is_refused(first: Path, second: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(first)
+    with pytest.raises(UserError, match=r"(?s)link was given twice\n.*give each run once"):
+        report([first, second, tmp_path / "link"], tmp_path / "out.html", Screen(quiet=True))
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents(first: Path, tmp_path: Path):
+    roots = [Path(shutil.copytree(first, tmp_path / name / "run")) for name in ("a/deep", "b/deep", "c")]
+    out = tmp_path / "all.html"
+    report([*roots, first], out, Screen(quiet=True))
+    charts = charts_in(out)
+    names = ["a/deep/run", "b/deep/run", "c/run", "first"]
+    assert list(dict.fromkeys(one["name"] for one in charts["loss"]["series"])) == names
+    assert len({one["color"] for one in charts["loss"]["series"]}) == 4
+    assert charts["step_parts"]["categories"] == names
+    text = out.read_text(encoding="utf-8")
+    assert all(f"<h2>Dataset of {name}</h2>" in text for name in names)
+
+
+def test_the_best_checkpoint_is_marked(copied: Path, second: Path, tmp_path: Path):
+    with (copied / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(f'{{"step": {step}, "eval_loss": {loss}}}\n' for step, loss in ((4, 0.25), (8, 0.5)))
+    (copied / "best.json").write_text('{"step": 4, "eval_loss": 0.25}', encoding="utf-8")
+    refresh_report(copied)
+    [mark] = charts_in(copied / "report.html")["eval_loss"]["marks"]
+    assert (mark["name"], mark["at"]) == ("best at step 4", 4)
+    out = tmp_path / "both.html"
+    report([second, copied], out, Screen(quiet=True))
+    [mark] = charts_in(out)["eval_loss"]["marks"]
+    assert (mark["name"], mark["at"], mark["color"]) == ("copied: best at step 4", 4, "c1")
+
+
 def test_held_out_numbers_videos_and_figures_are_shown_where_they_are(copied: Path, monkeypatch: pytest.MonkeyPatch):
     with (copied / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 8, "eval_loss": 0.5, "eval_alignment": null, "eval_sigma_loss": {"0.1": 0.75}}\n')
