@@ -3,12 +3,19 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from crepatrain.config.sections import CrepaConfig, LayerSyncConfig, LoraConfig, RunConfig
+from crepatrain.config.sections import CrepaConfig, LayerSyncConfig, LoraConfig, RunConfig, Section
 from crepatrain.geometry import Geometry, TokenGrid
+
+
+def _beside(switch: str, section: type[Section]) -> tuple[str, ...]:
+    return tuple(key for key in section.model_fields if key != switch)
+
 
 # Keys, when they change nothing, and why.
 _Idle = tuple[tuple[str, ...], Callable[[RunConfig], bool], str]
 _IDLE: tuple[_Idle, ...] = (
+    (_beside("crepa_enabled", CrepaConfig), lambda c: not c.crepa_enabled, "crepa_enabled is false"),
+    (_beside("layersync_enabled", LayerSyncConfig), lambda c: not c.layersync_enabled, "layersync_enabled is false"),
     (tuple(LoraConfig.model_fields), lambda c: c.model_type != "lora", "model_type is {model_type}"),
     (("revision",), lambda c: Path(c.pretrained_model_name_or_path).is_dir(), "pretrained_model_name_or_path is a folder"),
     (("i2v_dropout",), lambda c: c.task != "i2v", "task is {task}"),
@@ -104,10 +111,7 @@ def warnings(config: RunConfig, said: RunConfig, geometry: Geometry, grid: Token
 
 
 def _without_effect(config: RunConfig, said: RunConfig) -> list[str]:
-    rows = [*_IDLE, *(_IDLE_WITH_CREPA if config.crepa_enabled else ())]
-    for section, switch in ((CrepaConfig, "crepa_enabled"), (LayerSyncConfig, "layersync_enabled")):
-        keys = tuple(key for key in section.model_fields if key != switch)
-        rows.append((keys, lambda c, switch=switch: not getattr(c, switch), f"{switch} is false"))
+    rows = _IDLE + (_IDLE_WITH_CREPA if config.crepa_enabled else ())
     wanted, values = _wanted(said), config.model_dump()
     found = [([key for key in keys if key in wanted], why) for keys, idle, why in rows if idle(config)]
     return [f"{', '.join(keys)}: without effect, as {why.format_map(values)}" for keys, why in found if keys]

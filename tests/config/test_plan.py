@@ -839,8 +839,8 @@ THRESHOLD = {"crepa_similarity_threshold": 0.8}
         ({"crepa_cumulative_neighbors": True}, "crepa_cumulative_neighbors: * as crepa_adjacent_distance is 1"),
         ({"crepa_teacher_block_index": 9}, "crepa_teacher_block_index: * as crepa_feature_source is cached"),
         (
-            BACKBONE | {"crepa_teacher_block_index": 9},
-            "crepa_encoder, crepa_encoder_image_size: * as crepa_feature_source is backbone",
+            BACKBONE | {"crepa_teacher_block_index": 9, "crepa_encoder_frames_batch_size": 4},
+            "crepa_encoder, crepa_encoder_image_size, crepa_encoder_frames_batch_size: * as crepa_feature_source is backbone",
         ),
         (
             {"crepa_feature_source": "pixels", "crepa_cache_dtype": "int8"},
@@ -857,13 +857,19 @@ THRESHOLD = {"crepa_similarity_threshold": 0.8}
         ),
         ({"flow_shift": 5.0}, "flow_shift: * as timestep_sampling is logit_normal"),
         ({"ema_decay": 0.9}, "ema_decay: * as use_ema is false"),
-        ({"optimizer": "adafactor", "adam_beta1": 0.8}, "adam_beta1: * as optimizer is adafactor"),
+        (
+            {"optimizer": "adafactor", "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6},
+            "adam_beta1, adam_beta2, adam_epsilon: * as optimizer is adafactor",
+        ),
         (
             {"lr_scheduler": "constant", "lr_warmup_steps": 2},
             "lr_warmup_steps: * as lr_scheduler is constant; use constant_with_warmup",
         ),
         ({"lr_warmup_steps": 3}, "lr_warmup_steps=3: the run ends at step 3, before it reaches learning_rate"),
-        ({"validation_steps": 9, "validation_seed": 1}, "validation_steps, validation_seed: * as validation_prompts is null"),
+        (
+            {"validation_images": [__file__], "validation_steps": 9, "validation_seed": 1, "validation_sampling_steps": 9},
+            "validation_images, validation_steps, validation_seed, validation_sampling_steps: * as validation_prompts is null",
+        ),
         ({"validation_prompts": ["a"], "validation_images": [__file__]}, "validation_images: * as task is t2v"),
     ],
 )
