@@ -3,14 +3,71 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from crepatrain.errors import UserError
 
+# Of a number in a run's files: what is drawn of them, sums and products, stays finite.
+_LARGEST = 1e100
 _STEP_AT_THE_END = re.compile(r".*-(\d{6,})")
 _STEP_OF_VIDEO = re.compile(r"step-(\d{6,})")
+
+_Count = Annotated[int, Field(ge=0, le=10**15)]
+_Positive = Annotated[int, Field(ge=1, le=10**15)]
+_Number = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)]
+
+
+class _Expected(BaseModel):
+    """What is read of a JSON file of a run; its other keys may hold anything."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Config(_Expected):
+    max_train_steps: _Count | None = None
+    logging_steps: _Positive = 1
+    crepa_similarity_threshold: _Number | None = None
+
+
+class _Status(_Expected):
+    status: str = ""
+    step: _Count = 0
+    reason: str = ""
+
+
+class _Bucket(_Expected):
+    bucket: str
+    windows: _Count
+    grid: str
+    tokens: _Count
+    teacher_grid: str | None
+
+
+class _Clip(_Expected):
+    file: str
+    windows: _Count
+    caption: str
+
+
+class _Dataset(_Expected):
+    train_data: str
+    clips: _Count
+    windows: _Count
+    left_out: _Count
+    unit: _Count
+    steps_per_epoch: _Positive
+    steps: _Count
+    buckets: list[_Bucket]
+    captions: list[_Clip]
+
+
+class _Best(_Expected):
+    step: _Count
+    eval_loss: _Number
 
 
 @dataclass(frozen=True)
@@ -18,21 +75,21 @@ class RunRecord:
     """A run as its folder tells it.
 
     Attributes:
+        name: for people; of several runs no two have the same.
         config: with every default filled in; empty where it is gone.
         status: of status.json; empty before the first one.
         dataset: what was trained on; empty for a run from before it was written down.
+        best: step and eval_loss of the best checkpoint; empty where no clips were held out.
         lines: of metrics.jsonl.
     """
 
     root: Path
+    name: str
     config: dict[str, Any]
     status: dict[str, Any]
     dataset: dict[str, Any]
+    best: dict[str, Any]
     lines: list[dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        return self.root.resolve().name
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -48,6 +105,11 @@ class RunRecord:
     def total(self) -> int | None:
         """Optimizer steps of the whole run."""
         return self.config.get("max_train_steps") or self.dataset.get("steps")
+
+    @property
+    def logging_steps(self) -> int:
+        """Optimizer steps of one line."""
+        return self.config.get("logging_steps", 1)
 
     def column(self, key: str) -> tuple[list[int], list[float]]:
         """The steps at which a number was logged, and the number."""
@@ -67,8 +129,8 @@ class RunRecord:
         return sorted(((int(match.group(1)), path) for match, path in found if match), key=lambda item: (-item[0], item[1].name))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def read_run(root: Path) -> RunRecord:
@@ -80,27 +142,28 @@ def read_run(root: Path) -> RunRecord:
     if not (root / "config.json").is_file() and not (root / "metrics.jsonl").is_file():
         what = "it holds no run" if root.is_dir() else "no such folder"
         raise UserError(f"{root}: {what}", "give the output_dir of a run")
-    config, status, dataset = (_read_object(root / f"{name}.json") for name in ("config", "status", "dataset"))
-    return RunRecord(root, config, status, dataset, read_lines(root / "metrics.jsonl", needs=("step",)))
+    kinds = {"config": _Config, "status": _Status, "dataset": _Dataset, "best": _Best}
+    objects = {name: _read_object(root / f"{name}.json", kind) for name, kind in kinds.items()}
+    return RunRecord(root, root.resolve().name, **objects, lines=read_lines(root / "metrics.jsonl"))
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path, kind: type[_Expected]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_bytes())
+        kind.model_validate(found)
+    except ValidationError as error:
+        details = error.errors()[0]
+        place = ".".join(map(str, details["loc"]))
+        raise UserError(f"{path}: {f'{place}: ' if place else ''}{details['msg']}", "mend or remove it") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read ({error})", "mend or remove it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: it is no JSON object", "mend or remove it")
     return found
 
 
-def read_lines(path: Path, *, needs: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file, without a last line that is not whole yet; none where there is no file.
-
-    Args:
-        needs: keys that every line has; `step` is a whole number.
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file without their nulls, and without a last line that is not whole yet; none without a file.
 
     Raises:
         UserError: a line is damaged.
@@ -108,20 +171,57 @@ def read_lines(path: Path, *, needs: Sequence[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        texts = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise UserError(f"{path} can't be read ({error})", "mend its permissions") from error
     lines = []
     for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if isinstance(line, dict) and all(key in line for key in needs) and isinstance(line.get("step"), int):
+        line = _read_line(text)
+        if line is not None:
             lines.append(line)
-        elif number < len(texts) or text.endswith("\n"):
-            raise UserError(f"{path}, line {number}: it is damaged ({text.strip()[:60]!r})", "remove that line")
+        elif number < len(texts) or text.endswith(b"\n"):
+            shown = text.decode(errors="replace").strip()[:60]
+            raise UserError(f"{path}, line {number}: it is damaged ({shown!r})", "remove that line")
     return lines
+
+
+def _read_line(text: bytes) -> dict[str, Any] | None:
+    """What a line says; None where it is damaged."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    line = {key: value for key, value in found.items() if value is not None}
+    step = line.get("step")
+    counted = isinstance(step, int) and not isinstance(step, bool) and step >= 0
+    return line if counted and all(_fits(key, value) for key, value in line.items()) else None
+
+
+def _fits(key: str, value: object) -> bool:
+    """Whether a logged value is of its key's kind."""
+    if key.endswith("sigma_loss"):
+        return isinstance(value, dict) and all(map(_is_number, value.values()))
+    return isinstance(value, str) if key == "prompt" else isinstance(value, bool) or _is_number(value)
+
+
+def told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The same runs, each with as many of its parent folders in its name as no other one shares.
+
+    Raises:
+        UserError: two of them are one.
+    """
+    paths = [run.root.resolve().parts for run in runs]
+    told = []
+    for index, (run, own) in enumerate(zip(runs, paths, strict=True)):
+        if own in paths[:index]:
+            raise UserError(f"{run.root} was given twice", "give each run once")
+        others = [path for path in paths if path != own]
+        names = (own[-length:] for length in range(1, len(own) + 1))
+        name = next(name for name in names if all(other[-len(name) :] != name for other in others))
+        told.append(replace(run, name=str(Path(*name))))
+    return told
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -26,7 +26,7 @@ def status(root: Path, screen: Screen) -> None:
         ("saved", _saved(run)),
         ("validation", _validation(run)),
     ):
-        screen.say(f"{topic:<12}{words}")
+        screen.say(f"{topic:<12}{words.encode(errors='replace').decode()}")  # paths may hold what is no text
 
 
 def _state(run: RunRecord) -> str:
@@ -37,7 +37,7 @@ def _state(run: RunRecord) -> str:
         return told
     silent = time.time() - max(written)
     told += f", last heard of {duration(silent)} ago"
-    between = (_step_seconds(run) or 0.0) * run.config.get("logging_steps", 1)
+    between = (_step_seconds(run) or 0.0) * run.logging_steps
     return told + ("; it may have died" if silent > max(_SILENT_LINES * between, _SILENT_SECONDS) else "")
 
 
@@ -68,7 +68,7 @@ def _numbers(run: RunRecord) -> str:
             ("self-similarity", "crepa_similarity_self"),
             ("weight", "crepa_weight"),
         )
-        if last.get(key) is not None
+        if key in last
     ]
     cutoff = last.get("crepa_cutoff")
     return "  ".join([*told, *([] if cutoff is None else [f"CREPA {'cut off' if cutoff else 'on'}"])])
@@ -85,6 +85,8 @@ def _validation(run: RunRecord) -> str:
         steps, values = run.column(key)
         if values:
             told.append(f"{key} {values[-1]:.4f} at step {steps[-1]}")
+        if values and key == "eval_loss" and run.best:
+            told[-1] += f" (best {run.best['eval_loss']:.4f} at step {run.best['step']})"
     if run.videos:
         told.append(f"samples of step {run.videos[0][0]}")
     return ", ".join(told) or "none yet"

@@ -5,10 +5,10 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from crepatrain.config.sections import CrepaConfig, LayerSyncConfig, LoraConfig, RunConfig
+from crepatrain.config.sections import CrepaConfig, RunConfig
 from crepatrain.config.specs import EncoderSpec, FamilySpec, Variant
 from crepatrain.errors import Problem, UserError
-from crepatrain.geometry import Geometry, TokenGrid
+from crepatrain.geometry import Geometry
 from crepatrain.neighbours import reachable_maximum
 
 _OPTIMIZER_PACKAGES = {"adamw8bit": ("bitsandbytes", "8bit"), "prodigy": ("prodigyopt", "prodigy")}
@@ -229,8 +229,12 @@ def check_size(config: RunConfig, geometry: Geometry) -> list[Problem]:
     return problems
 
 
-def check_blocks(config: RunConfig, depth: int) -> list[Problem]:
-    """Blocks exist, and a teacher block is deeper than its student's."""
+def check_blocks(config: RunConfig, depth: int, *, source_known: bool = True) -> list[Problem]:
+    """Blocks exist, and a teacher block is deeper than its student's.
+
+    Args:
+        source_known: false where the spellings of the teacher's source disagree: then it may need no block.
+    """
     problems = []
     if config.crepa_enabled:
         if config.crepa_projector == "conv" and not config.crepa_spatial_align:
@@ -241,7 +245,7 @@ def check_blocks(config: RunConfig, depth: int) -> list[Problem]:
                 )
             )
         problems += _check_block("crepa_block_index", config.crepa_block_index, depth)
-        if config.crepa_feature_source == "backbone":
+        if config.crepa_feature_source == "backbone" and source_known:
             pair = ("crepa_block_index", "crepa_teacher_block_index")
             problems += _check_deeper(config, *pair, depth, because="crepa_feature_source=backbone needs it")
     if config.layersync_enabled:
@@ -263,8 +267,9 @@ def _check_block(key: str, block: int | None, depth: int) -> list[Problem]:
 def _check_deeper(config: RunConfig, student_key: str, teacher_key: str, depth: int, because: str) -> list[Problem]:
     student: int | None = getattr(config, student_key)
     teacher: int | None = getattr(config, teacher_key)
-    if student is None or student >= depth:  # told already
-        student = -1
+    than = f"{student_key}={student}"
+    if student is None or student >= depth:  # told already; the lowest block may still be it
+        student, than = 0, "any other block"
     lowest, last = student + 1, depth - 1
     if lowest > last:
         use = f"lower {student_key}, it is the last block"
@@ -275,7 +280,7 @@ def _check_deeper(config: RunConfig, student_key: str, teacher_key: str, depth: 
     if teacher > last:
         return [Problem(f"{teacher_key}={teacher}: the transformer has {depth} blocks, counted from 0", use)]
     if teacher < lowest:
-        return [Problem(f"{teacher_key}={teacher} is not deeper than {student_key}={student}", use)]
+        return [Problem(f"{teacher_key}={teacher} is not deeper than {than}", use)]
     return []
 
 
@@ -300,38 +305,3 @@ def check_threshold(config: RunConfig, geometry: Geometry) -> list[Problem]:
             f"use {maximum:.3f} or less",
         )
     ]
-
-
-def warnings(config: RunConfig, said: RunConfig, geometry: Geometry, grid: TokenGrid) -> list[str]:
-    """What has no effect, or another one than written.
-
-    Args:
-        config: with its defaults filled in.
-        said: as it was written.
-        grid: at the config's size.
-    """
-    told = []
-    if geometry.tile > 1 and not config.compile:
-        told.append("compile: without it the attention over tiles (NABLA) holds every score in memory; set it to true")
-    for section, switch in ((CrepaConfig, "crepa_enabled"), (LayerSyncConfig, "layersync_enabled")):
-        fields = section.model_fields
-        changed = [key for key in fields if key in said.model_fields_set and getattr(said, key) != fields[key].default]
-        if changed and not getattr(config, switch):
-            told.append(f"{', '.join(changed)}: without effect, as {switch} is false")
-    if config.crepa_enabled and config.crepa_adjacent_distance > grid.t - 1:
-        told.append(
-            f"crepa_adjacent_distance={config.crepa_adjacent_distance} is taken as {grid.t - 1}: clips have {grid.t} token frames"
-        )
-    if config.crepa_enabled and config.crepa_drop_vae_encoder and config.crepa_feature_source != "latents":
-        told.append("crepa_drop_vae_encoder: without effect, as only crepa_feature_source=latents keeps a VAE in training")
-    if config.validation_images and config.task != "i2v":
-        told.append("validation_images: without effect, as task is t2v")
-    if config.i2v_dropout and config.task != "i2v":
-        told.append("i2v_dropout: without effect, as task is t2v")
-    fields = LoraConfig.model_fields
-    lora = [key for key in fields if key in said.model_fields_set and getattr(said, key) != fields[key].default]
-    if lora and config.model_type != "lora":
-        told.append(f"{', '.join(lora)}: without effect, as model_type is {config.model_type}")
-    if config.lr_scheduler == "constant" and config.lr_warmup_steps:
-        told.append("lr_warmup_steps: without effect with lr_scheduler=constant; use constant_with_warmup")
-    return told

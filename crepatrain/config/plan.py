@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from crepatrain.config import checks
 from crepatrain.config.load import parse, read_values
+from crepatrain.config.notes import warnings
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.sources import read_checkpoint, read_encoder, readable
 from crepatrain.config.specs import FAMILIES, Checkpoint, EncoderSpec, FamilySpec, Task, Variant
@@ -117,7 +118,8 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     problems += checks.check_init_adapter(resolved)
     problems += checks.check_optimizer(resolved)
     problems += checks.check_trackers(resolved)
-    problems += checks.check_source(config)
+    disagreeing = checks.check_source(config)
+    problems += disagreeing
     if checkpoint:
         problems += checks.check_variant(resolved, variant)
         problems += checks.check_validation(resolved, variant)
@@ -128,13 +130,13 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     if geometry:
         problems += checks.check_size(resolved, geometry)
         problems += checks.check_images(resolved, variant, geometry)
-        problems += checks.check_blocks(resolved, geometry.depth)
+        problems += checks.check_blocks(resolved, geometry.depth, source_known=not disagreeing)
         problems += checks.check_targets(resolved, spec, geometry.depth)
         problems += checks.check_threshold(resolved, geometry)
     if problems or checkpoint is None or geometry is None:
         raise UserError.of(problems or [Problem(f"{', '.join(sorted(without))}: not usable", "mend it")])
     grid = geometry.token_grid(*checks.wanted_size(resolved))
-    told = tuple(checks.warnings(resolved, config, geometry, grid))
+    told = tuple(warnings(resolved, config, geometry, grid))
     return Plan(resolved, spec, checkpoint, variant, geometry, grid, encoder, told)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from crepatrain.config.specs import (
     ENCODERS,
+    FAMILIES,
     Checkpoint,
     EncoderSpec,
     Expert,
@@ -181,6 +182,18 @@ def fetch(key: str, path: str, revision: str | None, patterns: tuple[str, ...]) 
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns), etag_timeout=5))
 
 
+def _is_known(repo: str) -> bool:
+    """Whether the package knows that the hub has it."""
+    released = any(released_model(spec, repo) for spec in FAMILIES.values())
+    return released or any(encoder.repo == repo for encoder in ENCODERS.values())
+
+
+def _absent_folder(key: str) -> str:
+    """What else to do, as a path of two names may be that of a folder."""
+    write = "; `crepatrain make-random` writes one with random weights" if key == "pretrained_model_name_or_path" else ""
+    return f". If a local folder is meant, it is not there yet{write}"
+
+
 @contextmanager
 def _hub_errors(key: str, repo: str, revision: str | None) -> Iterator[None]:
     """What the hub client raises, as what the user can do about it."""
@@ -194,7 +207,7 @@ def _hub_errors(key: str, repo: str, revision: str | None) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    what = f"{key}={repo}: "
+    what, or_folder = f"{key}={repo}: ", "" if _is_known(repo) else _absent_folder(key)
     try:
         yield
     except GatedRepoError as error:
@@ -203,7 +216,8 @@ def _hub_errors(key: str, repo: str, revision: str | None) -> Iterator[None]:
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            what + "the hub has no such repository, or it is private", "check the name; for a private one run `hf auth login`"
+            what + "the hub has no such repository, or it is private",
+            f"check the name; for a private one run `hf auth login`{or_folder}",
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(what + f"it has no revision {revision}", "check revision") from error
@@ -211,7 +225,7 @@ def _hub_errors(key: str, repo: str, revision: str | None) -> Iterator[None]:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub can't be reached"
         raise UserError(
             what + f"it is not on this machine, and {offline}",
-            f"connect once (`hf auth login` if it is gated), or run `hf download {repo}` elsewhere and give the folder",
+            f"connect once (`hf auth login` if gated), or run `hf download {repo}` elsewhere and give the folder{or_folder}",
         ) from error
     except EntryNotFoundError as error:
         raise UserError(what + "a file of it is missing", "use a repository in diffusers' or transformers' format") from error

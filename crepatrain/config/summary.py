@@ -62,7 +62,7 @@ def _crepa(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("CREPA", f"block {config.crepa_block_index} of 0 to {last} learns from {_teacher(plan)}, {_meeting(plan)}"),
         ("neighbours", _neighbours(plan)),
-        ("weight", _schedule(config)),
+        ("weight", _schedule(config) + _over_frames(plan)),
         ("cutoff", _cutoff(plan)),
     ]
 
@@ -91,7 +91,8 @@ def _neighbours(plan: Plan) -> str:
     distance = min(config.crepa_adjacent_distance, plan.grid.t - 1)
     if distance == 0:
         return "none: each frame with its own features"
-    which = f"the frames 1 to {distance} away" if config.crepa_cumulative_neighbors else f"the two frames {distance} away"
+    several = config.crepa_cumulative_neighbors and distance > 1
+    which = f"the frames 1 to {distance} away" if several else f"the two frames {distance} away"
     return f"{which}, weighing exp(-distance / {config.crepa_adjacent_tau:g})"
 
 
@@ -143,3 +144,9 @@ def _schedule(config: RunConfig) -> str:
     if config.crepa_decay_steps:
         until = f"in {config.crepa_decay_steps} steps (step {warmup + config.crepa_decay_steps})"
     return f"{text}, then {config.crepa_scheduler}{power} to {end:g} {until}"
+
+
+def _over_frames(plan: Plan) -> str:
+    if plan.config.crepa_normalize_by_frames:
+        return ""
+    return f", on the sum over the token frames ({plan.grid.t} at this size), which grows with a clip's length"

@@ -109,6 +109,12 @@ def second(train: Callable[..., Path]) -> Path:
     return train("second", crepa_lambda=0.1, logging_steps=2)
 
 
+@pytest.fixture(scope="module")
+def averaged(train: Callable[..., Path]) -> Path:
+    """A run whose average is far from its last weights."""
+    return train("averaged", max_train_steps=WHOLE, learning_rate=5e-2, use_ema=True, ema_decay=0.9)
+
+
 @pytest.fixture
 def copied(first: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(first, tmp_path / "copied"))
@@ -221,6 +227,38 @@ def test_several_runs_are_drawn_over_each_other(first: Path, second: Path, tmp_p
     text = out.read_text(encoding="utf-8")
     assert '<tr class="differs"><td><code>crepa_lambda</code>' in text
     assert '<tr class="differs"><td><code>learning_rate</code>' not in text
+
+
+def test_a_run_that_is_given_twice_is_refused(first: Path, second: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(first)
+    with pytest.raises(UserError, match=r"(?s)link was given twice\n.*give each run once"):
+        report([first, second, tmp_path / "link"], tmp_path / "out.html", Screen(quiet=True))
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents(first: Path, tmp_path: Path):
+    roots = [Path(shutil.copytree(first, tmp_path / name / "run")) for name in ("a/deep", "b/deep", "c")]
+    out = tmp_path / "all.html"
+    report([*roots, first], out, Screen(quiet=True))
+    charts = charts_in(out)
+    names = ["a/deep/run", "b/deep/run", "c/run", "first"]
+    assert list(dict.fromkeys(one["name"] for one in charts["loss"]["series"])) == names
+    assert len({one["color"] for one in charts["loss"]["series"]}) == 4
+    assert charts["step_parts"]["categories"] == names
+    text = out.read_text(encoding="utf-8")
+    assert all(f"<h2>Dataset of {name}</h2>" in text for name in names)
+
+
+def test_the_best_checkpoint_is_marked(copied: Path, second: Path, tmp_path: Path):
+    with (copied / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(f'{{"step": {step}, "eval_loss": {loss}}}\n' for step, loss in ((4, 0.25), (8, 0.5)))
+    (copied / "best.json").write_text('{"step": 4, "eval_loss": 0.25}', encoding="utf-8")
+    refresh_report(copied)
+    [mark] = charts_in(copied / "report.html")["eval_loss"]["marks"]
+    assert (mark["name"], mark["at"]) == ("best at step 4", 4)
+    out = tmp_path / "both.html"
+    report([second, copied], out, Screen(quiet=True))
+    [mark] = charts_in(out)["eval_loss"]["marks"]
+    assert (mark["name"], mark["at"], mark["color"]) == ("copied: best at step 4", 4, "c1")
 
 
 def test_held_out_numbers_videos_and_figures_are_shown_where_they_are(copied: Path, monkeypatch: pytest.MonkeyPatch):
@@ -377,7 +415,9 @@ def test_patches_average_to_the_self_similarity(options: dict[str, Any], teacher
     assert torch.allclose(similar.flatten(1).mean(dim=1), crepa(tokens, teacher, grid).self_similarity, atol=1e-6)
 
 
-def test_the_map_holds_the_cosine_of_every_patch(copied: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("run", "weights"), [("first", "adapter"), ("averaged", "ema")])
+def test_the_map_holds_the_cosine_of_every_patch(request, tmp_path, monkeypatch: pytest.MonkeyPatch, run: str, weights: str):
+    copied = Path(shutil.copytree(request.getfixturevalue(run), tmp_path / "copied"))
     assert run_cli(monkeypatch, "report", copied, "--map") == 0
     found = json.loads((copied / "alignment_map.json").read_text(encoding="utf-8"))
     assert (found["step"], found["block"], found["sigma"]) == (WHOLE, 8, 0.5)
@@ -391,7 +431,7 @@ def test_the_map_holds_the_cosine_of_every_patch(copied: Path, monkeypatch: pyte
     family = build.build_family(plan)
     transformer = build.build_transformer(plan, family, torch.device("cpu")).eval()
     checkpoint = copied / "checkpoints" / f"step-{WHOLE:06d}"
-    load_trained_state(transformer, read_tensors(checkpoint, "adapter"))
+    load_trained_state(transformer, read_tensors(checkpoint, weights))
     projector = read_tensors(checkpoint, "projector")
     clip = found["clips"][1]
     latents, text_embeds, features = entries_of(plan, clip["caption"], index=1)

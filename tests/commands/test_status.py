@@ -14,6 +14,18 @@ from crepatrain.commands.status import status
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
 
+DATASET = {
+    "train_data": "clips",
+    "clips": 3,
+    "windows": 6,
+    "left_out": 0,
+    "unit": 1,
+    "steps_per_epoch": 6,
+    "steps": 60,
+    "buckets": [{"bucket": "9x64x96", "windows": 6, "grid": "3 x 4 x 6", "tokens": 72, "teacher_grid": None}],
+    "captions": [{"file": "clip-0.mp4", "windows": 6, "caption": "a square moves"}],
+}
+
 
 def write_run(root: Path, *, steps: int = 40, state: str = "running", reason: str = "", **config: Any) -> Path:
     root.mkdir()
@@ -79,6 +91,8 @@ def test_held_out_numbers_are_told(tmp_path: Path, capsys):
     lines = told(root, capsys)
     assert lines[4] == "validation  eval_loss 0.1250 at step 40, samples of step 20"
     assert "loss 0.2500" in lines[2], "the last training numbers stay"
+    (root / "best.json").write_text('{"step": 20, "eval_loss": 0.0625}', encoding="utf-8")
+    assert told(root, capsys)[4] == "validation  eval_loss 0.1250 at step 40 (best 0.0625 at step 20), samples of step 20"
 
 
 def test_a_run_that_fell_silent_may_have_died(tmp_path: Path, capsys):
@@ -91,7 +105,7 @@ def test_a_run_that_fell_silent_may_have_died(tmp_path: Path, capsys):
 
 def test_a_run_that_has_only_begun(tmp_path: Path, capsys):
     root = write_run(tmp_path / "run", steps=0, max_train_steps=None)
-    (root / "dataset.json").write_text('{"steps": 60}', encoding="utf-8")
+    (root / "dataset.json").write_text(json.dumps(DATASET), encoding="utf-8")
     lines = told(root, capsys)
     assert lines[1] == "progress    step 0 of 60 (0%)"
     assert lines[2] == "numbers     none logged yet"

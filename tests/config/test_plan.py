@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from crepatrain.config.plan import Plan, read_plan
+from crepatrain.config.sources import fetch
 from crepatrain.config.specs import FAMILIES
 from crepatrain.config.summary import summarize
 from crepatrain.errors import Problem, UserError
@@ -101,6 +102,7 @@ def summary(plan: Plan) -> dict[str, str]:
         (BACKBONE | {"crepa_block_index": 9, "crepa_teacher_block_index": 9}, ["not deeper"], ["lower crepa_block_index"]),
         (LAYERSYNC | {"layersync_teacher_block": 3}, ["layersync_student_block", "missing"], ["0"]),
         (LAYERSYNC | {"layersync_student_block": 3}, ["layersync_teacher_block", "missing"], ["9"]),
+        (LAYERSYNC | {"layersync_student_block": 40, "layersync_teacher_block": 4}, ["=40", "10 blocks"], ["0 to 9"]),
         (LAYERSYNC | {"layersync_student_block": 4, "layersync_teacher_block": 4}, ["not deeper"], ["5 to 9"]),
         (LAYERSYNC | {"layersync_student_block": 4, "layersync_teacher_block": 40}, ["=40", "10 blocks"], ["9"]),
         # spellings of the teacher's source
@@ -114,6 +116,8 @@ def summary(plan: Plan) -> dict[str, str]:
             ["crepa_feature_source=backbone", "crepa_use_backbone_features=false", "disagree"],
             ["crepa_feature_source"],
         ),
+        ({"crepa_use_backbone_features": True, "crepa_feature_source": "cached"}, ["disagree"], ["crepa_feature_source"]),
+        ({"crepa_use_backbone_features": False} | BACKBONE, ["disagree"], ["crepa_feature_source"]),
         # the score: 9 frames are 3 token frames, so 1 + 4/3 * 1/e
         ({"crepa_similarity_threshold": 1.7}, ["crepa_similarity_threshold=1.7", "1.491"], ["1.491"]),
         ({"crepa_similarity_threshold": 1.5, "crepa_adjacent_tau": 0.5}, ["=1.5", "1.180"], ["1.180"]),
@@ -156,6 +160,16 @@ def test_one_wrong_value_is_one_message(problems, changes, what, fix):
         assert word in found[0].what
     for word in fix:
         assert word in found[0].fix
+
+
+def test_no_block_is_deeper_than_one_that_is_not_known(problems):
+    student, teacher = problems(**LAYERSYNC)
+    assert (student.what, student.fix) == ("layersync_student_block is missing", "use 0 to 9")
+    assert teacher.what.startswith("layersync_teacher_block is missing")
+    assert teacher.fix == "use 1 to 9"
+    _, teacher = problems(**LAYERSYNC, layersync_teacher_block=0)
+    assert teacher.what == "layersync_teacher_block=0 is not deeper than any other block"
+    assert teacher.fix == "use 1 to 9"
 
 
 def test_a_boundary_is_legal(plan):
@@ -532,6 +546,21 @@ def test_a_hub_that_does_not_let_us_is_told_which_way(problems, monkeypatch, err
     assert fix in problem.fix
 
 
+MAY_BE_A_FOLDER = "If a local folder is meant, it is not there yet"
+
+
+def test_a_path_of_two_names_may_be_a_folder_that_is_not_there_yet(problems):
+    [problem] = problems(pretrained_model_name_or_path="demo/checkpoint")
+    assert problem.fix.endswith(f"{MAY_BE_A_FOLDER}; `crepatrain make-random` writes one with random weights")
+    [problem] = problems(crepa_encoder="demo/encoder")
+    assert problem.fix.endswith(MAY_BE_A_FOLDER), "make-random writes a pipeline"
+    with pytest.raises(UserError) as caught:
+        fetch("pretrained_model_name_or_path", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", None, ("model_index.json",))
+    assert MAY_BE_A_FOLDER not in str(caught.value), "the package knows it"
+    [problem] = problems(crepa_encoder="facebook/dinov2-small")
+    assert MAY_BE_A_FOLDER not in problem.fix
+
+
 SIZELESS = {"height": ..., "width": ..., "num_frames": ...}
 # Of each released model: blocks, width, token grid at its own size, its tasks, and the shift it is sampled with.
 RELEASED = {
@@ -728,13 +757,43 @@ def test_a_clean_config_has_no_warnings(plan):
     assert plan().warnings == ()
 
 
+OFF = {"crepa_enabled": ..., "crepa_encoder": ..., "crepa_encoder_image_size": ...}
+REFERENCE = {
+    "crepa_block_index": 8,
+    "crepa_lambda": 0.5,
+    "crepa_adjacent_distance": 1,
+    "crepa_adjacent_tau": 1.0,
+    "crepa_encoder": "dinov2_vitg14",
+    "crepa_encoder_image_size": 518,
+}
+
+
 def test_crepa_keys_without_crepa_are_told(plan):
-    [warning] = plan(crepa_enabled=..., crepa_encoder=..., crepa_encoder_image_size=..., crepa_lambda=0.3).warnings
-    assert "crepa_lambda" in warning
-    assert "crepa_enabled" in warning
+    assert plan(**OFF).warnings == ()
+    assert plan(**OFF | {"crepa_enabled": False}).warnings == ()
+    [warning] = plan(**OFF, crepa_lambda=0.3).warnings
+    assert warning == "crepa_lambda: without effect, as crepa_enabled is false"
     [warning] = plan(layersync_student_block=1).warnings
-    assert "layersync_student_block" in warning
-    assert "layersync_enabled" in warning
+    assert warning == "layersync_student_block: without effect, as layersync_enabled is false"
+
+
+def test_crepa_keys_without_crepa_are_told_at_their_defaults_too(plan, config_file):
+    [warning] = plan(**OFF | REFERENCE).warnings
+    assert warning == f"{', '.join(REFERENCE)}: without effect, as crepa_enabled is false"
+    options = ["--crepa_enabled", "false", "--crepa_lambda", "0.5"]
+    assert "crepa_lambda" in read_plan(config_file(), options, online=False).warnings[0]
+    [warning] = plan(layersync_lambda=0.2).warnings
+    assert "layersync_lambda" in warning
+
+
+@pytest.mark.parametrize("crepa", [{}, OFF, BACKBONE | {"crepa_teacher_block_index": 9} | OFF | {"crepa_enabled": True}])
+@pytest.mark.parametrize("added_since", [set(), {"crepa_cache_dtype", "crepa_threshold_metric", "use_ema"}])
+def test_the_config_of_a_run_says_every_key_and_wishes_for_none_of_its_defaults(plan, crepa, added_since):
+    written = json.loads(json.dumps(plan(**crepa).config.model_dump()))
+    assert written["flow_shift"] == 3.0
+    assert plan(**{key: ... if key in added_since else value for key, value in written.items()}).warnings == ()
+    [warning] = plan(**written | {"crepa_power": 2.0}).warnings
+    assert warning.startswith("crepa_power: without effect")
 
 
 @pytest.mark.parametrize(("frames", "distance", "capped"), [(9, 2, None), (9, 3, 2), (9, 50, 2), (1, 1, 0)])
@@ -749,12 +808,97 @@ def test_a_distance_beyond_the_clip_is_capped_and_told_once(plan, frames, distan
         assert f"as {capped}" in told[0]
 
 
-def test_keys_without_effect_are_told(plan):
-    [warning] = plan(crepa_drop_vae_encoder=True).warnings
-    assert "crepa_drop_vae_encoder" in warning
-    [warning] = plan(lr_scheduler="constant", lr_warmup_steps=5).warnings
-    assert "lr_warmup_steps" in warning
-    assert "constant_with_warmup" in warning
+FADING = {"crepa_scheduler": "cosine"}
+THRESHOLD = {"crepa_similarity_threshold": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"crepa_lambda_end": 0.1, "crepa_decay_steps": 9},
+            "crepa_decay_steps, crepa_lambda_end: * as crepa_scheduler is constant",
+        ),
+        ({"crepa_lambda_end": 0.0}, "crepa_lambda_end: * as crepa_scheduler is constant; use linear, cosine or polynomial"),
+        ({"crepa_power": 2.0} | FADING, "crepa_power: * as crepa_scheduler is cosine"),
+        ({"crepa_lambda": 0.0}, "crepa_enabled: * as crepa_lambda is 0"),
+        ({"crepa_cutoff_step": 3}, "crepa_cutoff_step: * as the run ends at step 3"),
+        ({"crepa_warmup_steps": 3}, "crepa_warmup_steps=3: the run ends at step 3, before it reaches crepa_lambda"),
+        (
+            {"crepa_threshold_mode": "recoverable", "crepa_probe_interval": 5, "crepa_similarity_ema_decay": 0.9},
+            "crepa_similarity_ema_decay, crepa_threshold_mode, crepa_probe_interval: * as crepa_similarity_threshold is null",
+        ),
+        ({"crepa_threshold_metric": "self"}, "crepa_threshold_metric: * as crepa_similarity_threshold is null"),
+        ({"crepa_probe_interval": 5} | THRESHOLD, "crepa_probe_interval: * as crepa_threshold_mode is permanent"),
+        ({"crepa_similarity_threshold": 0}, "crepa_similarity_threshold=0: CREPA goes off almost at once"),
+        ({"crepa_similarity_threshold": -0.5}, "crepa_similarity_threshold=-0.5: CREPA goes off almost at once"),
+        (
+            {"crepa_adjacent_distance": 0, "crepa_adjacent_tau": 2.0, "crepa_normalize_neighbour_sum": True},
+            "crepa_adjacent_tau, crepa_normalize_neighbour_sum: * as crepa_adjacent_distance is 0",
+        ),
+        ({"crepa_cumulative_neighbors": True}, "crepa_cumulative_neighbors: * as crepa_adjacent_distance is 1"),
+        ({"crepa_teacher_block_index": 9}, "crepa_teacher_block_index: * as crepa_feature_source is cached"),
+        (
+            BACKBONE | {"crepa_teacher_block_index": 9, "crepa_encoder_frames_batch_size": 4},
+            "crepa_encoder, crepa_encoder_image_size, crepa_encoder_frames_batch_size: * as crepa_feature_source is backbone",
+        ),
+        (
+            {"crepa_feature_source": "pixels", "crepa_cache_dtype": "int8"},
+            "crepa_cache_dtype: * as crepa_feature_source is pixels",
+        ),
+        (
+            {"crepa_drop_vae_encoder": True},
+            "crepa_drop_vae_encoder: * as only crepa_feature_source=latents keeps a VAE in training",
+        ),
+        ({"revision": "main"}, "revision: * as pretrained_model_name_or_path is a folder"),
+        (
+            {"timestep_sampling": "uniform", "logit_mean": 0.5, "logit_std": 2.0},
+            "logit_mean, logit_std: * as timestep_sampling is uniform",
+        ),
+        ({"flow_shift": 5.0}, "flow_shift: * as timestep_sampling is logit_normal"),
+        ({"ema_decay": 0.9}, "ema_decay: * as use_ema is false"),
+        (
+            {"optimizer": "adafactor", "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6},
+            "adam_beta1, adam_beta2, adam_epsilon: * as optimizer is adafactor",
+        ),
+        (
+            {"lr_scheduler": "constant", "lr_warmup_steps": 2},
+            "lr_warmup_steps: * as lr_scheduler is constant; use constant_with_warmup",
+        ),
+        ({"lr_warmup_steps": 3}, "lr_warmup_steps=3: the run ends at step 3, before it reaches learning_rate"),
+        (
+            {"validation_images": [__file__], "validation_steps": 9, "validation_seed": 1, "validation_sampling_steps": 9},
+            "validation_images, validation_steps, validation_seed, validation_sampling_steps: * as validation_prompts is null",
+        ),
+        ({"validation_prompts": ["a"], "validation_images": [__file__]}, "validation_images: * as task is t2v"),
+    ],
+)
+def test_what_has_no_effect_is_told_once(plan, changes, told):
+    [warning] = plan(**changes).warnings
+    assert warning.startswith(told.replace("*", "without effect,"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        FADING | {"crepa_lambda": 0.0, "crepa_lambda_end": 0.1, "crepa_decay_steps": 9},
+        {"crepa_scheduler": "polynomial", "crepa_power": 2.0},
+        {"crepa_cutoff_step": 2, "crepa_warmup_steps": 2, "lr_warmup_steps": 2},
+        {"crepa_cutoff_step": 900, "crepa_warmup_steps": 900, "max_train_steps": ..., "num_train_epochs": 2},
+        THRESHOLD | {"crepa_threshold_mode": "recoverable", "crepa_probe_interval": 5, "crepa_threshold_metric": "self"},
+        {"crepa_adjacent_distance": 2, "crepa_cumulative_neighbors": True, "crepa_adjacent_tau": 2.0},
+        BACKBONE | {"crepa_teacher_block_index": 9, "crepa_encoder": ..., "crepa_encoder_image_size": ...},
+        {"crepa_feature_source": "latents", "crepa_drop_vae_encoder": True},
+        {"crepa_cache_dtype": "int8"},
+        {"timestep_sampling": "shifted", "flow_shift": 5.0},
+        {"logit_mean": 0.5, "use_ema": True, "ema_decay": 0.9, "adam_beta1": 0.8},
+        {"optimizer": "adafactor", "adam_weight_decay": 0.1},
+        {"validation_prompts": ["a"], "validation_steps": 9},
+        {"logit_mean": 0.0, "timestep_sampling": "uniform", "ema_decay": 0.999, "revision": None, "validation_steps": 500},
+    ],
+)
+def test_what_has_an_effect_is_not_told(plan, changes):
+    assert plan(**changes).warnings == ()
 
 
 def test_a_dropout_of_first_frames_that_nothing_is_told_is_told(plan, tiny):
@@ -769,7 +913,7 @@ def test_a_dropout_of_first_frames_that_nothing_is_told_is_told(plan, tiny):
 def test_keys_of_an_adapter_without_an_adapter_are_told(plan):
     [warning] = plan(model_type="full", lora_alpha=2.0, lora_use_rslora=True).warnings
     assert warning == "lora_rank, lora_alpha, lora_use_rslora: without effect, as model_type is full"
-    assert plan(model_type="full", lora_rank=...).warnings == ()
+    assert plan(model_type="full", lora_rank=32, lora_dropout=0.0).warnings == (), "their defaults"
     assert plan(lora_alpha=2.0, lora_use_rslora=True).warnings == ()
 
 
@@ -824,6 +968,7 @@ def test_the_summary_tells_the_neighbours(plan):
     assert "two frames 1 away" in summary(plan())["neighbours"]
     assert "exp(-distance / 2)" in summary(plan(crepa_adjacent_tau=2))["neighbours"]
     assert "frames 1 to 2 away" in summary(plan(crepa_adjacent_distance=2, crepa_cumulative_neighbors=True))["neighbours"]
+    assert "two frames 1 away" in summary(plan(crepa_cumulative_neighbors=True))["neighbours"]
     assert summary(plan(crepa_adjacent_distance=0))["neighbours"].startswith("none")
 
 
@@ -833,6 +978,11 @@ def test_the_summary_tells_the_schedule(plan):
     assert summary(plan(**schedule))["weight"] == "0 to 0.5 in 100 steps, then cosine to 0.1 by the end of the run"
     assert "in 5000 steps (step 5100)" in summary(plan(**schedule, crepa_decay_steps=5000))["weight"]
     assert "polynomial of power 2" in summary(plan(crepa_scheduler="polynomial", crepa_power=2))["weight"]
+
+
+def test_the_summary_tells_that_the_loss_grows_with_the_clip(plan):
+    words = summary(plan(crepa_normalize_by_frames=False))["weight"]
+    assert words == "0.5, on the sum over the token frames (3 at this size), which grows with a clip's length"
 
 
 def test_the_summary_tells_the_cutoff_beside_the_reachable_maximum(plan):

@@ -27,8 +27,9 @@ from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.tensors import Batch
 from crepatrain.training import build
-from crepatrain.training.checkpoint import checkpoints, replace_json, step_of
+from crepatrain.training.checkpoint import EMA_FILE, checkpoints, read_tensors, replace_json, step_of
 from crepatrain.training.diffusion import FlowMatching
+from crepatrain.training.lora import load_trained_state
 
 _CLIPS = 3
 _SIGMA = 0.5
@@ -86,6 +87,8 @@ class _Probe:
         family = build.build_family(plan)
         transformer, crepa = build.build_transformer(plan, family, device), build.build_crepa(plan).to(device)
         restore(checkpoint, plan.config, transformer, crepa, {})
+        if plan.config.use_ema:  # what the run hands out
+            load_trained_state(transformer, read_tensors(checkpoint, EMA_FILE))
         process, teacher = build.build_process(plan), build.build_teacher(plan, family, device)
         return cls(plan, family, process, transformer.eval(), crepa, teacher)
 

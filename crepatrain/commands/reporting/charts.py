@@ -1,7 +1,7 @@
 """From a run's logged lines to the curves of its report: what is drawn, in plain numbers. The page's script draws it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from crepatrain.commands.records import RunRecord, mean
@@ -14,6 +14,8 @@ _SMOOTH_SHARE, _SMOOTH_POINTS = 1 / 40, 4
 _SEEN_SHARE = 0.98
 
 _PARTS = ("data", "forward", "crepa", "backward", "optimizer")
+# What a line has of which the parts were told apart.
+_TIMED = {"step_seconds", "forward_seconds"}
 
 Look = Literal["raw", "line", "dashed", "dots"]
 
@@ -115,6 +117,15 @@ def run_color(index: int, count: int) -> str:
     return f"c{index if count > 1 else 0}"
 
 
+def _mark_color(index: int, count: int) -> str:
+    return run_color(index, count) if count > 1 else "ink"
+
+
+def _of_run(run: RunRecord, runs: Sequence[RunRecord]) -> str:
+    """How what belongs to one of several runs is named."""
+    return f"{run.name}: " if len(runs) > 1 else ""
+
+
 def curve_chart(curve: Curve, runs: Sequence[RunRecord]) -> Chart | None:
     """One number of all runs that have it; None where none has."""
     series: list[Series] = []
@@ -202,13 +213,13 @@ def alignment_charts(runs: Sequence[RunRecord]) -> list[Chart]:
         levels: list[Mark] = []
         marks: list[Mark] = []
         for index, run in enumerate(runs):
-            of_run = f"{run.name}: " if len(runs) > 1 else ""
+            of_run = _of_run(run, runs)
             color = run_color(index, len(runs))
             drawn = _drawn(run.name if of_run else curve.title, color, *run.column(curve.key), noisy=True)
             series += drawn
             if not drawn:
                 continue
-            marks += _cutoffs(run, of_run, color if of_run else "ink")
+            marks += _cutoffs(run, of_run, _mark_color(index, len(runs)))
             threshold = run.config.get("crepa_similarity_threshold")
             if run.config.get("crepa_threshold_metric", "alignment") == metric:
                 ema = thinned(*run.column("crepa_alignment_score_ema"))
@@ -265,6 +276,7 @@ def sigma_charts(runs: Sequence[RunRecord]) -> list[Chart]:
 def held_out_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """The held-out numbers, and for one run alone the loss at each noise level."""
     charts = [chart for curve in HELD_OUT if (chart := curve_chart(curve, runs))]
+    charts = [replace(chart, marks=_bests(runs)) if chart.key == "eval_loss" else chart for chart in charts]
     lines = [line for line in runs[0].lines if line.get("eval_sigma_loss")] if len(runs) == 1 else []
     series = [
         Series(f"sigma {name}", f"s{number % 5}", "line", *thinned(*_of_sigma(lines, name, "eval_sigma_loss")))
@@ -276,6 +288,15 @@ def held_out_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     return charts
 
 
+def _bests(runs: Sequence[RunRecord]) -> list[Mark]:
+    """The steps of the best checkpoints."""
+    return [
+        Mark(f"{_of_run(run, runs)}best at step {run.best['step']}", _mark_color(index, len(runs)), run.best["step"])
+        for index, run in enumerate(runs)
+        if run.best
+    ]
+
+
 def _of_sigma(lines: Sequence[Mapping[str, Any]], name: str, key: str = "sigma_loss") -> tuple[list[int], list[float]]:
     found = [line for line in lines if name in line.get(key, {})]
     return [line["step"] for line in found], [line[key][name] for line in found]
@@ -283,12 +304,12 @@ def _of_sigma(lines: Sequence[Mapping[str, Any]], name: str, key: str = "sigma_l
 
 def time_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """Where a step's time goes: over the steps for one run, as means for several."""
-    timed = [run for run in runs if any("forward_seconds" in line for line in run.steps)]
+    timed = {run.name: lines for run in runs if (lines := [line for line in run.steps if line.keys() >= _TIMED])}
     if not timed:
         return []
     if len(runs) > 1:
-        names = [run.name for run in timed]
-        parts = [_parts([line for line in run.steps if "forward_seconds" in line]) for run in timed]
+        names = list(timed)
+        parts = [_parts(lines) for lines in timed.values()]
         bars = [
             Series(part, f"p{number}", "line", list(range(len(timed))), [mean(one[part]) or 0.0 for one in parts])
             for number, part in enumerate(parts[0])
@@ -299,7 +320,7 @@ def time_charts(runs: Sequence[RunRecord]) -> list[Chart]:
             Chart("step_parts", "Time of a step", note, bars, 0.0, high, kind="stackedbars", unit="s", categories=names),
             *_step_seconds(runs),
         ]
-    lines = [line for line in timed[0].steps if "forward_seconds" in line]
+    [lines] = timed.values()
     steps = [line["step"] for line in lines]
     series = [
         Series(part, f"p{number}", "line", *_strided(steps, smoothed(values, max(len(values) * _SMOOTH_SHARE, 2))))
@@ -313,7 +334,7 @@ def time_charts(runs: Sequence[RunRecord]) -> list[Chart]:
 
 def _parts(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Seconds of every part of every step, with what is left of the step."""
-    parts = {part: [line.get(f"{part}_seconds") or 0.0 for line in lines] for part in _PARTS}
+    parts = {part: [line.get(f"{part}_seconds", 0.0) for line in lines] for part in _PARTS}
     told = [sum(values) for values in zip(*parts.values(), strict=True)]
     return parts | {"other": [max(line["step_seconds"] - known, 0.0) for line, known in zip(lines, told, strict=True)]}
 
@@ -340,7 +361,7 @@ def figure_charts(figures: Sequence[Sequence[Mapping[str, Any]]], runs: Sequence
         series = []
         for index, (run, lines) in enumerate(zip(runs, figures, strict=True)):
             # A step that was validated again counts once.
-            last = {(line["step"], line.get("prompt")): line[curve.key] for line in lines if line.get(curve.key) is not None}
+            last = {(line["step"], line.get("prompt")): line[curve.key] for line in lines if curve.key in line}
             measured: dict[int, list[float]] = {}
             for (step, _), value in last.items():
                 measured.setdefault(step, []).append(value)

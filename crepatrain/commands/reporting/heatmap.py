@@ -28,9 +28,8 @@ def map_section(root: Path) -> str:
     if not path.is_file():
         return ""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return _section(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _section(json.loads(path.read_bytes()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{path} can't be read ({error})", "remove it, or make it again with --map") from error
 
 

@@ -75,7 +75,6 @@ def _summary(runs: Sequence[RunRecord]) -> str:
         reason = run.status.get("reason")
         seconds, memory = run.column("step_seconds")[1], run.column("peak_memory_gib")[1]
         steps = f"{run.step}" + (f" / {run.total}" if run.total else "")
-        every = run.config.get("logging_steps", 1)
         rows.append(
             (
                 f"{_escape(run.name)}<br><code>{_escape(run.root)}</code>",
@@ -83,7 +82,7 @@ def _summary(runs: Sequence[RunRecord]) -> str:
                 steps,
                 *(_first_to_last(run, key) for key in ("diffusion_loss", "crepa_alignment_score", "crepa_similarity_self")),
                 f"{sorted(seconds)[len(seconds) // 2]:.3g}" if seconds else "-",
-                duration(sum(seconds) * every) if seconds else "-",
+                duration(sum(seconds) * run.logging_steps) if seconds else "-",
                 f"{max(memory):.1f} GiB" if memory else "-",
             )
         )
@@ -99,7 +98,7 @@ def _first_to_last(run: RunRecord, key: str) -> str:
 
 
 def _samples(runs: Sequence[RunRecord], charts: list[Chart]) -> str:
-    figures = [read_lines(run.root / "samples" / "figures.jsonl", needs=("step",)) for run in runs]
+    figures = [read_lines(run.root / "samples" / "figures.jsonl") for run in runs]
     measured = figure_charts(figures, runs)
     shown, left_out = _videos(runs)
     if not measured and not shown and not left_out:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from crepatrain.commands.records import read_run
+from crepatrain.commands.records import read_run, told_apart
 from crepatrain.commands.reporting.page import page
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
@@ -22,7 +22,7 @@ def report(roots: Sequence[Path], output: Path | None, screen: Screen) -> None:
         output: the file; None: report.html in the folder of a single run, or here for several.
 
     Raises:
-        UserError: a folder holds no run, or one that is damaged or has logged nothing.
+        UserError: a folder holds no run, or one that is damaged or has logged nothing, or was given twice.
     """
     if len(roots) > _MOST_RUNS:
         raise UserError(f"{len(roots)} runs were given", f"compare {_MOST_RUNS} at most")
@@ -43,7 +43,7 @@ def write_report(roots: Sequence[Path], path: Path) -> None:
     Raises:
         UserError: a run is damaged or has logged nothing, or the file can't be written.
     """
-    runs = [read_run(root) for root in roots]
+    runs = told_apart([read_run(root) for root in roots])
     for run in runs:
         if not run.lines:
             raise UserError(f"{run.root / 'metrics.jsonl'}: no step is logged there", "wait for the run's first steps")
