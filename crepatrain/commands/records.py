@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from crepatrain.errors import UserError
 
+BEST_FILE = "best.json"
 # Of a number in a run's files: what is drawn of them, sums and products, stays finite.
 _LARGEST = 1e100
 _STEP_AT_THE_END = re.compile(r".*-(\d{6,})")
@@ -142,9 +143,18 @@ def read_run(root: Path) -> RunRecord:
     if not (root / "config.json").is_file() and not (root / "metrics.jsonl").is_file():
         what = "it holds no run" if root.is_dir() else "no such folder"
         raise UserError(f"{root}: {what}", "give the output_dir of a run")
-    kinds = {"config": _Config, "status": _Status, "dataset": _Dataset, "best": _Best}
+    kinds = {"config": _Config, "status": _Status, "dataset": _Dataset}
     objects = {name: _read_object(root / f"{name}.json", kind) for name, kind in kinds.items()}
-    return RunRecord(root, root.resolve().name, **objects, lines=read_lines(root / "metrics.jsonl"))
+    return RunRecord(root, root.resolve().name, **objects, best=read_best(root), lines=read_lines(root / "metrics.jsonl"))
+
+
+def read_best(root: Path) -> dict[str, Any]:
+    """Step and eval_loss of the best checkpoint; empty where no clips were held out.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return _read_object(root / BEST_FILE, _Best)
 
 
 def _read_object(path: Path, kind: type[_Expected]) -> dict[str, Any]:

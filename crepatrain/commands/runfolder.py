@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from filelock import FileLock, Timeout
 
+from crepatrain.commands.records import BEST_FILE, read_best
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.sources import read_checkpoint
 from crepatrain.config.specs import FAMILIES
@@ -20,7 +21,6 @@ from crepatrain.families.base import Family
 from crepatrain.training.checkpoint import checkpoints, replace_json, step_of
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-BEST_FILE = "best.json"
 _LOCK_FILE = ".lock"
 _STEP_AT_THE_END = re.compile(r"-(\d{6,})$")
 
@@ -78,10 +78,6 @@ class RunFolder:
             self._take()
         self._expect_same_run()
         return self._checkpoint()
-
-    def best_step(self) -> int | None:
-        """The step that `mark_best` has found; None where nothing was held out yet."""
-        return best_step(self.root)
 
     def mark_best(self) -> None:
         """Write down the checkpoint of the smallest eval_loss among all lines, for people and programs."""
@@ -269,12 +265,6 @@ def _step_of_line(line: str) -> float:
         return math.inf
 
 
-def best_step(root: Path) -> int | None:
-    """The checkpoint of the smallest eval_loss; None where nothing was held out yet."""
-    path = root / BEST_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["step"] if path.is_file() else None
-
-
 def asked_step(root: Path, text: str | None) -> int | None:
     """What `--step` means: a number, or `best`; None: the last.
 
@@ -285,7 +275,7 @@ def asked_step(root: Path, text: str | None) -> int | None:
         return None if text is None else int(text)
     if text != "best":
         raise UserError(f"--step {text}: no step", "give a number, or best")
-    best = best_step(root)
+    best = read_best(root).get("step")
     if best is None:
         raise UserError(
             f"--step best: {root} has no {BEST_FILE}, as it held out no clips", "give a number, or train with eval_share"

@@ -18,6 +18,7 @@ from crepatrain.alignment.teachers import Teacher
 from crepatrain.commands.export import write_result
 from crepatrain.commands.precompute import Caches
 from crepatrain.commands.preflight import Dataset, build_sampler, samples_digest, total_steps
+from crepatrain.commands.records import read_best
 from crepatrain.commands.runfolder import RunFolder
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
@@ -289,7 +290,7 @@ def save(run: Run) -> None:
             trees={f"{name}_learner": learner.state_dict() for name, learner in run.learners.items()},
             plain={"state": run.state.state_dict(), "fingerprint": run.fingerprint},
         )
-        rotate(run.folder.checkpoints, run.config.checkpoints_total_limit, keep=run.folder.best_step())
+        rotate(run.folder.checkpoints, run.config.checkpoints_total_limit, keep=read_best(run.folder.root).get("step"))
         run.folder.status("running", step)
     run.accelerator.wait_for_everyone()
 
