@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from crepatrain.commands.records import read_run
-from crepatrain.commands.runfolder import ADAPTER_FILE, adapter_name, config_of, family_of
+from crepatrain.commands.runfolder import ADAPTER_FILE, adapter_name, config_of
 from crepatrain.config.sections import RunConfig
-from crepatrain.config.sources import fetch, read_checkpoint
-from crepatrain.config.specs import FAMILIES
+from crepatrain.config.sources import BASE_KEY, fetch, read_checkpoint
+from crepatrain.config.specs import FAMILIES, Expert, Task
 from crepatrain.console import Screen
 from crepatrain.data.decode import Unreadable, read_frames
 from crepatrain.data.encode import grid_video, write_video
@@ -155,11 +155,29 @@ class _Shown:
         return self.label if self.strength in {0.0, 1.0} else f"{self.label} x {self.strength:g}"
 
 
+def _family_on(base: str, revision: str | None, name: str, task: Task, expert: Expert | None, *, wished: bool) -> Family:
+    """The family as the base is, which the adapter must be for.
+
+    Args:
+        wished: whether the user named the base for this sample.
+    """
+    key = "--base" if wished else BASE_KEY
+    checkpoint, variant = read_checkpoint(base, revision, FAMILIES[name], expert, online=True, key=key)
+    if task not in variant.tasks or expert != variant.expert:
+        wanted = {"t2v": "text-to-video", "i2v": "image-to-video"}[task] + (
+            f" with two experts, the {expert}-noise one" if expert else ""
+        )
+        raise UserError(
+            f"{key} {base}: it is {variant.title}, and this was trained for {wanted}", "give the base it was trained on"
+        )
+    return get_family(name, checkpoint, task=task, expert=expert)
+
+
 def _open_run(root: Path, wish: Wish) -> _Source:
     config = config_of(root)
-    if wish.base:
-        config = config.model_copy(update={"pretrained_model_name_or_path": wish.base})
-    family = family_of(config)
+    base, revision = wish.base or config.pretrained_model_name_or_path, None if wish.base else config.revision
+    assert config.task is not None
+    family = _family_on(base, revision, config.model_family, config.task, config.wan_expert, wished=wish.base is not None)
     adapters, transformer = {}, None
     if config.model_type == "full":
         transformer = root / family.variant.transformer
@@ -181,8 +199,7 @@ def _open_run(root: Path, wish: Wish) -> _Source:
     else:
         recipe = read_adapter(next(iter(adapters.values()))).recipe()
         settings, step = dict(recipe["sample"]), None if wish.at else recipe["step"]
-    base, folder = config.pretrained_model_name_or_path, root / "samples"
-    return _Source(family, base, config.revision, adapters, transformer, settings, _some_caption(config), folder, step)
+    return _Source(family, base, revision, adapters, transformer, settings, _some_caption(config), root / "samples", step)
 
 
 def _some_caption(config: RunConfig) -> str | None:
@@ -211,14 +228,7 @@ def _open_adapter(path: Path, wish: Wish) -> _Source:
     if wish.base is None and "/" not in base:
         raise UserError(f"{path}: its base was a local folder called {base}", "say with --base where it is")
     revision = None if wish.base else recipe["base"]["revision"]
-    family_name = recipe["family"]
-    checkpoint, variant = read_checkpoint(base, revision, FAMILIES[family_name], recipe["expert"], online=True)
-    if recipe["task"] not in variant.tasks or recipe["expert"] != variant.expert:
-        wanted = recipe["variant"] + (f", {recipe['expert']} noise" if recipe["expert"] else "")
-        raise UserError(
-            f"--base {base}: it is {variant.title}, and the adapter is for {wanted}", "give the base it was trained on"
-        )
-    family = get_family(family_name, checkpoint, task=recipe["task"], expert=recipe["expert"])
+    family = _family_on(base, revision, recipe["family"], recipe["task"], recipe["expert"], wished=wish.base is not None)
     trigger = recipe["train"]["trigger"]
     settings = dict(recipe["sample"])
     return _Source(family, base, revision, {"adapter": path}, None, settings, trigger, path.parent, recipe["step"])
@@ -302,7 +312,7 @@ def _base_folder(source: _Source) -> Path:
     """The base's local folder, with all parts of its pipeline; some repositories hold much more beside them."""
     parts = [name for name, kind in source.family.checkpoint.model_index.items() if isinstance(kind, list) and any(kind)]
     patterns = ("model_index.json", *(f"{part}/*" for part in parts or source.family.variant.parts))
-    return fetch("pretrained_model_name_or_path", source.base, source.revision, patterns)
+    return fetch(BASE_KEY, source.base, source.revision, patterns)
 
 
 def _name(label: str) -> str:

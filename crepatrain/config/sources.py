@@ -21,12 +21,13 @@ from crepatrain.config.specs import (
 )
 from crepatrain.errors import UserError, closest
 
+BASE_KEY = "pretrained_model_name_or_path"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def read_checkpoint(
-    path: str, revision: str | None, spec: FamilySpec, expert: Expert | None, *, online: bool
+    path: str, revision: str | None, spec: FamilySpec, expert: Expert | None, *, online: bool, key: str = BASE_KEY
 ) -> tuple[Checkpoint, Variant]:
     """The JSON files of a diffusers pipeline, and what it is among the checkpoints of its family.
 
@@ -36,11 +37,11 @@ def read_checkpoint(
         expert: the transformer to train of a checkpoint that has two.
         online: ask the hub for files that are not in its cache. Otherwise a released model that the package knows is taken from
             its table, and only an unknown one is asked for.
+        key: where the path was written.
 
     Raises:
         UserError: it does not exist, lacks a part, can't be reached, or is of another family or kind.
     """
-    key = "pretrained_model_name_or_path"
     local = Path(path).is_dir()
     if not local:
         _expect_hub_id(key, path, "diffusers")
@@ -67,7 +68,7 @@ def read_checkpoint(
     if found != spec.transformer_class:
         raise UserError(
             f"{key}={path}: its transformer is a {found}, and model_family={spec.name} needs a {spec.transformer_class}",
-            "set the model_family of this checkpoint, or another checkpoint",
+            "set the model_family of this checkpoint, or another checkpoint" if key == BASE_KEY else "give another one",
         )
     checkpoint = Checkpoint(model_index, transformer, vae, scheduler, origin="folder" if local else "hub")
     with readable(path, spec):
@@ -190,7 +191,7 @@ def _is_known(repo: str) -> bool:
 
 def _absent_folder(key: str) -> str:
     """What else to do, as a path of two names may be that of a folder."""
-    write = "; `crepatrain make-random` writes one with random weights" if key == "pretrained_model_name_or_path" else ""
+    write = "; `crepatrain make-random` writes one with random weights" if key == BASE_KEY else ""
     return f". If a local folder is meant, it is not there yet{write}"
 
 

@@ -17,7 +17,7 @@ from crepatrain.alignment.schedule import CrepaSchedule
 from crepatrain.alignment.teachers import BackboneTeacher, CachedTeacher, LatentTeacher, PixelTeacher, Teacher
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
-from crepatrain.config.sources import expect_parts, fetch
+from crepatrain.config.sources import BASE_KEY, expect_parts, fetch
 from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
@@ -47,7 +47,7 @@ def encoding_dtype(device: torch.device) -> torch.dtype:
 def model_folder(plan: Plan) -> Path:
     """The checkpoint's local folder, downloaded where it is on the hub."""
     patterns = ("model_index.json", *(f"{part}/*" for part in plan.variant.parts))
-    key, path = "pretrained_model_name_or_path", plan.config.pretrained_model_name_or_path
+    key, path = BASE_KEY, plan.config.pretrained_model_name_or_path
     folder = fetch(key, path, plan.config.revision, patterns)
     expect_parts(key, folder, plan.variant.parts, plan.variant.weights)  # offline, the hub's cache may hold only some of them
     return folder
@@ -60,7 +60,7 @@ def build_family(plan: Plan) -> Family:
 
 def count_caption_tokens(plan: Plan, captions: Sequence[str]) -> list[int]:
     """Tokens of each caption, of a family whose batches hold captions of one length alone."""
-    key, path = "pretrained_model_name_or_path", plan.config.pretrained_model_name_or_path
+    key, path = BASE_KEY, plan.config.pretrained_model_name_or_path
     tokenizers = tuple(part for part in plan.variant.parts if part.startswith("tokenizer"))
     folder = fetch(key, path, plan.config.revision, ("model_index.json", *(f"{part}/*" for part in tokenizers)))
     with loading("tokenizer", folder):

@@ -131,8 +131,10 @@ def test_an_adapters_file_is_enough_where_its_base_is_known(trained, wan, tiny_c
     assert len(frames_of(tmp_path / "out.mp4")) == 5
     with pytest.raises(UserError, match="its base was a local folder called wan"):
         sample(file, Wish(prompt="a"), Screen(quiet=True))
-    with pytest.raises(UserError, match=r"--base .*: it is Wan 2.1 image-to-video, and the adapter is for Wan 2.1 text-to-video"):
+    with pytest.raises(UserError, match=r"--base .*: it is Wan 2.1 image-to-video, and this was trained for text"):
         sample(file, Wish(prompt="a", base=str(tiny_checkpoint("wan", "tiny-i2v"))), Screen(quiet=True))
+    with pytest.raises(UserError, match=r"--base=.*: its transformer is a LTXVideoTransformer3DModel.*\n.*give another one"):
+        sample(trained, Wish(prompt="a", base=str(tiny_checkpoint("ltxvideo", "tiny"))), Screen(quiet=True))
     with pytest.raises(UserError, match="--at: it compares the checkpoints of a run"):
         sample(file, Wish(prompt="a", at=(2,)), Screen(quiet=True))
 
