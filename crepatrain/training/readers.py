@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ _REFUSALS = (ValueError, LookupError, AttributeError, RuntimeError, TypeError, N
 # As diffusers calls an adapter that is given no name.
 _LOADED = "default_0"
 # Layers that a damaged file loses in every program: the file is to blame, not its reader.
-HALF, MISFIT = "one half of it is missing", "its tensors don't fit the layer"
+DAMAGE = _HALF, _MISFIT, _ALPHA = "one half of it is missing", "its tensors don't fit the layer", "its alpha is not one number"
 
 _COMFYUI_HINTS = {"kandinsky5_video": " (ComfyUI of December 2025 or newer)"}
 
@@ -142,7 +143,7 @@ def _load(file: AdapterFile, model: Model, raw: str | None, *, shapes: bool) -> 
     except _REFUSALS as error:
         name = type(error).__name__
         if not raw and isinstance(error, IndexError):
-            raise _Refused(name, "as no key ends in .lora_B.weight") from error
+            raise _Refused(name, "as it finds no lora_B.weight to take a rank from") from error
         if "not found in the base model" in str(error):
             first = next(iter(file.pairs.values()))
             raise _Refused(name, f"as {_why_ignored(first, model, _accepted(model))}") from error
@@ -196,9 +197,11 @@ def _lacking(layer: nn.Module) -> str | None:
 
 def _damage(pair: Pair, model: Model, *, shapes: bool) -> str | None:
     if not pair.whole:
-        return HALF
+        return _HALF
+    if math.isnan(pair.told_scale):
+        return _ALPHA
     layer = model.find(pair)
-    return MISFIT if layer and shapes and misfit(pair, model.layers[layer]) else None
+    return _MISFIT if layer and shapes and misfit(pair, model.layers[layer]) else None
 
 
 def _accepted(model: Model) -> tuple[str, ...]:
@@ -233,19 +236,34 @@ def _why_not_converted(file: AdapterFile, model: Model) -> str:
         return "as it takes no adapter's name (default) in the keys"
     if any(not end.endswith(".weight") for pair in pairs for end in pair.ends):
         return "as it takes no keys that end without .weight"
+    scaled = _why_not_scaled(pairs, model.family.spec)
+    if scaled:
+        return scaled
+    if not pairs:
+        return "as no key is a LoRA's"
+    if wan and not any(".blocks." in f".{pair.name}" for pair in pairs):
+        return "as it looks for blocks, and the file has none"
+    if file.strangers:
+        return f"as {file.strangers[0]} is no part of a LoRA"
+    if any(".lora." in end for pair in pairs for end in pair.ends):
+        return "as it takes .lora.down and .lora.up only behind transformer."
+    unknown = [stem for stem, pair in file.pairs.items() if model.find(pair) is None]
+    if unknown:
+        return f"as {unknown[0]} is no layer of {model.title}"
+    return "by the names of the keys"
+
+
+def _why_not_scaled(pairs: Sequence[Pair], spec: FamilySpec) -> str | None:
+    """Why a converter does not take the .alpha of a file, where that may be the cause."""
     scaled = [pair for pair in pairs if pair.alpha is not None]
-    if scaled and not wan:
-        return f"as it takes .alpha of no {model.family.spec.title}"
+    if scaled and spec.name != "wan":
+        return f"as it takes .alpha of no {spec.title}"
     outside = [pair for pair in scaled if pair.prefix != "diffusion_model."]
     if outside:
         return f"as it takes no .alpha {f'behind {outside[0].prefix}' if outside[0].prefix else 'without a prefix'}"
     if any(not pair.name.startswith("blocks.") for pair in scaled):
         return "as it takes .alpha only inside the blocks"
-    if wan and not any(".blocks." in f".{pair.name}" for pair in pairs):
-        return "as it looks for blocks, and the file has none"
-    if file.strangers:
-        return f"as {file.strangers[0]} is no part of a LoRA"
-    return "by the names of the keys"
+    return "as an alpha is not one number" if any(math.isnan(pair.told_scale) for pair in pairs) else None
 
 
 def _why_not_loaded(settings: Any, error: Exception) -> str:
@@ -261,7 +279,8 @@ def _why_not_loaded(settings: Any, error: Exception) -> str:
             return f"as lora_adapter_metadata has keys that peft does not know: {', '.join(sorted(strange))}"
         if "target_modules" not in told:
             return "as lora_adapter_metadata names no target_modules"
-    said = str(error).strip()
+    copied = re.search(r"an exception occurred : \('(.+?)',\)", str(error))
+    said = copied[1] if copied else str(error)
     sizes = re.search(r"size mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)", said)
     wanted = "where it expects" if settings is None else "and lora_adapter_metadata makes it"
     if sizes:

@@ -14,7 +14,7 @@ from crepatrain.errors import Problem, UserError
 from crepatrain.families.base import Family
 from crepatrain.training.adapter_file import AdapterFile, Model, misfit, read_adapter
 from crepatrain.training.lora import live_adapter
-from crepatrain.training.readers import HALF, MISFIT, Reading, read_as_comfyui, read_as_diffusers
+from crepatrain.training.readers import DAMAGE, Reading, read_as_comfyui, read_as_diffusers
 
 # What else keys hold, or after a dot end with, and what it is.
 _STRANGERS = {
@@ -55,7 +55,7 @@ def judge(file: AdapterFile, model: Model, *, shapes: bool = True, zero_is_wrong
     """
     problems = _check_damage(file, model, shapes=shapes)
     notes = []
-    zeros = [stem for stem, pair in file.pairs.items() if pair.up is not None and not pair.up.float().any()]
+    zeros = [stem for stem, pair in file.pairs.items() if pair.up is not None and pair.up.numel() and not pair.up.float().any()]
     if zeros and len(zeros) == len(file.pairs) and zero_is_wrong:
         problems.append(Problem("every lora_B is zero: the adapter does nothing", "take one of a later step"))
     elif zeros:
@@ -141,7 +141,7 @@ def _check_damage(file: AdapterFile, model: Model, *, shapes: bool) -> list[Prob
 
 
 def _check_tensors(file: AdapterFile) -> list[Problem]:
-    problems = []
+    problems = [] if file.pairs else [Problem("it holds no layer of a LoRA", "give the file of an adapter")]
     meanings = {key: next((word for word in _STRANGERS if _holds(key, word)), "") for key in file.strangers}
     for word in dict.fromkeys(meanings.values()):
         keys = [key for key, found in meanings.items() if found == word]
@@ -219,7 +219,7 @@ def _check_reading(reading: Reading, file: AdapterFile, model: Model) -> list[Pr
             _as_exported(file, model),
         )
         for why, stems in reading.ignored.items()
-        if why not in {HALF, MISFIT}  # told of the file
+        if why not in DAMAGE  # told of the file
     ]
 
 

@@ -180,7 +180,7 @@ WRONG = {
     "ltx with lora_down": (
         "ltxvideo",
         lambda f: (f.exported(ends=("lora_down.weight", "lora_up.weight")), {}),
-        r"refuses the file: IndexError, as no key ends in \.lora_B\.weight",
+        r"refuses the file: IndexError, as it finds no lora_B\.weight to take a rank from",
     ),
     "kandinsky with lora_down": (
         "kandinsky5_video",
@@ -219,6 +219,16 @@ WRONG = {
         "wan",
         lambda f: (f.exported(ends=("lora_A", "lora_B")), {}),
         r"^diffusers refuses the file: ValueError, as it takes no keys that end without \.weight\n[^\n]*$",
+    ),
+    "wan with lora.down and lora.up": (
+        "wan",
+        lambda f: (f.exported(ends=("lora.down.weight", "lora.up.weight")), {}),
+        r"refuses the file: ValueError, as it takes \.lora\.down and \.lora\.up only behind transformer\.",
+    ),
+    "wan with a layer that is not there": (
+        "wan",
+        lambda f: ({key.replace("blocks.0.self_attn.q.", "blocks.0.self_attn.qq."): t for key, t in f.exported().items()}, {}),
+        r"refuses the file: ValueError, as diffusion_model\.blocks\.0\.self_attn\.qq is no layer of wan-tiny-i2v",
     ),
     "sana without .weight": (
         "sanavideo",
@@ -375,6 +385,18 @@ WRONG = {
         "ltxvideo",
         lambda f: ({key: tensor.to(torch.int8) for key, tensor in f.exported().items()}, {}),
         r"200 tensors such as \S+ are int8, and a LoRA is of floating-point numbers",
+    ),
+    "whole numbers, diffusers": (
+        "wan",
+        lambda f: ({key: tensor.to(torch.int8) for key, tensor in f.exported().items()}, {}),
+        r"diffusers refuses the file: RuntimeError, in its words: Only Tensors of floating point",
+    ),
+    "no LoRA": ("wan", lambda f: ({"blocks.0.attn1.to_q.weight": torch.ones(48, 48)}, {}), r"^it holds no layer of a LoRA"),
+    "nothing": ("wan", lambda f: ({}, {}), r"^it holds no layer of a LoRA"),
+    "an alpha of several numbers, diffusers": (
+        "wan",
+        lambda f: (changed(f.exported(alpha=8), ".alpha", lambda t: torch.tensor([8.0, 8.0])), {}),
+        r"diffusers refuses the file: RuntimeError, as an alpha is not one number",
     ),
     "an alpha of several numbers": (
         "wan",
