@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,12 @@ from torch import Tensor, nn
 
 from crepatrain.commands.export import write_transformer
 from crepatrain.config.sources import fetch, read_checkpoint
-from crepatrain.config.specs import FAMILIES
+from crepatrain.config.specs import FAMILIES, Expert
 from crepatrain.console import Screen
-from crepatrain.errors import UserError
+from crepatrain.errors import Problem, UserError
 from crepatrain.families import get_family
-from crepatrain.training.adapter_file import AdapterFile, Model, Pair, misfit, read_adapter, recognise
+from crepatrain.training.adapter_file import AdapterFile, Model, read_adapter, recognise
+from crepatrain.training.verdict import check_expert, take_in
 
 # From this share of unchanged weights on, a merge has lost something that is worth a word.
 _MUCH = 0.5
@@ -38,22 +41,19 @@ def merge(
     Raises:
         UserError: an adapter is not of this base, or something can't be read or written.
     """
-    if len(strengths) != len(adapters):
-        raise UserError(f"--strength: {len(strengths)} for {len(adapters)} adapters", "give one for each")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: there is something already", "give a new folder")
+    _check_strengths(strengths, adapters)
+    _expect_writable(output)
     files = [read_adapter(path) for path in adapters]
-    recipe = files[0].recipe()
-    name = recipe.get("family") or recognise(files[0])[0].family.spec.name
-    checkpoint, variant = read_checkpoint(base, None, FAMILIES[name], recipe.get("expert"), online=True)
+    name, expert = _meant_for(files)
+    checkpoint, variant = read_checkpoint(base, None, FAMILIES[name], expert, online=True)
+    family = get_family(name, checkpoint, expert=expert)
+    taken = _take_in_all(files, Model(family, family.empty_transformer(), base))
     folder = fetch("pretrained_model_name_or_path", base, None, ("model_index.json", f"{variant.transformer}/*"))
-    family = get_family(name, checkpoint, expert=recipe.get("expert"))
     screen.say(f"loading the transformer of {base}")
-    transformer = family.load_transformer(str(folder), torch.float32)
-    model, kind = Model(family, transformer, base), getattr(torch, dtype)
+    transformer, kind = family.load_transformer(str(folder), torch.float32), getattr(torch, dtype)
     before: dict[str, Tensor] = {}
-    for file, strength in zip(files, strengths, strict=True):
-        _add(file, strength, model, transformer, before, kind)
+    for adapter, strength in zip(taken, strengths, strict=True):
+        _add(adapter, strength, transformer, before, kind)
     modules = dict(transformer.named_modules())
     unchanged = {layer: (modules[layer].weight.to(kind) == old).float().mean().item() for layer, old in before.items()}
     write_transformer(output / variant.transformer, transformer, kind)
@@ -76,27 +76,79 @@ def merge(
     return unchanged
 
 
+def _check_strengths(strengths: Sequence[float], adapters: Sequence[Path]) -> None:
+    if len(strengths) != len(adapters):
+        raise UserError(f"--strength: {len(strengths)} for {len(adapters)} adapters", "give one for each")
+    endless = [strength for strength in strengths if not math.isfinite(strength)]
+    if endless:
+        raise UserError(f"--strength: {endless[0]} is no finite number", "give numbers such as 0.8")
+
+
+def _expect_writable(output: Path) -> None:
+    """Try the place of the result before anything is loaded.
+
+    Raises:
+        UserError: there is something already, or nothing can be written.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output}: there is something already", "give a new folder")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output if output.is_dir() else output.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {output}: it can't be written ({error.strerror})", "give another --output") from error
+
+
+def _meant_for(files: Sequence[AdapterFile]) -> tuple[str, Expert | None]:
+    """The family and the expert that all files are for.
+
+    Raises:
+        UserError: they are not for the same, or a file is of no family.
+    """
+    families: dict[str, Path] = {file.recipe().get("family") or recognise(file)[0].family.spec.name: file.path for file in files}
+    if len(families) > 1:
+        what = " and ".join(f"{path} of {FAMILIES[name].title}" for name, path in families.items())
+        raise UserError(f"the adapters are of several models: {what}", "merge those of one model")
+    experts: dict[Expert, Path] = {file.expert: file.path for file in files if file.expert}
+    if len(experts) > 1:
+        what = " and ".join(f"{path} for the {expert}-noise expert" for expert, path in experts.items())
+        raise UserError(f"the adapters are for both experts: {what}", "merge those of each expert by themselves")
+    return next(iter(families)), next(iter(experts), None)
+
+
+def _take_in_all(files: Sequence[AdapterFile], model: Model) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """Every file by layers, where all of them are whole and of this base.
+
+    Raises:
+        UserError: with everything for which one of them is not.
+    """
+    taken, problems = [], []
+    for file in files:
+        problems += [Problem(f"{file.path}: {problem.what}", problem.fix) for problem in check_expert(file, model)]
+        if model.family.variant.expert and not file.expert:
+            what = f"{file.path}: nothing says for which of the two experts of {model.title} it is"
+            problems.append(Problem(what, "end its name in high_noise or low_noise"))
+        try:
+            taken.append(take_in(file, model, str(file.path)))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError.of(problems)
+    return taken
+
+
 @torch.no_grad()
 def _add(
-    file: AdapterFile, strength: float, model: Model, transformer: nn.Module, before: dict[str, Tensor], kind: torch.dtype
+    adapter: Mapping[str, tuple[Tensor, Tensor]],
+    strength: float,
+    transformer: nn.Module,
+    before: dict[str, Tensor],
+    kind: torch.dtype,
 ) -> None:
     """Add one adapter; `before` gets the weights that a layer had at first, as they would be cast."""
     modules: Mapping[str, Any] = dict(transformer.named_modules())
-    for pair in file.pairs.values():
-        layer = model.find(pair)
-        if layer is None:
-            raise UserError(f"{file.path}: {pair.name} is no layer of {model.title}", "give the base that it was trained on")
-        reason = misfit(pair, model.layers[layer]) or ("one half of it is missing" if None in (pair.down, pair.up) else None)
-        if reason:
-            raise UserError(f"{file.path}: {layer}: {reason}", "give the base that it was trained on")
+    for layer, (down, up) in adapter.items():
         weight = modules[layer].weight
         before.setdefault(layer, weight.detach().to(kind).clone())
-        weight.add_(_delta(pair).view_as(weight) * strength)
-
-
-def _delta(pair: Pair) -> Tensor:
-    """What a pair adds at strength 1; without an alpha that is taken as the rank."""
-    assert pair.down is not None
-    assert pair.up is not None
-    scale = 1.0 if pair.alpha is None else pair.alpha / pair.down.shape[0]
-    return pair.up.float().flatten(1) @ pair.down.float().flatten(1) * scale
+        weight.add_((up.flatten(1) @ down.flatten(1)).view_as(weight) * strength)

@@ -28,7 +28,6 @@ from crepatrain.errors import DivergedError
 from crepatrain.families.base import Family
 from crepatrain.tensors import Batch
 from crepatrain.training import build
-from crepatrain.training.adapter_file import begin_with, read_adapter
 from crepatrain.training.build import Learner
 from crepatrain.training.checkpoint import (
     EMA_FILE,
@@ -43,9 +42,10 @@ from crepatrain.training.checkpoint import (
 )
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.ema import WeightAverage
-from crepatrain.training.lora import load_trained_state, trained_state
+from crepatrain.training.lora import begin_with, load_trained_state, trained_state
 from crepatrain.training.state import TrainState
 from crepatrain.training.step import LayerSyncTerm
+from crepatrain.training.verdict import adapter_to_begin_with
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,28 +55,34 @@ class Start:
     Attributes:
         resume: the checkpoint to go on from; None: from the beginning.
         total: optimizer steps of the whole run.
+        adapter: lora_A and lora_B by layer, of init_adapter; None: a fresh one, or a checkpoint's.
     """
 
     sampler: StepSampler
     state: TrainState
     resume: Path | None
     total: int
+    adapter: Mapping[str, tuple[Tensor, Tensor]] | None
 
 
 def prepare_start(plan: Plan, dataset: Dataset, world: int, device: torch.device, resume: Path | None) -> Start:
     """What can be known of a run's beginning before any model is read.
 
     Raises:
-        UserError: a target of the adapter that is no layer of a block, or a model that this device can't train.
+        UserError: a target of the adapter that is no layer of a block, a model that this device can't train, or an init_adapter
+            of another model or kind.
     """
-    build.expect_trainable(plan, build.build_family(plan), device)
+    config, family = plan.config, build.build_family(plan)
+    empty = build.expect_trainable(plan, family, device)
+    begins = config.init_adapter if config.model_type == "lora" and not resume else None
+    adapter = adapter_to_begin_with(Path(begins), family, empty) if begins else None
     sampler = build_sampler(plan, dataset, world)
     total = total_steps(plan, sampler)
-    state = TrainState(schedule=build.build_schedule(plan.config, total))
+    state = TrainState(schedule=build.build_schedule(config, total))
     if resume:
         with readable(resume):
             state.load_state_dict(read_plain(resume, "state"))
-    return Start(sampler, state, resume, total)
+    return Start(sampler, state, resume, total, adapter)
 
 
 def take_fingerprint(dataset: Dataset, caches: Caches, start: Start) -> dict[str, Any]:
@@ -174,8 +180,8 @@ def build_run(
         screen.note(
             "the blocks are compiled in the first step, and once more for a second bucket: that takes minutes, the rest is faster"
         )
-    if config.init_adapter and config.model_type == "lora" and not start.resume:
-        begin_with(read_adapter(Path(config.init_adapter)), family, adapted)
+    if start.adapter:
+        begin_with(adapted, start.adapter)
         screen.say(f"beginning with {config.init_adapter}")
     average = WeightAverage(learners["transformer"].parameters, config.ema_decay) if config.use_ema else None
     if start.resume:

@@ -13,7 +13,7 @@ from crepatrain.families import family_class
 from crepatrain.families.base import Family
 from crepatrain.training.adapter_file import AdapterFile, Model, read_adapter, recognise
 from crepatrain.training.readers import how_to_load
-from crepatrain.training.verdict import judge
+from crepatrain.training.verdict import check_expert, judge
 
 
 def verify(path: Path, base: Path | None, screen: Screen) -> None:
@@ -36,8 +36,8 @@ def verify(path: Path, base: Path | None, screen: Screen) -> None:
             )
     else:
         model, fits = _model_of(base, file), True
-        problems += _check_experts(file, model)
-        if model.family.variant.expert and "crepatrain.expert" not in file.metadata:
+        problems += check_expert(file, model)
+        if model.family.variant.expert and not file.expert:
             notes.append(f"{model.title} has two experts, and nothing in the header says for which one it is")
     found = next((word for word in ("checkpoint", "optimizer", "scheduler") if word in path.name), None)
     if found:
@@ -80,7 +80,7 @@ def _facts(file: AdapterFile, model: Model) -> list[tuple[str, str]]:
 
 def _model_of(base: Path, file: AdapterFile) -> Model:
     """The model of a pipeline folder, or of a transformer's own."""
-    second = "low" in (file.metadata.get("crepatrain.expert") or "") and (base / "transformer_2").is_dir()
+    second = file.expert == "low" and (base / "transformer_2").is_dir()
     folder = next((base / name for name in ("transformer_2",) * second + ("transformer",) if (base / name).is_dir()), base)
     config = _read_json(folder / "config.json")
     spec = next((spec for spec in FAMILIES.values() if spec.transformer_class == config.get("_class_name")), None)
@@ -99,14 +99,6 @@ def _model_of(base: Path, file: AdapterFile) -> Model:
         raise UserError(f"--base {base}: {error}", f"give a {spec.title} pipeline") from error
     family: Family = family_class(spec.name)(checkpoint, variant, variant.tasks[0])
     return Model(family, family.empty_transformer(), base.name or str(base))
-
-
-def _check_experts(file: AdapterFile, model: Model) -> list[Problem]:
-    """An adapter of one of two experts is for a base that has two."""
-    said = file.metadata.get("crepatrain.expert")
-    if said and model.family.variant.expert is None:
-        return [Problem(f"it is for the {said}-noise expert of two, and {model.title} has one transformer", "give its own base")]
-    return []
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What can be wrong with a config beyond each value's own range: its keys against each other, the disk, and the checkpoint."""
 
+import json
 import os
 import re
 from importlib.util import find_spec
@@ -142,11 +143,29 @@ def check_validation(config: RunConfig, variant: Variant) -> list[Problem]:
 
 
 def check_init_adapter(config: RunConfig) -> list[Problem]:
-    """The adapter to begin with is there."""
-    path = config.init_adapter
-    if path is None or config.model_type != "lora" or Path(path).is_file():
+    """The adapter to begin with is there, and by its header is one."""
+    if config.init_adapter is None or config.model_type != "lora":
         return []
-    return [Problem(f"init_adapter={path}: there is no such file", "give a .safetensors file")]
+    path = Path(config.init_adapter)
+    if not path.is_file():
+        return [Problem(f"init_adapter={path}: there is no such file", "give a .safetensors file")]
+    names = _tensor_names(path)
+    if names is None:
+        return [Problem(f"init_adapter={path}: it is no safetensors file, or not a whole one", "give a .safetensors file")]
+    if not any("lora" in name for name in names):
+        return [Problem(f"init_adapter={path}: none of its {len(names)} tensors is a LoRA's", "give the file of an adapter")]
+    return []
+
+
+def _tensor_names(path: Path) -> list[str] | None:
+    """The names in a safetensors file's header, which are 8 bytes of its length and JSON; None of other files."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < path.stat().st_size else None
+    except (OSError, ValueError):
+        return None
+    return [name for name in header if name != "__metadata__"] if isinstance(header, dict) else None
 
 
 def check_eval(config: RunConfig) -> list[Problem]:

@@ -5,17 +5,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from crepatrain.config.specs import FAMILIES
+from crepatrain.config.specs import FAMILIES, Expert
 from crepatrain.errors import UserError
 from crepatrain.families import family_class, get_family
 from crepatrain.families.base import Family
-from crepatrain.training.lora import live_adapter
 
 # Ends of the keys of a pair, as programs write them; the plainest first.
 ENDS: Mapping[str, Literal["down", "up", "alpha"]] = {
@@ -27,6 +26,8 @@ ENDS: Mapping[str, Literal["down", "up", "alpha"]] = {
     ".lora_up.weight": "up",
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
+    ".lora_A": "down",
+    ".lora_B": "up",
     ".alpha": "alpha",
 }
 _PREFIXES = (
@@ -62,7 +63,16 @@ class Pair:
 
     @property
     def rank(self) -> int | None:
-        return self.down.shape[0] if self.down is not None else None
+        return self.down.shape[0] if self.down is not None and self.down.ndim else None
+
+    @property
+    def told_scale(self) -> float:
+        """alpha / rank; without an alpha that is taken as the rank."""
+        return 1.0 if self.alpha is None or not self.rank else self.alpha / self.rank
+
+    @property
+    def whole(self) -> bool:
+        return self.down is not None and self.up is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,31 +94,34 @@ class AdapterFile:
     def ranks(self) -> Counter[int]:
         return Counter(pair.rank for pair in self.pairs.values() if pair.rank is not None)
 
-    @property
-    def settings(self) -> dict[str, Any] | None:
-        """What diffusers takes rank and alpha from, where the header has it.
-
-        Raises:
-            UserError: it is no JSON object.
-        """
-        text = self.metadata.get("lora_adapter_metadata")
-        if text is None:
-            return None
-        try:
-            found = json.loads(text)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise UserError(f"{self.path}: lora_adapter_metadata in its header is no JSON object", "write the file again")
-        return found
-
     def recipe(self) -> dict[str, Any]:
-        """What this trainer has written of the run; empty for other files."""
+        """What this trainer has written of the run; empty for other files, and for those of a family that it has not."""
         try:
             found = json.loads(self.metadata.get("crepatrain.recipe", "{}"))
         except ValueError:
             return {}
-        return found if isinstance(found, dict) else {}
+        return found if isinstance(found, dict) and found.get("family") in list(FAMILIES) else {}
+
+    @property
+    def experts(self) -> dict[str, Expert]:
+        """The expert of two that the file is for: as its header says, and as its name does, where they say one."""
+        header = self.metadata.get("crepatrain.expert") or self.recipe().get("expert")
+        told: dict[str, Expert] = {}
+        for expert in get_args(Expert):
+            if header == expert:
+                told["header"] = expert
+            if f"{expert}_noise" in self.path.name:
+                told["name"] = expert
+        return told
+
+    @property
+    def expert(self) -> Expert | None:
+        return next((self.experts[where] for where in ("header", "name") if where in self.experts), None)
+
+
+def end_of(key: str) -> str | None:
+    """How a key of a pair ends; None of other keys."""
+    return next((end for end in ENDS if key.endswith(end)), None)
 
 
 def read_adapter(path: Path) -> AdapterFile:
@@ -120,13 +133,13 @@ def read_adapter(path: Path) -> AdapterFile:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+        tensors = load_file(path)  # in the order of diffusers, which goes by the first key
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} can't be read ({error})", "give a .safetensors file that is whole") from error
     pairs: dict[str, Pair] = {}
     strangers = []
     for key, tensor in tensors.items():
-        end = next((end for end in ENDS if key.endswith(end)), None)
+        end = end_of(key)
         if end is None:
             strangers.append(key)
             continue
@@ -187,39 +200,15 @@ def misfit(pair: Pair, layer: Layer) -> str | None:
     """Why a pair can't be the adapter of a layer."""
     if pair.down is None or pair.up is None:
         return None
-    outside, inside = layer.shape[:1], layer.shape[1:]
-    found = f"lora_A {list(pair.down.shape)}, lora_B {list(pair.up.shape)} on a weight {list(layer.shape)}"
+    down, up = tuple(pair.down.shape), tuple(pair.up.shape)
+    found = f"lora_A {list(down)}, lora_B {list(up)} on a weight {list(layer.shape)}"
     if layer.grouped:
         return f"{found}, a convolution of several groups"
-    if tuple(pair.down.shape[1:]) != inside or tuple(pair.up.shape[:1]) != outside:
+    if down[1:] != layer.shape[1:] or up[:1] != layer.shape[:1] or not down:
         return found
-    if tuple(pair.up.shape[2:]) != (1,) * (len(inside) - 1):
-        return f"{found}, where lora_B must end in {len(inside) - 1} sizes of 1"
+    if up[2:] != (1,) * (len(layer.shape) - 2) or len(up) != len(layer.shape):
+        return f"{found}, where lora_B must be {[layer.shape[0], 'rank', *(1,) * (len(layer.shape) - 2)]}"
     return None
-
-
-@torch.no_grad()
-def begin_with(file: AdapterFile, family: Family, transformer: nn.Module) -> None:
-    """Put an adapter file's weights into a transformer's live adapter, so that it does what the file does at strength 1.
-
-    Raises:
-        UserError: the file's layers or ranks are not those of the adapter.
-    """
-    model, live = Model(family, transformer, family.variant.title), live_adapter(transformer)
-    pairs = {model.find(pair): pair for pair in file.pairs.values()}
-    strange = sorted(str(layer or pair.name) for layer, pair in pairs.items() if layer not in live)
-    missing = sorted(live.keys() - pairs.keys())
-    for names, what in ((strange, "is not in this run's lora_targets"), (missing, "is not in the file")):
-        if names:
-            raise UserError(f"init_adapter={file.path}: {names[0]} {what} ({len(names)} in all)", "set lora_targets as it was")
-    for layer, (down, up, scale) in live.items():
-        pair = pairs[layer]
-        if pair.down is None or pair.up is None or pair.down.shape != down.shape or pair.up.shape != up.shape:
-            what = f"{layer} is of rank {pair.rank}, and this run's of {down.shape[0]}"
-            raise UserError(f"init_adapter={file.path}: {what}", f"set lora_rank to {pair.rank}")
-        own = 1.0 if pair.alpha is None else pair.alpha / down.shape[0]
-        down.copy_(pair.down)
-        up.copy_(pair.up.float() * (own / scale))
 
 
 def released_models(family: str) -> Iterator[Model]:
@@ -231,7 +220,7 @@ def released_models(family: str) -> Iterator[Model]:
 
 
 def recognise(file: AdapterFile) -> tuple[Model, bool]:
-    """The model that a file is for, by the names of its layers, then by their shapes; and whether the shapes fit.
+    """The model that a file is for, by the names of its layers, then by their shapes; and whether most of the shapes fit.
 
     Raises:
         UserError: no family knows the names, or several do and nothing else tells which.
@@ -255,4 +244,4 @@ def recognise(file: AdapterFile) -> tuple[Model, bool]:
     families = sorted({model.family.spec.name for model in models})
     if len(families) > 1:
         raise UserError(f"{file.path}: its keys could be those of {' or '.join(families)}", "give the base with --base")
-    return models[0], best[1] == best[0]
+    return models[0], 2 * best[1] > best[0]

@@ -229,8 +229,11 @@ def adapt(plan: Plan, family: Family, transformer: Any) -> None:
         leave_casts_to_autocast(transformer)
 
 
-def expect_trainable(plan: Plan, family: Family, device: torch.device) -> None:
+def expect_trainable(plan: Plan, family: Family, device: torch.device) -> Any:
     """Build what is trained on the meta device, to learn early that it can't be.
+
+    Returns:
+        The transformer, adapted where it is to be.
 
     Raises:
         UserError: a target that is no layer of a block, or a model that this device can't train.
@@ -241,7 +244,9 @@ def expect_trainable(plan: Plan, family: Family, device: torch.device) -> None:
             f"pretrained_model_name_or_path={plan.config.pretrained_model_name_or_path}: {reason}",
             "train it on a GPU, or take another checkpoint",
         )
-    adapt(plan, family, family.empty_transformer())
+    transformer = family.empty_transformer()
+    adapt(plan, family, transformer)
+    return transformer
 
 
 def build_transformer(plan: Plan, family: Family, device: torch.device) -> Any:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -103,15 +104,15 @@ def load_trained_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> N
     assert not [key for key in result.missing_keys if "lora_" in key], result.missing_keys
 
 
-def live_adapter(transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Per adapted module lora_A [r, in], lora_B [out, r] and the scale that is applied to lora_B lora_A."""
+def live_adapter(transformer: nn.Module, adapter: str = ADAPTER) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Per adapted module lora_A [r, in], lora_B [out, r], or of a convolution, and the scale that is applied to lora_B lora_A."""
     live = {}
     for name, module in transformer.named_modules():
         if isinstance(module, LoraLayer):
-            down, up = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
-            assert isinstance(down, nn.Linear)
-            assert isinstance(up, nn.Linear)
-            live[name] = (down.weight.detach(), up.weight.detach(), module.scaling[ADAPTER])
+            down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            assert isinstance(down, Tensor)
+            assert isinstance(up, Tensor)
+            live[name] = (down.detach(), up.detach(), module.scaling[adapter])
     return live
 
 
@@ -121,6 +122,15 @@ def baked_adapter(transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         name: (down.float().cpu().contiguous(), (up.float() * scale).cpu().contiguous())
         for name, (down, up, scale) in live_adapter(transformer).items()
     }
+
+
+@torch.no_grad()
+def begin_with(transformer: nn.Module, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Put what `baked_adapter` gave of another transformer into the live adapter, whatever its own scale is."""
+    for name, (down, up, scale) in live_adapter(transformer).items():
+        new_down, new_up = adapter[name]
+        down.copy_(new_down)
+        up.copy_(new_up / scale)
 
 
 def unknown_settings(names: Iterable[str]) -> set[str]:

@@ -1,20 +1,22 @@
 """What is wrong with an adapter file: as a file, as an adapter of a model, and as what a run has just written."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from crepatrain.config.specs import FAMILIES
 from crepatrain.errors import Problem, UserError
 from crepatrain.families.base import Family
 from crepatrain.training.adapter_file import AdapterFile, Model, misfit, read_adapter
-from crepatrain.training.lora import live_adapter, unknown_settings
-from crepatrain.training.readers import Reading, of_pattern, read_as_comfyui, read_as_diffusers, told_settings
+from crepatrain.training.lora import live_adapter
+from crepatrain.training.readers import DAMAGE, Reading, read_as_comfyui, read_as_diffusers
 
-# What else keys end with, and what it is.
+# What else keys hold, or after a dot end with, and what it is.
 _STRANGERS = {
     "dora_scale": "DoRA's magnitudes, which diffusers drops",
     "lora_magnitude_vector": "DoRA's magnitudes, which ComfyUI does not read under this name",
@@ -51,52 +53,132 @@ def judge(file: AdapterFile, model: Model, *, shapes: bool = True, zero_is_wrong
         shapes: whether the model's shapes are those of the file's base.
         zero_is_wrong: whether an adapter that does nothing is a mistake; it is none of a run that has not begun.
     """
-    problems = [*_check_tensors(file), *_check_pairs(file, model, shapes=shapes), *_check_expert(file)]
+    problems = _check_damage(file, model, shapes=shapes)
     notes = []
-    zeros = [stem for stem, pair in file.pairs.items() if pair.up is not None and not pair.up.any()]
+    zeros = [stem for stem, pair in file.pairs.items() if pair.up is not None and pair.up.numel() and not pair.up.float().any()]
     if zeros and len(zeros) == len(file.pairs) and zero_is_wrong:
         problems.append(Problem("every lora_B is zero: the adapter does nothing", "take one of a later step"))
     elif zeros:
         notes.append(f"lora_B is zero in {len(zeros)} of {len(file.pairs)} layers, such as {zeros[0]}: they do nothing")
-    try:
-        readings = tuple(filter(None, (read_as_diffusers(file, model), read_as_comfyui(file, model))))
-        problems += _check_settings(file, model)
-    except UserError as error:
-        return Verdict((), (*problems, *error.problems), tuple(notes))
+    readings = [read_as_diffusers(file, model, shapes=shapes)]
+    comfyui = read_as_comfyui(file, model, shapes=shapes)
+    if comfyui:
+        readings.append(comfyui)
+    else:
+        notes.append(f"ComfyUI has no {model.family.spec.title}: the file is for diffusers")
     for reading in readings:
         problems += _check_reading(reading, file, model)
     problems += _check_strength(file, readings)
-    if "comfyui" not in {reading.program.lower() for reading in readings}:
-        notes.append(f"ComfyUI has no {model.family.spec.title}: the file is for diffusers")
-    return Verdict(readings, tuple(problems), tuple(notes))
+    return Verdict(tuple(readings), tuple(problems), tuple(notes))
+
+
+def take_in(file: AdapterFile, model: Model, said: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per layer lora_A [r, in] and lora_B [out, r], or of a convolution, in fp32; what diffusers scales them by inside lora_B.
+
+    A file that diffusers does not read is taken at the scale of its .alpha, as ComfyUI takes it.
+
+    Args:
+        said: what messages call the file.
+
+    Raises:
+        UserError: with everything for which it can't be taken whole.
+    """
+    problems = [*_check_layers(file, model), *_check_damage(file, model, shapes=True)]
+    reading = read_as_diffusers(file, model)
+    if "lora_adapter_metadata" in file.metadata and (reading.refusal or reading.ignored) and not problems:
+        what = f"its strength can't be told, as lora_adapter_metadata is there and diffusers {reading.in_words}"
+        problems.append(Problem(what, "put the scale inside lora_B, and leave lora_adapter_metadata out"))
+    if problems:
+        raise UserError.of([Problem(f"{said}: {problem.what}", problem.fix) for problem in problems])
+    taken: dict[str, tuple[Tensor, Tensor]] = {}
+    for pair in file.pairs.values():
+        layer = model.find(pair)
+        assert layer is not None
+        assert pair.down is not None
+        assert pair.up is not None
+        taken[layer] = pair.down.float(), pair.up.float() * reading.strengths.get(layer, pair.told_scale)
+    return taken
+
+
+def adapter_to_begin_with(path: Path, family: Family, transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """What `take_in` gives of init_adapter, for a run's own fresh adapter.
+
+    Args:
+        transformer: with the fresh adapter, on whatever device.
+
+    Raises:
+        UserError: the file can't be taken whole, or its layers or ranks are not those of the run.
+    """
+    said = f"init_adapter={path}"
+    taken, live = take_in(read_adapter(path), Model(family, transformer, family.variant.title), said), live_adapter(transformer)
+    strange, missing = sorted(taken.keys() - live.keys()), sorted(live.keys() - taken.keys())
+    for names, what in ((strange, "is not in this run's lora_targets"), (missing, "is not in the file")):
+        if names:
+            raise UserError(f"{said}: {names[0]} {what} ({len(names)} in all)", "set lora_targets as it was")
+    for layer, (down, _, _) in live.items():
+        rank = taken[layer][0].shape[0]
+        if rank != down.shape[0]:
+            raise UserError(f"{said}: {layer} is of rank {rank}, and this run's of {down.shape[0]}", f"set lora_rank to {rank}")
+    return taken
+
+
+def _check_layers(file: AdapterFile, model: Model) -> list[Problem]:
+    """Every layer of the file is one of the model."""
+    family = file.recipe().get("family", model.family.spec.name)
+    unknown = [stem for stem, pair in file.pairs.items() if model.find(pair) is None]
+    if family != model.family.spec.name or len(unknown) == len(file.pairs):
+        made = FAMILIES[family].title if family != model.family.spec.name else "another model"
+        return [Problem(f"it is no adapter of {model.title}, but of {made}", "give one of this model")]
+    if unknown:
+        what = f"{len(unknown)} of {len(file.pairs)} layers, such as {unknown[0]}, are none of {model.title}"
+        return [Problem(what, "give one of this model")]
+    return []
+
+
+def _check_damage(file: AdapterFile, model: Model, *, shapes: bool) -> list[Problem]:
+    """What is wrong with a file whoever reads it."""
+    return [*_check_tensors(file), *_check_pairs(file, model, shapes=shapes), *_check_expert_words(file)]
 
 
 def _check_tensors(file: AdapterFile) -> list[Problem]:
-    problems = []
-    for word, meaning in _STRANGERS.items():
-        keys = [key for key in file.strangers if word in key]
-        if keys:
-            problems.append(Problem(f"{len(keys)} keys such as {keys[0]} are {meaning}", "export a plain LoRA, without them"))
-    rest = [key for key in file.strangers if not any(word in key for word in _STRANGERS)]
-    if rest:
-        problems.append(Problem(f"{len(rest)} keys such as {rest[0]} are no part of a LoRA", "leave them out"))
-    infinite = [key for key, tensor in file.tensors.items() if not tensor.isfinite().all()]
+    problems = [] if file.pairs else [Problem("it holds no layer of a LoRA", "give the file of an adapter")]
+    meanings = {key: next((word for word in _STRANGERS if _holds(key, word)), "") for key in file.strangers}
+    for word in dict.fromkeys(meanings.values()):
+        keys = [key for key, found in meanings.items() if found == word]
+        what = f"{len(keys)} keys such as {keys[0]} are {_STRANGERS.get(word, 'no part of a LoRA')}"
+        problems.append(Problem(what, "export a plain LoRA, without them"))
+    infinite = [key for key, tensor in file.tensors.items() if not tensor.float().isfinite().all()]
     if infinite:
         fix = "take one of an earlier step, or in a wider dtype"
         problems.append(Problem(f"{len(infinite)} tensors such as {infinite[0]} hold what is not finite", fix))
+    whole = [key for key, tensor in file.tensors.items() if not key.endswith(".alpha") and not tensor.is_floating_point()]
+    if whole:
+        dtype = str(file.tensors[whole[0]].dtype).removeprefix("torch.")
+        what = f"{len(whole)} tensors such as {whole[0]} are {dtype}, and a LoRA is of floating-point numbers"
+        problems.append(Problem(what, "save it in bfloat16"))
     return problems
+
+
+def _holds(key: str, word: str) -> bool:
+    return key.endswith(word) if word.startswith(".") else word in key
 
 
 def _check_pairs(file: AdapterFile, model: Model, *, shapes: bool) -> list[Problem]:
     problems = []
-    halves = [stem for stem, pair in file.pairs.items() if pair.down is None or pair.up is None]
+    halves = [stem for stem, pair in file.pairs.items() if not pair.whole]
     if halves:
         missing = "lora_A" if file.pairs[halves[0]].down is None else "lora_B"
         problems.append(Problem(f"{len(halves)} layers such as {halves[0]} lack {missing}", "write the file again"))
     for stem, pair in file.pairs.items():
-        if pair.down is not None and pair.up is not None and pair.down.shape[0] != pair.up.shape[1]:
-            what = f"{stem}: lora_A is of rank {pair.down.shape[0]} and lora_B of rank {pair.up.shape[1]}"
-            problems.append(Problem(what, "write the file again"))
+        if pair.alpha is not None and math.isnan(pair.alpha):
+            problems.append(Problem(f"the alpha of {stem} is not one finite number", "write the file again"))
+        if pair.down is None or pair.up is None:
+            continue
+        if pair.down.shape[:1] != pair.up.shape[1:2]:
+            down, up = (f"rank {size[0]}" if size else "no rank" for size in (pair.down.shape[:1], pair.up.shape[1:2]))
+            problems.append(Problem(f"{stem}: lora_A is of {down} and lora_B of {up}", "write the file again"))
+        elif not pair.rank:
+            problems.append(Problem(f"{stem} is of rank 0", "leave the layer out"))
     meant = Counter(layer for pair in file.pairs.values() if (layer := model.find(pair)))
     twice = [layer for layer, times in meant.items() if times > 1]
     if twice:
@@ -105,57 +187,39 @@ def _check_pairs(file: AdapterFile, model: Model, *, shapes: bool) -> list[Probl
         found = ((stem, model.find(pair), pair) for stem, pair in file.pairs.items())
         wrong = [(stem, why) for stem, layer, pair in found if layer and (why := misfit(pair, model.layers[layer]))]
         if wrong:
-            stem, why = wrong[0]
-            problems.append(
-                Problem(
-                    f"{len(wrong)} layers don't fit {model.title}, such as {stem}: {why}", "give the base that it was made for"
-                )
-            )
+            what = f"{len(wrong)} layers don't fit {model.title}, such as {wrong[0][0]}: {wrong[0][1]}"
+            problems.append(Problem(what, "give the base that it was made for"))
     return problems
 
 
-def _check_expert(file: AdapterFile) -> list[Problem]:
+def check_expert(file: AdapterFile, base: Model) -> list[Problem]:
+    """An adapter of one of two experts is for a base that has two."""
+    if file.expert and base.family.variant.expert is None:
+        what = f"it is for the {file.expert}-noise expert of two, and {base.title} has one transformer"
+        return [Problem(what, "give its own base")]
+    return []
+
+
+def _check_expert_words(file: AdapterFile) -> list[Problem]:
     """Both experts of Wan 2.2 A14B have the same shapes, so nothing but a word tells them apart."""
-    said = file.metadata.get("crepatrain.expert")
-    named = next((expert for expert in ("high", "low") if f"{expert}_noise" in file.path.name), None)
-    if said and named and said != named:
-        what = f"{file.path.name} is named after the {named}-noise expert, and was trained for the {said}-noise one"
+    told = file.experts
+    if len(set(told.values())) > 1:
+        name, header = told["name"], told["header"]
+        what = f"{file.path.name} is named after the {name}-noise expert, and was trained for the {header}-noise one"
         return [Problem(what, "rename it: in the other transformer it loads without a word and is wrong")]
     return []
 
 
-def _check_settings(file: AdapterFile, model: Model) -> list[Problem]:
-    settings = file.settings
-    if settings is None:
-        return []
-    told = told_settings(settings)
-    fix = "write lora_adapter_metadata anew, or leave it out"
-    strange = unknown_settings(told)
-    problems = []
-    if not told:
-        problems.append(Problem("no key of lora_adapter_metadata begins with transformer.: diffusers raises KeyError", fix))
-    elif "target_modules" not in told:
-        problems.append(Problem("lora_adapter_metadata names no target_modules: diffusers raises KeyError", fix))
-    if strange:
-        problems.append(Problem(f"lora_adapter_metadata has keys that peft does not know: {', '.join(sorted(strange))}", fix))
-    for stem, pair in file.pairs.items():
-        layer = model.find(pair)
-        rank = of_pattern(told.get("rank_pattern"), layer or "", told.get("r", 8))
-        if layer and pair.rank is not None and pair.rank != rank:
-            problems.append(Problem(f"{stem} is of rank {pair.rank}, and lora_adapter_metadata says {rank}", fix))
-            break
-    return problems
-
-
 def _check_reading(reading: Reading, file: AdapterFile, model: Model) -> list[Problem]:
     if reading.refusal:
-        return [Problem(f"{reading.program} refuses the file: {reading.refusal}", _as_exported(file, model))]
+        return [Problem(f"{reading.program} refuses the file: {reading.refusal}", reading.remedy or _as_exported(file, model))]
     return [
         Problem(
             f"{reading.program} ignores {len(stems)} of {len(file.pairs)} layers, such as {stems[0]}: {why}",
             _as_exported(file, model),
         )
         for why, stems in reading.ignored.items()
+        if why not in DAMAGE  # told of the file
     ]
 
 
@@ -194,7 +258,7 @@ def _check_strength(file: AdapterFile, readings: Sequence[Reading]) -> list[Prob
         alpha, rank = (float(value) for value in told if value is not None)
     except ValueError:
         return []
-    scaled = any(pair.alpha is not None for pair in file.pairs.values()) or file.settings is not None
+    scaled = any(pair.alpha is not None for pair in file.pairs.values()) or "lora_adapter_metadata" in file.metadata
     if alpha != rank and not scaled:
         return [
             Problem(

@@ -478,3 +478,39 @@ def test_a_run_begins_with_an_adapter(config_file, tmp_path):
         wrong = {"init_adapter": str(file), "output_dir": str(tmp_path / "wrong"), "max_train_steps": 1} | changes
         with pytest.raises(UserError, match=message):
             fit(read_plan(config_file(**wrong)), Screen(quiet=True))
+
+
+def test_an_adapter_to_begin_with_is_looked_at_before_anything_is_cached(config_file, tmp_path):
+    file, fresh = tmp_path / "first" / "pytorch_lora_weights.safetensors", tmp_path / "wrong"
+    fit(read_plan(config_file(output_dir=str(tmp_path / "first"), learning_rate=0.05, max_train_steps=1)), Screen(quiet=True))
+    tensors = load_file(file)
+    key = next(iter(tensors))
+    path = tmp_path / "other.safetensors"
+    ltx = {f"transformer.transformer_blocks.0.attn1.to_q.lora_{half}.weight": torch.ones(4, 4) for half in "AB"}
+    for changed, metadata, message in (
+        (tensors | {key: tensors[key] * torch.nan}, {}, "1 tensors such as .* not finite"),
+        (ltx, {}, "it is no adapter of Wan 2.1 text-to-video, but of another model\n  -> give one of this model"),
+        (tensors, {"crepatrain.recipe": '{"family": "ltxvideo"}'}, "it is no adapter of Wan 2.1 text-to-video, but of LTX-Video"),
+        (tensors | {f"{key}.lora_A.weight": torch.ones(4, 4)}, {}, "1 of 81 layers, such as .* are none of"),
+        (tensors, {"lora_adapter_metadata": "{}"}, "its strength can't be told, .* diffusers refuses it: KeyError"),
+    ):
+        save_file(changed, path, metadata=metadata)
+        with pytest.raises(UserError, match=f"init_adapter={path}: {message}"):
+            fit(
+                read_plan(config_file(init_adapter=str(path), output_dir=str(fresh), cache_dir=str(tmp_path / "cache"))),
+                Screen(quiet=True),
+            )
+        assert {file.name for file in (tmp_path / "cache").iterdir()} <= {"digests.json", "index"}
+
+
+def test_a_run_begins_with_what_diffusers_makes_of_a_file(config_file, tmp_path):
+    """lora_adapter_metadata scales lora_B, and so does the run's own alpha."""
+    fit(read_plan(config_file(output_dir=str(tmp_path / "first"), learning_rate=0.05, max_train_steps=2)), Screen(quiet=True))
+    before = load_file(tmp_path / "first" / "pytorch_lora_weights.safetensors")
+    told = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.target_modules": ["to_q"]}
+    save_file(before, tmp_path / "scaled.safetensors", metadata={"lora_adapter_metadata": json.dumps(told)})
+    changes = {"init_adapter": str(tmp_path / "scaled.safetensors"), "lora_alpha": 9.0, "learning_rate": 1e-9}
+    fit(read_plan(config_file(**changes, max_train_steps=1)), Screen(quiet=True))
+    after = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor * (2 if "lora_B" in name else 1), rtol=1e-5, atol=1e-7)

@@ -82,13 +82,135 @@ def test_what_cant_be_merged_is_told(wan, tmp_path):
         merge(str(wan), [file], [1.0, 2.0], tmp_path / "out", "float32", QUIET)
     with pytest.raises(UserError, match="there is something already"):
         merge(str(wan), [file], [1.0], wan, "float32", QUIET)
-    tensors = load_file(file)
-    half = {name: tensor for name, tensor in tensors.items() if "blocks.0.self_attn.q.lora_B" not in name}
-    save_file(half, tmp_path / "half.safetensors")
-    with pytest.raises(UserError, match=r"blocks.0.attn1.to_q: one half of it is missing"):
-        merge(str(wan), [tmp_path / "half.safetensors"], [1.0], tmp_path / "out", "float32", QUIET)
-    wide = {name: torch.cat([tensor, tensor], dim=1) if "lora_A" in name else tensor for name, tensor in tensors.items()}
-    save_file(wide, tmp_path / "wide.safetensors")
-    with pytest.raises(UserError, match="give the base that it was trained on"):
-        merge(str(wan), [tmp_path / "wide.safetensors"], [1.0], tmp_path / "out", "float32", QUIET)
+    for strength in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"--strength: {strength} is no finite number"):
+            merge(str(wan), [file], [strength], tmp_path / "out", "float32", QUIET)
+    with pytest.raises(UserError, match=r"--output .*a\.safetensors/out: it can't be written"):
+        merge(str(tmp_path / "no base"), [file], [1.0], file / "out", "float32", QUIET)
     assert not (tmp_path / "out").exists()
+
+
+STEM = "diffusion_model.blocks.0.self_attn.q"
+
+
+def every(tensors, end, more):
+    """The tensors, and one more for each layer."""
+    return tensors | {key.replace("lora_A.weight", end): more(tensor) for key, tensor in tensors.items() if "lora_A" in key}
+
+
+def double(tensor):
+    return torch.cat([tensor, tensor], dim=1)
+
+
+# What is done to an adapter, and what merge says of it.
+UNFIT = {
+    "not finite": (lambda t: t | {f"{STEM}.lora_A.weight": t[f"{STEM}.lora_A.weight"] / 0}, "1 tensors such as .* not finite"),
+    "DoRA of ComfyUI": (lambda t: every(t, "dora_scale", lambda a: torch.ones(48, 1)), "dora_scale are DoRA's magnitudes"),
+    "DoRA of peft": (lambda t: every(t, "lora_magnitude_vector", lambda a: torch.ones(48)), "are DoRA's magnitudes"),
+    "biases": (lambda t: every(t, "diff_b", lambda a: torch.ones(48)), "diff_b are a bias"),
+    "two prefixes": (
+        lambda t: t | {key.replace("diffusion_model.", ""): tensor.clone() for key, tensor in t.items()},
+        r"100 layers such as blocks\.0\.\S+ are there twice",
+    ),
+    "two ranks": (lambda t: t | {f"{STEM}.lora_B.weight": torch.ones(48, 5)}, "lora_A is of rank 3 and lora_B of rank 5"),
+    "one half": (lambda t: {k: v for k, v in t.items() if k != f"{STEM}.lora_B.weight"}, f"1 layers such as {STEM} lack lora_B"),
+    "another width": (
+        lambda t: {key: double(tensor) if "lora_A" in key else tensor for key, tensor in t.items()},
+        r"100 layers don't fit .*\n  -> give the base that it was made for",
+    ),
+    "a block too many": (
+        lambda t: t | {k.replace(".0.", ".77."): v.clone() for k, v in t.items() if k.startswith(STEM)},
+        r"1 of 101 layers, such as \S+\.77\.self_attn\.q, are none of ",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(wan, tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapter") / "a.safetensors"
+    adapter(wan, path, seed=0)
+    return load_file(path)
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_an_adapter_that_is_not_whole_or_not_of_the_base_is_not_merged(case, wan, whole, tmp_path, capsys):
+    make, reason = UNFIT[case]
+    save_file(make(whole), tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=rf"a\.safetensors: .*{reason}"):
+        merge(str(wan), [tmp_path / "a.safetensors"], [1.0], tmp_path / "out", "float32", Screen())
+    assert "loading" not in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def told(alpha, rank=3, **more):
+    settings = {"r": rank, "lora_alpha": alpha, "target_modules": ["to_q"], **more}
+    return {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
+
+
+def renamed(tensors, prefix):
+    """The one layer's tensors as diffusers names them, behind another prefix."""
+    return {f"{prefix}blocks.0.attn1.to_q.{end}": tensors[f"{STEM}.{end}"] for end in ("lora_A.weight", "lora_B.weight")}
+
+
+# How a file says its scale, and the factor that diffusers applies.
+SCALES = {
+    "nothing": (lambda t: t, {}, 1.0),
+    "alpha and r": (lambda t: t, told(6), 2.0),
+    "rsLoRA": (lambda t: t, told(3, use_rslora=True), 3**0.5),
+    "patterns": (lambda t: t, told(12, rank=4, rank_pattern={".*": 3}, alpha_pattern={"blocks.0.attn1.to_q": 9}), 3.0),
+    ".alpha": (lambda t: every(t, "alpha", lambda a: torch.tensor(6.0)), {}, 2.0),
+    "of no reader": (lambda t: renamed(t, "base_model.model."), {}, 1.0),
+    "of ComfyUI alone": (
+        lambda t: every({k: v for k, v in t.items() if "head" in k}, "alpha", lambda a: torch.tensor(6.0)),
+        {},
+        2.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_an_adapter_is_merged_at_the_strength_that_diffusers_applies(case, wan, whole, tmp_path):
+    make, metadata, factor = SCALES[case]
+    down, up = torch.randn(3, 48), torch.randn(64, 3)
+    head = {"diffusion_model.head.head.lora_A.weight": down, "diffusion_model.head.head.lora_B.weight": up}
+    tensors = make(whole | head if case == "of ComfyUI alone" else whole)
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt", **metadata})
+    merge(str(wan), [tmp_path / "a.safetensors"], [1.0], tmp_path / "out", "float32", QUIET)
+    base, merged = (load_file(f / "transformer" / "diffusion_pytorch_model.safetensors") for f in (wan, tmp_path / "out"))
+    if case == "of ComfyUI alone":
+        weight, expected = "proj_out.weight", up @ down
+    else:
+        weight, expected = "blocks.0.attn1.to_q.weight", whole[f"{STEM}.lora_B.weight"] @ whole[f"{STEM}.lora_A.weight"]
+    torch.testing.assert_close(merged[weight] - base[weight], factor * expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_scale_that_diffusers_does_not_apply_is_not_guessed(wan, whole, tmp_path):
+    save_file(renamed(whole, "base_model.model."), tmp_path / "a.safetensors", metadata=told(6))
+    with pytest.raises(UserError, match="its strength can't be told, as lora_adapter_metadata is there and diffusers 0 layers"):
+        merge(str(wan), [tmp_path / "a.safetensors"], [1.0], tmp_path / "out", "float32", QUIET)
+
+
+def test_adapters_of_other_models_and_experts_are_not_merged(wan, whole, tiny_checkpoint, tmp_path):
+    two, sana = str(tiny_checkpoint("wan", "tiny-a14b")), str(tiny_checkpoint("sanavideo", "tiny"))
+    low, high, plain = (tmp_path / f"style{expert}.safetensors" for expert in ("_low_noise", "_high_noise", ""))
+    other = tmp_path / "ltx.safetensors"
+    for path in (low, high, plain):
+        save_file(whole, path)
+    save_file(whole, other, metadata={"crepatrain.recipe": '{"family": "ltxvideo"}'})
+    told = tmp_path / "told.safetensors"
+    save_file(whole, told, metadata={"crepatrain.expert": "low"})
+    for base, files, reason in (
+        (str(wan), [low], "it is for the low-noise expert of two, and .* has one transformer"),
+        (str(wan), [told], "it is for the low-noise expert of two, and .* has one transformer"),
+        (two, [plain], "nothing says for which of the two experts .*\n  -> end its name in high_noise or low_noise"),
+        (two, [low, plain], r"style\.safetensors: nothing says for which of the two experts"),
+        (two, [low, high], "the adapters are for both experts: .*low-noise expert and .*high-noise expert"),
+        (two, [told, high], "the adapters are for both experts"),
+        (str(wan), [plain, other], "the adapters are of several models: .*style.* of Wan 2.1 and 2.2 and .*ltx.* of LTX-Video"),
+        (sana, [plain], "its transformer is a SanaVideoTransformer3DModel"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            merge(base, files, [1.0] * len(files), tmp_path / "out", "float32", QUIET)
+    assert not (tmp_path / "out").exists()
+    merge(two, [low, told], [1.0, 1.0], tmp_path / "out", "float32", QUIET)
+    assert (tmp_path / "out" / "transformer_2").is_dir()

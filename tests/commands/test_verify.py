@@ -7,12 +7,15 @@ import diffusers
 import pytest
 import torch
 from conftest import tiny_family
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from crepatrain import cli
 from crepatrain.commands.verify import verify
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
+from crepatrain.training.adapter_file import Model, read_adapter
+from crepatrain.training.readers import read_as_diffusers
 
 RANK = 4
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "ffn.net.0.proj", "ffn.net.2", "to_query", "to_key"]
@@ -91,6 +94,13 @@ def first(tensors, end):
     return next(key for key in tensors if key.endswith(end)).removesuffix(end)
 
 
+def outside(adapter, layer, name, alpha=None):
+    """The tensors of one layer that no block holds."""
+    down, up = adapter.pair(layer)
+    scale = {f"{name}.alpha": torch.tensor(float(alpha))} if alpha else {}
+    return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up} | scale
+
+
 # What is done to an adapter of a family, its header, and what verify says of it.
 WRONG = {
     # prefixes and names
@@ -117,7 +127,7 @@ WRONG = {
     "wan with the original's names behind transformer.": (
         "wan",
         lambda f: (f.named(lambda n: f"transformer.{f.family.original_name(n)}"), {}),
-        r"diffusers ignores 120 .*behind transformer\. it reads diffusers' names, and these are the original's",
+        r"diffusers refuses .*, as behind transformer\. it reads diffusers' names, and these are the original's",
     ),
     "kandinsky behind diffusion_model.": (
         "kandinsky5_video",
@@ -170,7 +180,7 @@ WRONG = {
     "ltx with lora_down": (
         "ltxvideo",
         lambda f: (f.exported(ends=("lora_down.weight", "lora_up.weight")), {}),
-        r"refuses the file: IndexError",
+        r"refuses the file: IndexError, as it finds no lora_B\.weight to take a rank from",
     ),
     "kandinsky with lora_down": (
         "kandinsky5_video",
@@ -195,6 +205,36 @@ WRONG = {
         lambda f: (f.named(f.kohya, ends=("lora_down.weight", "lora_up.weight")), {}),
         r"diffusers ignores 100 .*begin with lora_unet_",
     ),
+    "wan with alpha behind transformer.": (
+        "wan",
+        lambda f: (f.named(diffusers_name, alpha=8), {}),
+        r"Invalid LoRA checkpoint\), as it takes no \.alpha behind transformer\.",
+    ),
+    "wan with alpha outside the blocks": (
+        "wan",
+        lambda f: (f.exported(alpha=8) | outside(f, "proj_out", "diffusion_model.head.head", alpha=8), {}),
+        r"as it takes \.alpha only inside the blocks",
+    ),
+    "wan without .weight": (
+        "wan",
+        lambda f: (f.exported(ends=("lora_A", "lora_B")), {}),
+        r"^diffusers refuses the file: ValueError, as it takes no keys that end without \.weight\n[^\n]*$",
+    ),
+    "wan with lora.down and lora.up": (
+        "wan",
+        lambda f: (f.exported(ends=("lora.down.weight", "lora.up.weight")), {}),
+        r"refuses the file: ValueError, as it takes \.lora\.down and \.lora\.up only behind transformer\.",
+    ),
+    "wan with a layer that is not there": (
+        "wan",
+        lambda f: ({key.replace("blocks.0.self_attn.q.", "blocks.0.self_attn.qq."): t for key, t in f.exported().items()}, {}),
+        r"refuses the file: ValueError, as diffusion_model\.blocks\.0\.self_attn\.qq is no layer of wan-tiny-i2v",
+    ),
+    "sana without .weight": (
+        "sanavideo",
+        lambda f: (f.exported(ends=("lora_A", "lora_B")), {}),
+        r"diffusers ignores 96 .*the keys end without \.weight",
+    ),
     # strength
     "an alpha that no reader sees": (
         "wan",
@@ -214,7 +254,7 @@ WRONG = {
     "a rank that is not told": (
         "wan",
         lambda f: (f.exported(), settings(8, rank=8)),
-        r"is of rank 4, and lora_adapter_metadata says 8",
+        r"diffusers refuses .*blocks\.0\.attn1\.to_q\.lora_A\.weight is \[4, 48\], and lora_adapter_metadata makes it \[8, 48\]",
     ),
     "metadata without a prefix": (
         "wan",
@@ -224,12 +264,7 @@ WRONG = {
     "no target_modules": (
         "wan",
         lambda f: (f.exported(), {"lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 4}'}),
-        "names no target_modules: diffusers raises KeyError",
-    ),
-    "a layer that is no target": (
-        "sanavideo",
-        lambda f: (f.exported(), settings(4, target_modules=["to_q", "to_k", "to_v"])),
-        r"diffusers ignores 24 of 96 layers.*: lora_adapter_metadata does not target it",
+        "diffusers refuses the file: KeyError, as lora_adapter_metadata names no target_modules",
     ),
     "wan with peft's adapter name": (
         "wan",
@@ -246,6 +281,41 @@ WRONG = {
         lambda f: (f.exported(), settings(4, of_tomorrow=1)),
         r"peft does not know: of_tomorrow",
     ),
+    "a target that is a number": (
+        "wan",
+        lambda f: (f.exported(), settings(4, target_modules=5)),
+        r"diffusers refuses the file: TypeError, by lora_adapter_metadata: 'int' object is not iterable\n.*leave it out",
+    ),
+    "a target that is no regex": (
+        "wan",
+        lambda f: (f.exported(), settings(4, target_modules="((")),
+        r"diffusers refuses the file: error, by lora_adapter_metadata: missing \), unterminated",
+    ),
+    "a pattern that is no regex": (
+        "sanavideo",
+        lambda f: (f.exported(), settings(4, rank_pattern={"((": 4})),
+        r"diffusers refuses the file: error, by lora_adapter_metadata: missing \), unterminated",
+    ),
+    "a pattern that is a list": (
+        "sanavideo",
+        lambda f: (f.exported(), settings(4, alpha_pattern=[1])),
+        r"diffusers refuses the file: AttributeError, by lora_adapter_metadata: ",
+    ),
+    "a rank in words": (
+        "sanavideo",
+        lambda f: (f.exported(), settings(4, rank="four")),
+        r"diffusers refuses the file: TypeError, by lora_adapter_metadata: ",
+    ),
+    "settings that are a list": (
+        "sanavideo",
+        lambda f: (f.exported(), {"lora_adapter_metadata": "[4]"}),
+        r"is no JSON object",
+    ),
+    "DoRA by the settings alone": (
+        "sanavideo",
+        lambda f: (f.exported(), settings(4, use_dora=True)),
+        r"diffusers ignores 96 .*it asks for lora_magnitude_vector\.weight in each, and the file has none",
+    ),
     "metadata that is no JSON": ("wan", lambda f: (f.exported(), {"lora_adapter_metadata": "{"}), r"is no JSON object"),
     # what is no plain LoRA, and damaged ones
     "DoRA of ComfyUI": (
@@ -258,10 +328,24 @@ WRONG = {
         lambda f: (f.exported() | {f"{first(f.exported(), '.lora_A.weight')}.lora_magnitude_vector": torch.ones(48)}, {}),
         r"lora_magnitude_vector are DoRA's magnitudes",
     ),
-    "a bias": (
+    "biases": (
+        "wan",
+        lambda f: (
+            f.exported()
+            | {key.replace("lora_B.weight", "diff_b"): t[:, 0].clone() for key, t in f.exported().items() if "_B" in key},
+            {},
+        ),
+        r"^120 keys such as \S+\.diff_b are a bias[^\n]*\n[^\n]*$",
+    ),
+    "a bias of one layer": (
         "wan",
         lambda f: (f.exported() | {f"{first(f.exported(), '.lora_A.weight')}.diff_b": torch.ones(48)}, {}),
-        r"are a bias",
+        r"diffusers ignores 119 of 120 layers.*it asks for lora_B\.bias in each, and the file has none",
+    ),
+    "a whole difference": (
+        "wan",
+        lambda f: (f.exported() | {f"{first(f.exported(), '.lora_A.weight')}.diff": torch.ones(48, 48)}, {}),
+        r"\.diff are a whole difference of weights",
     ),
     "CREPA's projector": (
         "ltxvideo",
@@ -277,6 +361,48 @@ WRONG = {
         lambda f: (changed(f.exported(), "lora_B.weight", lambda t: t[:, :3].contiguous()), {}),
         r"lora_A is of rank 4 and lora_B of rank 3",
     ),
+    "two ranks in a pair, diffusers": (
+        "wan",
+        lambda f: (changed(f.exported(), "lora_B.weight", lambda t: t[:, :3].contiguous()), {}),
+        r"diffusers refuses the file: RuntimeError, as \S+ is \[4, 48\], where it expects \[3, 48\]",
+    ),
+    "lora_B of one dimension": (
+        "wan",
+        lambda f: (changed(f.exported(), "lora_B.weight", lambda t: t[:, 0].contiguous()), {}),
+        r"lora_A is of rank 4 and lora_B of no rank",
+    ),
+    "a number for lora_A": (
+        "ltxvideo",
+        lambda f: (changed(f.exported(), "lora_A.weight", lambda t: t[0, 0]), {}),
+        r"1 layers don't fit.*lora_A \[\]",
+    ),
+    "rank 0": (
+        "wan",
+        lambda f: (changed(changed(f.exported(), "lora_A.weight", lambda t: t[:0]), "lora_B.weight", lambda t: t[:, :0]), {}),
+        r"self_attn\.q is of rank 0",
+    ),
+    "whole numbers": (
+        "ltxvideo",
+        lambda f: ({key: tensor.to(torch.int8) for key, tensor in f.exported().items()}, {}),
+        r"200 tensors such as \S+ are int8, and a LoRA is of floating-point numbers",
+    ),
+    "whole numbers, diffusers": (
+        "wan",
+        lambda f: ({key: tensor.to(torch.int8) for key, tensor in f.exported().items()}, {}),
+        r"diffusers refuses the file: RuntimeError, in its words: Only Tensors of floating point",
+    ),
+    "no LoRA": ("wan", lambda f: ({"blocks.0.attn1.to_q.weight": torch.ones(48, 48)}, {}), r"^it holds no layer of a LoRA"),
+    "nothing": ("wan", lambda f: ({}, {}), r"^it holds no layer of a LoRA"),
+    "an alpha of several numbers, diffusers": (
+        "wan",
+        lambda f: (changed(f.exported(alpha=8), ".alpha", lambda t: torch.tensor([8.0, 8.0])), {}),
+        r"diffusers refuses the file: RuntimeError, as an alpha is not one number",
+    ),
+    "an alpha of several numbers": (
+        "wan",
+        lambda f: (changed(f.exported(alpha=8), ".alpha", lambda t: torch.tensor([8.0, 8.0])), {}),
+        r"the alpha of \S+ is not one finite number",
+    ),
     "a wrong shape": (
         "wan",
         lambda f: (changed(f.exported(), "lora_A.weight", lambda t: t[:, :40].contiguous()), {}),
@@ -289,31 +415,12 @@ WRONG = {
     ),
     "outside the blocks, for LTX": (
         "ltxvideo",
-        lambda f: (
-            f.exported()
-            | dict(
-                zip(
-                    ("diffusion_model.patchify_proj.lora_A.weight", "diffusion_model.patchify_proj.lora_B.weight"),
-                    f.pair("proj_in"),
-                    strict=True,
-                )
-            ),
-            {},
-        ),
+        lambda f: (f.exported() | outside(f, "proj_in", "diffusion_model.patchify_proj"), {}),
         r"diffusers ignores 1 of 101 layers, such as diffusion_model\.patchify_proj: .*these are the original's",
     ),
     "outside the blocks alone, for Wan": (
         "wan",
-        lambda f: (
-            dict(
-                zip(
-                    ("diffusion_model.head.head.lora_A.weight", "diffusion_model.head.head.lora_B.weight"),
-                    f.pair("proj_out"),
-                    strict=True,
-                )
-            ),
-            {},
-        ),
+        lambda f: (outside(f, "proj_out", "diffusion_model.head.head"), {}),
         r"diffusers refuses the file: ValueError, as it looks for blocks, and the file has none",
     ),
 }
@@ -355,12 +462,48 @@ GOOD = {
         lambda f: (f.exported(), settings(8, rank=2, rank_pattern={"to_q": 4, "to_k": 4, "to_v": 4, "to_out.0": 4})),
         "at 2 x",
     ),
+    "sana, fewer targets told than there are": (
+        "sanavideo",
+        lambda f: (f.exported(), settings(8, target_modules=["to_q", "to_k", "to_v"])),
+        "at 2 x",
+    ),
+    "sana, every target told": ("sanavideo", lambda f: (f.exported(), settings(8, target_modules="all-linear")), "at 2 x"),
+    "ltx, another target told": ("ltxvideo", lambda f: (f.exported(), settings(4, target_modules=["proj_in"])), "at 1 x"),
+    "kandinsky, alphas by pattern": (
+        "kandinsky5_video",
+        lambda f: (f.exported(), settings(8, alpha_pattern={".*": 4, "to_query": 8})),
+        "at 1 x",
+    ),
+    "ltx, lora.down and lora.up": (
+        "ltxvideo",
+        lambda f: (f.exported(ends=("lora.down.weight", "lora.up.weight")), {}),
+        "at 1 x",
+    ),
+    "kandinsky, lora.down and lora.up": (
+        "kandinsky5_video",
+        lambda f: (f.exported(ends=("lora.down.weight", "lora.up.weight")), {}),
+        "at 1 x",
+    ),
+    "sana, lora.down and lora.up": (
+        "sanavideo",
+        lambda f: (f.exported(ends=("lora.down.weight", "lora.up.weight")), {}),
+        "at 1 x",
+    ),
+    "wan in 8 bits": (
+        "wan",
+        lambda f: ({key: tensor.to(torch.float8_e4m3fn) for key, tensor in f.exported().items()}, {}),
+        "at 1 x",
+    ),
+    "a recipe of another trainer's family": (
+        "wan",
+        lambda f: (f.exported(), {"crepatrain.recipe": '{"family": "hunyuan"}'}),
+        "at 1 x",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", GOOD)
 def test_what_is_read_whole_is_read_as_told(case, foreign, tiny_checkpoint, tmp_path, capsys):
-    """The strengths that verify tells are those of the adapter that diffusers has then loaded."""
     family, make, strength = GOOD[case]
     adapter = foreign(family)
     tensors, metadata = make(adapter)
@@ -372,14 +515,64 @@ def test_what_is_read_whole_is_read_as_told(case, foreign, tiny_checkpoint, tmp_
     assert 'weight_name="lora.safetensors"' in told
     assert ("models/loras" in told) == (family != "sanavideo")
 
-    pipeline = getattr(diffusers, next(iter(adapter.family.spec.pipelines.values())))
-    state, settings_ = pipeline.lora_state_dict(path, return_lora_metadata=True)
-    model = adapter.family.transformer_class.from_config(dict(adapter.family.checkpoint.transformer))
-    pipeline.load_lora_into_transformer(state, transformer=model, adapter_name="loaded", metadata=settings_)
-    layers = dict(model.named_modules())
-    for name, (down, up) in adapter.pairs.items():
-        expected = float(strength.split()[1]) * up @ down
-        torch.testing.assert_close(layers[name].get_delta_weight("loaded"), expected, rtol=1e-4, atol=1e-4)
+
+class Loaded:
+    """A tiny pipeline with nothing but its transformer, into which files are really loaded."""
+
+    def __init__(self, family, folder):
+        self.family, spec = family, family.spec
+        index = json.loads((folder / "model_index.json").read_text())
+        absent = {name: None for name in index if name.startswith(("text_enc", "tokenizer", "image_"))}
+        self.pipeline = getattr(diffusers, spec.pipelines[family.task]).from_pretrained(folder, **absent)
+
+    def deltas(self, path):
+        """By layer what the file adds to its weight; of a layer that is not filled None. Raises what diffusers raises."""
+        fresh = self.family.transformer_class.from_config(dict(self.family.checkpoint.transformer))
+        self.pipeline.register_modules(transformer=fresh)
+        self.pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="loaded")
+        return {
+            name: None if any(part.is_meta for part in module.parameters()) else module.get_delta_weight("loaded")
+            for name, module in fresh.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint):
+    made = {}
+
+    def of(family):
+        if family not in made:
+            made[family] = Loaded(tiny_family(family, SIZES[family]), tiny_checkpoint(family, SIZES[family]))
+        return made[family]
+
+    return of
+
+
+@pytest.mark.parametrize("case", {**WRONG, **GOOD})
+def test_diffusers_does_what_the_reading_tells(case, foreign, loaded, tmp_path):
+    """Every file is really loaded: refused with the told exception, or into the told layers at the told strengths."""
+    family, make, _ = (WRONG | GOOD)[case]
+    adapter = foreign(family)
+    tensors, metadata = make(adapter)
+    path = tmp_path / "lora.safetensors"
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    file, model = read_adapter(path), Model(adapter.family, adapter.family.empty_transformer(), family)
+    told = read_as_diffusers(file, model)
+    if told.refusal:
+        with pytest.raises(Exception) as error:  # noqa: PT011 - whichever the reading tells
+            loaded(family).deltas(path)
+        assert told.refusal.startswith(type(error.value).__name__)
+        return
+    deltas = loaded(family).deltas(path)
+    # To an image-to-video model diffusers adds zeros for what a file does not have.
+    filled = {layer for layer, delta in deltas.items() if delta is not None and (delta.any() or layer in told.strengths)}
+    assert filled == told.strengths.keys()
+    for pair in file.pairs.values():
+        layer = model.find(pair)
+        if layer in filled and pair.whole:
+            expected = told.strengths[layer] * pair.up.float() @ pair.down.float()
+            torch.testing.assert_close(deltas[layer], expected, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize("family", ["wan", "kandinsky5_video"])
@@ -389,6 +582,16 @@ def test_a_family_is_recognised_by_its_names(family, foreign, tmp_path, capsys):
     save_file(adapter.exported(), path)
     verify(path, None, Screen())
     assert adapter.family.spec.title in capsys.readouterr().out
+
+
+def test_a_damaged_layer_does_not_hide_whose_shapes_the_others_are(foreign, tmp_path, capsys):
+    path = tmp_path / "lora.safetensors"
+    save_file(changed(foreign("ltxvideo").exported(), "lora_A.weight", lambda t: t[:, :-1].contiguous()), path)
+    with pytest.raises(UserError, match=r"1 layers don't fit.*\n.*\n.*diffusers refuses the file: RuntimeError"):
+        verify(path, None, Screen())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "refuses it: RuntimeError" in told
+    assert "ComfyUI 99 layers, at 1 x lora_B lora_A; ignores 1" in told
 
 
 def test_families_of_the_same_names_are_told_apart_by_shapes_or_not_at_all(foreign, tmp_path, capsys):

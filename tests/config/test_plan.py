@@ -1008,3 +1008,27 @@ def test_the_summary_tells_layersync(plan):
     rows = summary(plan(layersync_enabled=True, layersync_student_block=2, layersync_teacher_block=7))
     assert rows["LayerSync"] == "block 2 follows block 7, weight 0.2"
     assert "LayerSync" not in summary(plan())
+
+
+def test_an_adapter_to_begin_with_is_one_by_its_header(problems, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+
+    def told(content: bytes) -> list[str]:
+        path.write_bytes(content)
+        return [problem.what for problem in problems(init_adapter=str(path))]
+
+    header = json.dumps(
+        {"proj_out.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"a": "lora"}}
+    )
+    for content in (
+        b"",
+        b"\x80\x02",
+        b"PK\x03\x04 and more of an archive",
+        (3).to_bytes(8, "little") + b"[1]",
+        b"\x04" + bytes(7) + b"nil!",
+    ):
+        assert told(content) == [f"init_adapter={path}: it is no safetensors file, or not a whole one"]
+    weights = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
+    assert told(weights) == [f"init_adapter={path}: none of its 1 tensors is a LoRA's"]
+    path.unlink()
+    assert [problem.what for problem in problems(init_adapter=str(path))] == [f"init_adapter={path}: there is no such file"]
