@@ -82,7 +82,9 @@ def export(
         transformer, metadata = _adapter_of_file(family, file), file.metadata
     write_adapter([path], family, transformer, metadata, kind)
     screen.say(f"wrote {path}")
-    for line in how_to_load(read_adapter(path), Model(family, transformer, family.variant.title)):
+    for line in how_to_load(
+        read_adapter(path), Model(family, transformer, family.variant.title), config.pretrained_model_name_or_path
+    ):
         screen.say(line)
 
 

@@ -45,10 +45,10 @@ def merge(
     _expect_writable(output)
     files = [read_adapter(path) for path in adapters]
     name, expert = _meant_for(files)
-    checkpoint, variant = read_checkpoint(base, None, FAMILIES[name], expert, online=True)
+    checkpoint, variant = read_checkpoint(base, None, FAMILIES[name], expert, online=True, key="base")
     family = get_family(name, checkpoint, expert=expert)
     taken = _take_in_all(files, Model(family, family.empty_transformer(), base))
-    folder = fetch("pretrained_model_name_or_path", base, None, ("model_index.json", f"{variant.transformer}/*"))
+    folder = fetch("base", base, None, ("model_index.json", f"{variant.transformer}/*"))
     screen.say(f"loading the transformer of {base}")
     transformer, kind = family.load_transformer(str(folder), torch.float32), getattr(torch, dtype)
     before: dict[str, Tensor] = {}

@@ -49,7 +49,7 @@ def verify(path: Path, base: Path | None, screen: Screen) -> None:
     problems += verdict.problems
     if problems:
         raise UserError.of(problems)
-    for line in how_to_load(file, model):
+    for line in how_to_load(file, model, None if base is None else str(base)):
         screen.say(line)
 
 

@@ -288,12 +288,17 @@ def _why_not_loaded(settings: Any, error: Exception) -> str:
     return f"{'in its words' if settings is None else 'by lora_adapter_metadata'}: {' '.join(said.split())[:200]}"
 
 
-def how_to_load(file: AdapterFile, model: Model) -> list[str]:
-    """The lines that load a file."""
+def how_to_load(file: AdapterFile, model: Model, base: str | None) -> list[str]:
+    """The lines that load a file.
+
+    Args:
+        base: where the model's pipeline is; None: unknown, but for what the file says.
+    """
     spec, recipe = model.family.spec, file.recipe()
     pipeline = dict(spec.pipelines).get(recipe.get("task", ""), spec.pipelines[model.family.task])
     released = spec.released.get(model.title, spec.first)
-    base = recipe.get("base", {}).get("repo") or released.repo
+    told = recipe.get("base", {}).get("repo") or str(released.repo)
+    base = base or (told if "/" in told else f"PATH TO {told}")  # a header holds no path of a machine
     second = ", load_into_transformer_2=True" if file.metadata.get("crepatrain.expert") == "low" else ""
     lines = [
         "diffusers:",
