@@ -72,9 +72,10 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False) -> None:
             fingerprint = take_fingerprint(dataset, caches, start)
             if resume:
                 _compare(fingerprint, resume, screen, goes_on=start.state.step < start.total)
+            owed = Validation.owed(plan.config, folder, start.state.step, start.total)  # before any process can make them
             if start.state.step >= start.total:
                 screen.say(f"this run is complete: {start.state.step} steps. {_further(plan.config)} to go on")
-                if not Validation.lacks(plan.config, folder, start.state.step, start.total):
+                if not owed:
                     _close(folder, start.state.step)
                     return
             fill_caches(plan, dataset, caches, screen, device, stop)
@@ -91,7 +92,9 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False) -> None:
             if device.type == "cuda" or rehearsed:
                 rehearse(run, plan, list(dataset.cut.buckets), screen)
             evaluation = Evaluation.of(run, plan, held, held_caches) if held and held_caches else None
-            _train(run, screen, stop, Validation(run, plan, caches, screen, stop), evaluation)
+            validation = Validation(run, plan, caches, screen, stop)
+            _look_before(validation if owed else None, evaluation if start.state.step == 0 else None)
+            _train(run, screen, stop, validation, evaluation)
     _closing_table(run, screen)
     if device.type == "cuda" and accelerator.is_main_process:
         compare_memory(plan, list(dataset.cut.buckets), _training_peak(run), screen)
@@ -186,7 +189,6 @@ def _train(run: Run, screen: Screen, stop: StopSignal, validation: Validation, e
     """The loop. A step is settled after the next one is launched, so that the device never waits for the host."""
     state, schedule = run.state, run.state.schedule
     alone = run.accelerator.num_processes == 1
-    _look_before(validation, evaluation)
     batches = run.open_batches(state.step)
     before, stopping = None, False
     if run.accelerator.device.type == "cuda":
@@ -264,15 +266,15 @@ def _save_and_look(
     return saving or looking, stopping
 
 
-def _look_before(validation: Validation, evaluation: Evaluation | None) -> None:
-    """What the base does before the first step, or the videos of this step that an earlier end has left out."""
-    run = validation.run
-    if evaluation and run.state.step == 0:
+def _look_before(validation: Validation | None, evaluation: Evaluation | None) -> None:
+    """What the base does before the first step, or the videos that are owed before the next one."""
+    if evaluation:
         evaluation.make()
-    if Validation.lacks(run.config, run.folder, run.state.step, run.total):
-        with _looking(run):
-            if not validation.make():
-                raise Stopped(f"at step {run.state.step}, before the next one")
+    if validation:
+        with _looking(validation.run):
+            made = validation.make()
+        if not made:
+            raise Stopped("before its next step")
 
 
 def _keep(run: Run, evaluation: Evaluation | None) -> None:

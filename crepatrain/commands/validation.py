@@ -47,9 +47,9 @@ class Validation:
         return config.validation_prompts is not None and (step >= total or step % config.validation_steps == 0)
 
     @classmethod
-    def lacks(cls, config: RunConfig, folder: RunFolder, step: int, total: int) -> bool:
-        """Whether the videos of a step are not there, as when a kill came between its checkpoint and them."""
-        return cls.wanted(config, step, total) and not _video(folder, step).is_file()
+    def owed(cls, config: RunConfig, folder: RunFolder, step: int, total: int) -> bool:
+        """Whether videos are due before a run goes on: the base's, or those that a kill behind a checkpoint has cost."""
+        return cls.wanted(config, step, total) and (step == 0 or not _video(folder, step).is_file())
 
     def due(self) -> bool:
         """Whether videos are wanted at the step that the run has reached."""

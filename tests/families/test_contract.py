@@ -296,6 +296,12 @@ def case(request, open_case):
     return case
 
 
+@pytest.fixture(autouse=True)
+def _native_attention_afterwards():
+    yield
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+
+
 def load_pipeline(row, task, folder):
     pipeline_class = getattr(diffusers, FAMILIES[row.family].pipelines[task])
     pipeline = pipeline_class.from_pretrained(folder)
