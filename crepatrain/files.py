@@ -1,10 +1,12 @@
 """Writing a file so that it is whole or not there."""
 
 import contextlib
+import json
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Python tells it only by setting it, which other threads would see; so once, at the beginning.
 _UMASK = os.umask(0o077)
@@ -32,9 +34,23 @@ def written_aside(path: Path) -> Iterator[Path]:
         raise
 
 
+def safetensors_header(path: Path) -> dict[str, Any] | None:
+    """What a safetensors file says of its tensors, by name, and under `__metadata__`; None of others, and of one cut off."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            header = json.loads(file.read(length)) if length < size else None
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"] if header else None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return None
+    return header if ends is not None and size == 8 + length + max(ends, default=0) else None
+
+
 def share(path: Path) -> None:
     """Let a file be read by those who may read what the user writes; safetensors keeps its own to their owner."""
-    path.chmod(0o666 & ~_UMASK)
+    with contextlib.suppress(PermissionError):  # a disk of another system has permissions of its own
+        path.chmod(0o666 & ~_UMASK)
 
 
 def flush(path: Path) -> None:

@@ -11,6 +11,7 @@ from crepatrain.commands.preflight import Dataset
 from crepatrain.commands.session import Run, build_training_set
 from crepatrain.config.plan import Plan
 from crepatrain.data.loader import Draw, TrainingSet
+from crepatrain.errors import DivergedError
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.step import training_loss
@@ -59,7 +60,11 @@ class Evaluation:
             run.adapted.train()
         loss = losses.mean().item()
         if not math.isfinite(loss) or not scores.isfinite().all():
-            raise run.diverged_error(run.state.step, f"loss {loss:g}, alignment {scores.mean():g} on the held-out clips")
+            alignment = f", alignment {scores.mean():g}" if len(scores) else ""
+            raise DivergedError(
+                f"step {run.state.step}: loss {loss:g}{alignment} on the held-out clips",
+                f"this step was not saved; {run.last_good()}. Lower learning_rate, or look at those clips",
+            )
         run.folder.log(
             {
                 "step": run.state.step,

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,13 +31,14 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.console import Screen, TrainingView
 from crepatrain.data.loader import keyed_generator
-from crepatrain.errors import UserError
+from crepatrain.errors import DivergedError, UserError
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.checkpoint import read_plain, readable
 from crepatrain.training.clock import StepClock
 from crepatrain.training.metrics import SIGMA_RANGES, HostCopy, StepNumbers, StepSums
 from crepatrain.training.optim import clip_gradients
+from crepatrain.training.readers import load_call
 from crepatrain.training.step import CrepaTerm, training_loss
 
 _GIB = 1 << 30
@@ -76,7 +78,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False) -> None:
             if start.state.step >= start.total:
                 screen.say(f"this run is complete: {start.state.step} steps. {_further(plan.config)} to go on")
                 if not owed:
-                    _close(folder, start.state.step)
+                    _close(folder, start.state.step, screen)
                     return
             fill_caches(plan, dataset, caches, screen, device, stop)
             held_caches = held and plan_caches(plan, held, screen, device, teacher=start.state.asks_teacher)
@@ -92,13 +94,24 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False) -> None:
             if device.type == "cuda" or rehearsed:
                 rehearse(run, plan, list(dataset.cut.buckets), screen)
             evaluation = Evaluation.of(run, plan, held, held_caches) if held and held_caches else None
-            validation = Validation(run, plan, caches, screen, stop)
-            _look_before(validation if owed else None, evaluation if start.state.step == 0 else None)
+            validation, first = Validation(run, plan, caches, screen, stop), start.state.step
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # of the caches' models and the rehearsal
+            _look_before(run, validation if owed else None, evaluation if first == 0 else None)
             _train(run, screen, stop, validation, evaluation)
     _closing_table(run, screen)
-    if device.type == "cuda" and accelerator.is_main_process:
+    if not accelerator.is_main_process:
+        return
+    if device.type == "cuda" and run.state.step > first:
         compare_memory(plan, list(dataset.cut.buckets), _training_peak(run), screen)
-    if plan.config.push_to_hub and accelerator.is_main_process:
+    if plan.config.push_to_hub:
+        _push(folder, stop, screen)
+
+
+def _push(folder: RunFolder, stop: StopSignal, screen: Screen) -> None:
+    if stop.requested:
+        screen.say(f"not uploaded, as a stop was asked for: `crepatrain push {folder.root}` does it")
+    else:
         push(folder.root, screen)
 
 
@@ -123,11 +136,13 @@ def _compare(fingerprint: dict[str, Any], resume: Path, screen: Screen, *, goes_
         )
 
 
-def _close(folder: RunFolder, step: int) -> None:
-    """Say that a run is complete, where a kill behind its last checkpoint has left that unsaid."""
+def _close(folder: RunFolder, step: int, screen: Screen) -> None:
+    """Leave a complete run, and say that it is where a kill behind its last checkpoint has left that unsaid."""
     if folder.writes and read_run(folder.root).status.get("status") != "completed":
         with _reported(folder):
             folder.status("completed", step)
+    if folder.config.push_to_hub:
+        screen.say(f"`crepatrain push {folder.root}` uploads it")
 
 
 def _further(config: RunConfig) -> str:
@@ -191,8 +206,6 @@ def _train(run: Run, screen: Screen, stop: StopSignal, validation: Validation, e
     alone = run.accelerator.num_processes == 1
     batches = run.open_batches(state.step)
     before, stopping = None, False
-    if run.accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # of the caches' models
     if schedule is not None:
         screen.explain_crepa()
     with screen.training(state.step, run.total) as view:
@@ -223,8 +236,9 @@ def _launch_or_rescue(
     """Launch a step. If it can't be done, keep the steps before it, unless an optimizer was at work."""
     try:
         return _launch(run, batches, stop)
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, torch.OutOfMemoryError) as error:
         if run.accelerator.num_processes == 1 and run.state.step and not run.moving:
+            traceback.clear_frames(error.__traceback__)  # which hold the step's graph
             for learner in run.learners.values():
                 learner.optimizer.zero_grad(set_to_none=True)
             free_memory()
@@ -266,15 +280,16 @@ def _save_and_look(
     return saving or looking, stopping
 
 
-def _look_before(validation: Validation | None, evaluation: Evaluation | None) -> None:
+def _look_before(run: Run, validation: Validation | None, evaluation: Evaluation | None) -> None:
     """What the base does before the first step, or the videos that are owed before the next one."""
-    if evaluation:
-        evaluation.make()
-    if validation:
-        with _looking(validation.run):
+    made = True
+    with _looking(run):
+        if evaluation:
+            evaluation.make()
+        if validation:
             made = validation.make()
-        if not made:
-            raise Stopped("before its next step")
+    if not made:
+        raise Stopped("before its next step")
 
 
 def _keep(run: Run, evaluation: Evaluation | None) -> None:
@@ -445,7 +460,10 @@ def _expect_finite(run: Run, launched: Launched) -> None:
     numbers, _ = _numbers(run, launched)
     loss = numbers.total(launched.weight, run.config.layersync_lambda)
     listed = ", ".join(f"{norm:g}" for norm in norms)
-    raise run.diverged_error(launched.step + 1, f"loss {loss:g}, gradient norms {listed}, on {', '.join(launched.clips)}")
+    raise DivergedError(
+        f"step {launched.step + 1}: loss {loss:g}, gradient norms {listed}, on {', '.join(launched.clips)}",
+        f"the weights were not changed; {run.last_good()}. Lower learning_rate, or look at those clips",
+    )
 
 
 def _log(run: Run, launched: Launched) -> dict[str, Any]:
@@ -496,11 +514,11 @@ def _closing_table(run: Run, screen: Screen) -> None:
         )
         if any(line.get(key) is not None for part in parts for line in part)
     ]
-    firsts = [max(part[0]["step"] - run.config.logging_steps + 1, 1) for part in parts]
-    spans = [
-        f"steps {first}-{part[-1]['step']}" if first < part[-1]["step"] else f"step {first}"
-        for first, part in zip(firsts, parts, strict=True)
-    ]
+    starts = [0, *(line["step"] for line in lines)]  # a line stands for the steps since the one before
+    spans = []
+    for first, last in ((0, tenth), (len(lines) - tenth, len(lines))):
+        begin, end = starts[first] + 1, starts[last]
+        spans.append(f"steps {begin}-{end}" if begin < end else f"step {end}")
     screen.table("training, first -> last", ("mean of", *spans), rows)
     screen.rows(
         "result",
@@ -518,9 +536,7 @@ def _result(run: Run) -> list[tuple[str, str]]:
     if run.config.model_type == "full":
         load = f'{run.family.spec.transformer_class}.from_pretrained("{root}", subfolder="{variant.transformer}")'
         return [("transformer", str(root / variant.transformer)), ("load it", load)]
-    second = ", load_into_transformer_2=True" if variant.expert == "low" else ""
-    load = f'pipeline.load_lora_weights("{root}", weight_name="{ADAPTER_FILE}"{second})'
-    return [("adapter", str(root / ADAPTER_FILE)), ("load it", load)]
+    return [("adapter", str(root / ADAPTER_FILE)), ("load it", load_call(root, ADAPTER_FILE, variant.expert))]
 
 
 def _mean(lines: Sequence[dict[str, Any]], key: str) -> str:

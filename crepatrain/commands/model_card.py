@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 from crepatrain.commands.records import RunRecord, mean
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
-from crepatrain.training.readers import comfyui_hint
+from crepatrain.training.readers import comfyui_hint, load_call
 
 # What stands between these is written anew each time; the rest of a card is its owner's.
 _BEGIN, _END = "<!-- crepatrain: begin, written anew by `crepatrain push` -->", "<!-- crepatrain: end -->"
@@ -56,19 +57,23 @@ class Card:
         """The card's text; of one that is there already everything stays that is not ours.
 
         Raises:
-            UserError: that one's metadata can't be read.
+            UserError: that one can't be read.
         """
         try:
             card = ModelCard(before or f"---\n{{}}\n---\n{_BEGIN}\n{_END}\n")
-        except ValueError as error:
-            raise UserError(f"README.md: its metadata can't be read ({error})", "mend what is between its --- lines") from error
-        kept, own = card.data.to_dict(), self._metadata()
+            kept = card.data.to_dict()
+        except (ValueError, TypeError, YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"the card's metadata can't be read ({reason})", "mend what is between its --- lines") from error
+        head, begun, rest = card.text.partition(_BEGIN)
+        _, ended, tail = rest.partition(_END)
+        if begun and not ended:
+            raise UserError(f"the card has lost the line {_END}", "put it back behind what `crepatrain push` has written")
+        own = self._metadata()
         own["tags"] = list(dict.fromkeys([*own["tags"], *kept.get("tags", [])]))
         card.data = ModelCardData(**(kept | own))
         part = f"{_BEGIN}\n{self._text()}\n{_END}"
-        head, found, rest = card.text.partition(_BEGIN)
-        tail = rest.partition(_END)[2]
-        card.text = head + part + tail if found else f"{card.text.rstrip()}\n\n{part}\n"
+        card.text = head + part + tail if begun else f"{card.text.rstrip()}\n\n{part}\n"
         return str(card)
 
     @property
@@ -121,7 +126,7 @@ class Card:
             told.append(f"In ComfyUI put `{self.weights}` into `models/loras` and load it at strength 1{comfyui_hint(spec)}.")
         told += ["## How it is sampled", _table(self._sampling()), "## How it was trained", _table(self._training())]
         if numbers := self._numbers():
-            told.append("Means over the first and the last tenth of its logged steps:")
+            told.append("Means over the first and the last tenth of these steps; of held-out clips the first and the last:")
             told.append(_table(numbers, ("", "first", "last")))
         return "\n\n".join(told)
 
@@ -143,8 +148,7 @@ class Card:
             given = f"{part}={part}, "
         lines += ["", f'pipeline = {kind}.from_pretrained("{self.base}", {given}torch_dtype=torch.bfloat16).to("cuda")']
         if self._lora:
-            second = ", load_into_transformer_2=True" if recipe["expert"] == "low" else ""
-            lines.append(f'pipeline.load_lora_weights("{self.repo}", weight_name="{self.weights}"{second})')
+            lines.append(load_call(self.repo, self.weights, recipe["expert"]))
         asked = {"negative_prompt": recipe["sample"]["negative_prompt"]} | family.ask(recipe["sample"])
         prompt = self.videos[0].prompts[0] if self.videos else recipe["train"]["trigger"] or "..."
         arguments = [f"prompt={prompt!r}", *(['image=load_image("first-frame.png")'] if image else [])]
@@ -175,7 +179,7 @@ class Card:
             ("clips", f"{facts['clips']}, {facts['windows']} windows" if facts else ""),
             (
                 "frames, size",
-                f"{sizes['frames']} of " + ", ".join(f"{width} x {height}" for height, width in sizes["resolutions"]),
+                f"{sizes['frames']} of " + ", ".join(f"{width} x {height}" for height, width in _resolutions(sizes)),
             ),
             ("learning rate", f"{config['learning_rate']:g}, {config['lr_scheduler']}, {config['optimizer']}"),
             ("noise levels", f"{sizes['timestep_sampling']}, shift {sizes['shift']:g}"),
@@ -194,17 +198,26 @@ class Card:
         return [(topic, words) for topic, words in told if words]
 
     def _numbers(self) -> list[tuple[str, str, str]]:
+        """Of the steps behind these weights."""
         found = []
         for name, key in _NUMBERS:
-            _, values = self.run.column(key)
+            values = self._column(key)
             tenth = max(len(values) // 10, 1)
             first, last = mean(values[:tenth]), mean(values[-tenth:])
             if first is not None and last is not None:
                 found.append((name, f"{first:.4f}", f"{last:.4f}"))
-        _, losses = self.run.column("eval_loss")
+        losses = self._column("eval_loss")
         if losses:
             found.append(("loss of held-out clips", f"{losses[0]:.4f}", f"{losses[-1]:.4f}"))
         return found
+
+    def _column(self, key: str) -> list[float]:
+        return [value for step, value in zip(*self.run.column(key), strict=True) if step <= self.recipe["step"]]
+
+
+def _resolutions(sizes: Mapping[str, Any]) -> list[list[int]]:
+    """Of a recipe's `train`; the first version's recipes have one."""
+    return sizes["resolutions"] if "resolutions" in sizes else [sizes["resolution"]]
 
 
 def _table(rows: Sequence[Sequence[str]], header: Sequence[str] = ("", "")) -> str:

@@ -209,7 +209,7 @@ def _fill_text(plan: Plan, caches: Caches, screen: Screen, device: torch.device,
         return
     family = build_family(plan)
     folder = model_folder(plan)
-    screen.say(f"loading the text encoder for {len(missing)} captions")
+    screen.say(f"loading the text encoder for {len(missing) + bool(negative)} texts")
     with loading("text_encoder", folder):
         encoder = family.load_text_encoder(str(folder), encoding_dtype(device)).to(device)
     with screen.progress("encoding captions", len(missing)) as advance, torch.no_grad():

@@ -1,5 +1,6 @@
 """What a run has made, with a model card, on the Hugging Face hub."""
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,12 +9,12 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
@@ -83,12 +84,12 @@ def push(
     repo = _repository(repo or config.hub_model_id or root.resolve().name, ask=not dry)
     card = Card(run, family, repo, upload.weights, upload.recipe, shown)
     files = {**upload.files, **{f"samples/{path.name}": path for path in videos}, CARD_FILE: root / CARD_FILE}
-    _write_card(root / CARD_FILE, card, there=not dry)
+    _write_card(root / CARD_FILE, card, screen, there=not dry)
     screen.rows(f"for {repo}", [(place, f"{path.stat().st_size / 2**20:.2f} MiB") for place, path in files.items()])
     for prompt in sorted({prompt for one in shown for prompt in one.prompts}):
         screen.note(f"the card shows the prompt {prompt!r}")
     if not card.links_base:
-        screen.note(f"the card can't link its base, which was a folder called {card.base}: add base_model to {root / CARD_FILE}")
+        screen.note(f"the card can't link its base, which was a folder called {card.base}: add base_model to it on the hub")
     if dry:
         screen.say(f"nothing was uploaded; the card is {root / CARD_FILE}")
         return
@@ -157,12 +158,15 @@ def _weights(root: Path, config: RunConfig, family: Family, step: int | None) ->
 
 
 def _videos(run: RunRecord, step: int) -> dict[Path, list[str]]:
-    """The videos worth showing, the best first, and their prompts: of `sample`, and validation's beside the base's."""
+    """The videos worth showing, the best first, and their prompts: of `sample`, and validation's beside the base's.
+
+    Captions are nobody's business: a video of one is left out.
+    """
     found: dict[Path, list[str]] = {}
     samples = sorted((run.root / "samples").glob("*-beside-base.mp4"), key=lambda path: -path.stat().st_mtime)
     for path in samples:
         facts = video_facts(path)
-        if facts.get("step") == step and "prompt" in facts and len(found) < _SAMPLES:
+        if facts.get("step") == step and "prompt" in facts and not facts.get("caption") and len(found) < _SAMPLES:
             found[path] = [facts["prompt"]]
     of_run = [path for at, path in run.videos if at <= step]
     for path in [*of_run[:1], *(path for path in of_run[1:] if path.name == _OF_BASE)]:
@@ -172,7 +176,7 @@ def _videos(run: RunRecord, step: int) -> dict[Path, list[str]]:
     return found
 
 
-def _write_card(path: Path, card: Card, *, there: bool) -> None:
+def _write_card(path: Path, card: Card, screen: Screen, *, there: bool) -> None:
     """The card in the run's folder, over the one that the repository has, or else the folder.
 
     Args:
@@ -181,11 +185,16 @@ def _write_card(path: Path, card: Card, *, there: bool) -> None:
     Raises:
         UserError: it can't be written, or the one before can't be read.
     """
-    before = _card_there(card.repo) if there else None
-    if before is None and path.is_file():
-        before = path.read_text(encoding="utf-8")
-    text = card.over(before)
     try:
+        mine = path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read ({error})", "mend or remove it") from error
+    theirs = _card_there(card.repo) if there else None
+    text = card.over(mine if theirs is None else theirs)
+    try:
+        if None not in (mine, theirs) and mine != theirs:
+            left = path.replace(path.with_name(f"{path.name}.left"))
+            screen.note(f"the hub's card was taken over {path}, which differed: that one is {left} now")
         with written_aside(path) as aside:
             aside.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
@@ -193,12 +202,14 @@ def _write_card(path: Path, card: Card, *, there: bool) -> None:
 
 
 def _card_there(repo: str) -> str | None:
-    with _hub(repo):
+    """The card that the repository has; None where it has none, or is not there."""
+    # Not through the cache, from which an old one would come where the hub does not answer.
+    with _hub(repo), tempfile.TemporaryDirectory() as folder:
         try:
-            path = hf_hub_download(repo, CARD_FILE, endpoint=constants.ENDPOINT)
-        except (EntryNotFoundError, RepositoryNotFoundError):
+            path = hf_hub_download(repo, CARD_FILE, endpoint=constants.ENDPOINT, local_dir=folder)
+        except (RemoteEntryNotFoundError, RepositoryNotFoundError):
             return None
-    return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager

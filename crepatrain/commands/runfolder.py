@@ -38,7 +38,7 @@ class Tracker(Protocol):
 
 
 class RunFolder:
-    """The folder of one run. Within its context no other process trains in it.
+    """The folder of one run. From `look`, or `claim` where it is new, to the end of its context no other command trains in it.
 
     Args:
         config: of the run, with every default filled in.
@@ -54,19 +54,18 @@ class RunFolder:
         self.metrics = self.root / "metrics.jsonl"
         self._config_file = self.root / "config.json"
         self._status_file = self.root / "status.json"
-        self._config = config
+        self.config = config
         self._lock = FileLock(self.root / _LOCK_FILE, timeout=0)
+        self._seen: Path | None = None
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock.is_locked:
-            (self.root / _LOCK_FILE).unlink(missing_ok=True)
-            self._lock.release()
+        self._lock.release()
 
     def look(self) -> Path | None:
-        """Make sure that the folder is this run's, or nobody's. Writes nothing.
+        """Make sure that the folder is this run's, or nobody's. One that is, is locked; nothing else is written.
 
         Returns:
             The checkpoint to go on from; None: begin at step 0.
@@ -74,10 +73,11 @@ class RunFolder:
         Raises:
             UserError: the folder holds another run, one that is under way, or there is no such checkpoint.
         """
-        if (self.root / _LOCK_FILE).is_file():
-            self._take()
         self._expect_same_run()
-        return self._checkpoint()
+        if self._config_file.is_file() or (self.root / _LOCK_FILE).is_file():
+            self._take()
+        self._seen = self._checkpoint()
+        return self._seen
 
     def mark_best(self) -> None:
         """Write down the checkpoint of the smallest eval_loss among all lines, for people and programs."""
@@ -100,8 +100,13 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output_dir={self.root}: it can't be made ({error.strerror})", "give another folder") from error
         self._take()
+        self._expect_same_run()
+        if self._checkpoint() != self._seen:
+            raise UserError(
+                f"output_dir={self.root}: another command has trained in it while this one was preparing", "give it again"
+            )
         self.status("running", step)
-        replace_json(self._config_file, self._config.model_dump())
+        replace_json(self._config_file, self.config.model_dump())
         for log in (self.metrics, self.root / "samples" / "figures.jsonl"):
             _forget_after(log, step)
         self.mark_best()
@@ -144,7 +149,7 @@ class RunFolder:
             return
         if not checkpoints(self.checkpoints) and not any(line["step"] > 0 for line in self.lines()):
             return  # it ended before its first step: there is nothing to lose
-        now = self._config.model_dump()
+        now = self.config.model_dump()
         # A key that the run did not know yet had the meaning of its default.
         defaults = {key: field.default for key, field in RunConfig.model_fields.items() if key not in before}
         before |= {key: now[key] if default is None else default for key, default in defaults.items()}
@@ -167,7 +172,7 @@ class RunFolder:
         return before if isinstance(before, dict) and {"model_family", "output_dir"} <= before.keys() else None
 
     def _checkpoint(self) -> Path | None:
-        wanted = self._config.resume_from_checkpoint
+        wanted = self.config.resume_from_checkpoint
         found = checkpoints(self.checkpoints)
         if wanted is None:
             if found:

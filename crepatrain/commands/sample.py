@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from crepatrain.commands.records import read_run
 from crepatrain.commands.runfolder import ADAPTER_FILE, adapter_name, config_of
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.sources import BASE_KEY, fetch, read_checkpoint
@@ -27,6 +26,7 @@ from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.training.adapter_file import read_adapter
+from crepatrain.training.checkpoint import checkpoints, step_of
 from crepatrain.training.recipe import SCHEMA, public_name, sample_defaults, sampler_facts
 
 
@@ -64,6 +64,7 @@ class _Source:
         transformer: folder of such a run's own.
         settings: a recipe's `sample`.
         prompt: where the user gives none.
+        prompt_is_caption: whether that is one of a clip.
         folder: where videos go.
         step: optimizer steps behind what is sampled; None where several are compared.
     """
@@ -75,6 +76,7 @@ class _Source:
     transformer: Path | None
     settings: dict[str, Any]
     prompt: str | None
+    prompt_is_caption: bool
     folder: Path
     step: int | None
 
@@ -108,7 +110,13 @@ def sample(target: Path, wish: Wish, screen: Screen) -> None:
     base, made = rows[0][0], [row[0] for row in rows[1:]]
     per_row = len(wish.strengths)
     grid = [[base, *made[start : start + per_row]] for start in range(0, len(made), per_row)]
-    facts = {"prompt": prompt, "seed": wish.seed, "step": source.step, "base": public_name(source.base)} | settings
+    facts = {
+        "prompt": prompt,
+        "caption": source.prompt_is_caption and wish.prompt is None,
+        "seed": wish.seed,
+        "step": source.step,
+        "base": public_name(source.base),
+    } | settings
     write_video(path, made[-1][1], fps=settings["fps"], facts=facts | {"shown": str(shown[-1])})
     beside = path.with_name(f"{path.stem}-beside-base.mp4")
     write_video(beside, grid_video(grid), fps=settings["fps"], facts=facts | {"shown": list(map(str, shown))})
@@ -195,17 +203,18 @@ def _open_run(root: Path, wish: Wish) -> _Source:
         gone = next((path for path in adapters.values() if not path.is_file()), transformer)
         raise UserError(f"{gone}: there is no such file", f"see what is in {root / 'adapters'}")
     if transformer:
-        settings, step = sample_defaults(config, family), read_run(root).status.get("step")
+        saved = checkpoints(root / "checkpoints")
+        settings, step = sample_defaults(config, family), step_of(saved[-1]) if saved else None
     else:
         recipe = read_adapter(next(iter(adapters.values()))).recipe()
         settings, step = dict(recipe["sample"]), None if wish.at else recipe["step"]
-    return _Source(family, base, revision, adapters, transformer, settings, _some_caption(config), root / "samples", step)
+    prompts = config.validation_prompts
+    prompt = prompts[0] if prompts else _some_caption(config)
+    return _Source(family, base, revision, adapters, transformer, settings, prompt, not prompts, root / "samples", step)
 
 
 def _some_caption(config: RunConfig) -> str | None:
-    """A prompt that the run has seen."""
-    if config.validation_prompts:
-        return config.validation_prompts[0]
+    """Of the clips that were trained on."""
     try:
         captioned, _ = choose_captions(list_clips(Path(config.train_data)), "skip")
     except UserError:  # the dataset is elsewhere by now
@@ -231,7 +240,7 @@ def _open_adapter(path: Path, wish: Wish) -> _Source:
     family = _family_on(base, revision, recipe["family"], recipe["task"], recipe["expert"], wished=wish.base is not None)
     trigger = recipe["train"]["trigger"]
     settings = dict(recipe["sample"])
-    return _Source(family, base, revision, {"adapter": path}, None, settings, trigger, path.parent, recipe["step"])
+    return _Source(family, base, revision, {"adapter": path}, None, settings, trigger, False, path.parent, recipe["step"])
 
 
 def _settings(source: _Source, wish: Wish, screen: Screen) -> dict[str, Any]:
@@ -240,11 +249,8 @@ def _settings(source: _Source, wish: Wish, screen: Screen) -> dict[str, Any]:
     Raises:
         UserError: a size that the model can't take.
     """
-    odd = [
-        f"{name} {value:g}" for name, value in (("guidance", wish.guidance),) if value is not None and not math.isfinite(value)
-    ]
-    if odd:
-        raise UserError(f"--{odd[0]}: not a finite number", "give a number")
+    if wish.guidance is not None and not math.isfinite(wish.guidance):
+        raise UserError(f"--guidance {wish.guidance:g}: not a finite number", "give a number")
     settings = dict(source.settings)
     for name, value in sampler_facts(source.family, settings).items():
         if value != settings[name]:

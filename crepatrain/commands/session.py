@@ -24,7 +24,6 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.console import Screen
 from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, read_batches
-from crepatrain.errors import DivergedError
 from crepatrain.families.base import Family
 from crepatrain.tensors import Batch
 from crepatrain.training import build
@@ -137,13 +136,10 @@ class Run:
     peak: int = 0
     moving: bool = False
 
-    def diverged_error(self, step: int, numbers: str) -> DivergedError:
-        """What to tell of numbers that are not finite. No weight has moved since."""
+    def last_good(self) -> str:
+        """Where the last weights are whose numbers were finite, in words."""
         saved = checkpoints(self.folder.checkpoints)
-        good = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        return DivergedError(
-            f"step {step}: {numbers}", f"the weights were not changed; {good}. Lower learning_rate, or look at those clips"
-        )
+        return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
     @contextlib.contextmanager
     def result(self) -> Iterator[None]:

@@ -91,7 +91,7 @@ def _model_of(base: Path, file: AdapterFile) -> Model:
         _read_json(path) if path.is_file() else {}
         for path in (base / "model_index.json", base / "vae" / "config.json", base / "scheduler" / "scheduler_config.json")
     )
-    first = next(iter(spec.released.values()))
+    first = spec.first
     checkpoint = Checkpoint(model_index or first.model_index, config, vae or first.vae, scheduler, origin="folder")
     try:
         variant = spec.variant(checkpoint, "low" if second else None)

@@ -1,6 +1,5 @@
 """What can be wrong with a config beyond each value's own range: its keys against each other, the disk, and the checkpoint."""
 
-import json
 import os
 import re
 from importlib.util import find_spec
@@ -9,6 +8,7 @@ from pathlib import Path
 from crepatrain.config.sections import CrepaConfig, RunConfig
 from crepatrain.config.specs import EncoderSpec, FamilySpec, Variant
 from crepatrain.errors import Problem, UserError
+from crepatrain.files import safetensors_header
 from crepatrain.geometry import Geometry
 from crepatrain.neighbours import reachable_maximum
 
@@ -149,23 +149,13 @@ def check_init_adapter(config: RunConfig) -> list[Problem]:
     path = Path(config.init_adapter)
     if not path.is_file():
         return [Problem(f"init_adapter={path}: there is no such file", "give a .safetensors file")]
-    names = _tensor_names(path)
-    if names is None:
+    header = safetensors_header(path)
+    if header is None:
         return [Problem(f"init_adapter={path}: it is no safetensors file, or not a whole one", "give a .safetensors file")]
+    names = header.keys() - {"__metadata__"}
     if not any("lora" in name for name in names):
         return [Problem(f"init_adapter={path}: none of its {len(names)} tensors is a LoRA's", "give the file of an adapter")]
     return []
-
-
-def _tensor_names(path: Path) -> list[str] | None:
-    """The names in a safetensors file's header, which are 8 bytes of its length and JSON; None of other files."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < path.stat().st_size else None
-    except (OSError, ValueError):
-        return None
-    return [name for name in header if name != "__metadata__"] if isinstance(header, dict) else None
 
 
 def check_eval(config: RunConfig) -> list[Problem]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crepatrain.errors import UserError
-from crepatrain.files import written_aside
+from crepatrain.files import safetensors_header, written_aside
 
 # Raised whenever what an entry holds is made in another way.
 FORMAT = 1
-
-# Bytes that an entry's header never needs.
-_LONGEST_HEADER = 1 << 16
 
 _INT8_MAX = 127
 _SMALLEST_SCALE = torch.finfo(torch.float16).tiny
@@ -48,15 +44,7 @@ class CacheStore:
 
     def has(self, kind: Kind, key: str) -> bool:
         """Whether an entry is there and as long as it says; a disk that lost its end has lost the entry."""
-        path = self.path(kind, key)
-        try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, _LONGEST_HEADER)))
-            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-            return path.stat().st_size == 8 + length + max(ends, default=0)
-        except (OSError, ValueError, struct.error, TypeError, KeyError, AttributeError):
-            return False
+        return safetensors_header(self.path(kind, key)) is not None
 
     def write(self, kind: Kind, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Written aside, flushed to the disk and renamed, so that a kill leaves no half entry."""

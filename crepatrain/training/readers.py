@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from json import JSONDecodeError
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor, nn
 
-from crepatrain.config.specs import FamilySpec
+from crepatrain.config.specs import Expert, FamilySpec
 from crepatrain.training.adapter_file import ENDS, KOHYA, AdapterFile, Model, Pair, end_of, misfit
 from crepatrain.training.lora import live_adapter, unknown_settings
 
@@ -299,15 +300,20 @@ def how_to_load(file: AdapterFile, model: Model, base: str | None) -> list[str]:
     released = spec.released.get(model.title, spec.first)
     told = recipe.get("base", {}).get("repo") or str(released.repo)
     base = base or (told if "/" in told else f"PATH TO {told}")  # a header holds no path of a machine
-    second = ", load_into_transformer_2=True" if file.metadata.get("crepatrain.expert") == "low" else ""
     lines = [
         "diffusers:",
         f'  pipeline = {pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")',
-        f'  pipeline.load_lora_weights("{file.path.parent}", weight_name="{file.path.name}"{second})',
+        f"  {load_call(file.path.parent, file.path.name, file.expert)}",
     ]
     if spec.comfyui:
         lines += ["ComfyUI:", "  put it into models/loras and load it at strength 1" + comfyui_hint(spec)]
     return lines
+
+
+def load_call(folder: Path | str, name: str, expert: Expert | None) -> str:
+    """The line that loads an adapter's file of a folder, or of a repository, into diffusers' pipeline."""
+    second = ", load_into_transformer_2=True" if expert == "low" else ""
+    return f'pipeline.load_lora_weights("{folder}", weight_name="{name}"{second})'
 
 
 def comfyui_hint(spec: FamilySpec) -> str:

@@ -18,6 +18,7 @@ class Hub:
         repos: by name, each a dict of files.
         role: of the user's token.
         refuses: status with which every write is answered; 0: none.
+        hides: status with which every file is answered; 0: none.
         dislikes: what it finds wrong with a card.
         asked: paths of all requests.
     """
@@ -27,6 +28,7 @@ class Hub:
         self.private: dict[str, bool] = {}
         self.role = "write"
         self.refuses = 0
+        self.hides = 0
         self.dislikes = ""
         self.asked: list[str] = []
 
@@ -41,9 +43,11 @@ class Hub:
             return _NO_REPO
         if not file:
             return 200, {"id": repo, "private": self.private[repo], "sha": "0" * 40, "siblings": []}, {}
+        if self.hides:
+            return self.hides, {"error": "no"}, {}
         if file not in self.repos[repo]:
             return 404, {"error": "no"}, {"X-Error-Code": "EntryNotFound"}
-        return 200, self.repos[repo][file], {"ETag": '"1"', "X-Repo-Commit": "0" * 40}
+        return 200, self.repos[repo][file], {"ETag": f'"{hash(self.repos[repo][file])}"', "X-Repo-Commit": "0" * 40}
 
     def post(self, path: str, sent: bytes) -> Answer:
         if self.refuses:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +26,15 @@ from safetensors.torch import load_file, save_file
 from crepatrain import cli, files
 from crepatrain.commands import fit as command
 from crepatrain.commands.fit import fit
+from crepatrain.commands.runfolder import RunFolder
+from crepatrain.commands.session import save
 from crepatrain.commands.stopping import Stopped
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import DivergedError, UserError
 from crepatrain.tensors import Batch
 from crepatrain.training.checkpoint import checkpoints, step_of
+from crepatrain.training.step import training_loss
 
 Write = Callable[..., Path]
 
@@ -260,7 +264,7 @@ def test_self_similarity_rises(finished: Path):
 
 def test_the_folder_is_laid_out_as_designed(finished: Path):
     files = ["config.json", "dataset.json", "metrics.jsonl", ADAPTER, "report.html", "status.json"]
-    assert names(finished) == sorted(["adapters", "checkpoints", "tensorboard", *files])
+    assert names(finished) == sorted([".lock", "adapters", "checkpoints", "tensorboard", *files])
     assert names(finished / "checkpoints") == ["step-000005", "step-000010", "step-000012"]
     assert names(finished / "adapters") == [f"squares-{step:06d}.safetensors" for step in (5, 10, 12)]
     inside = names(finished / "checkpoints" / "step-000012")
@@ -682,7 +686,43 @@ def test_two_commands_never_train_in_one_folder(config_file: Write, monkeypatch:
     assert [code for code, _ in seen] == [2]
     assert "a run is under way in it already" in seen[0][1]
     assert column(folder, "step") == [1, 2, 3, 4]
-    assert not (folder / ".lock").exists()
+
+
+def test_a_command_that_was_preparing_takes_no_place_of_one_that_has_trained(config_file: Write, tmp_path: Path):
+    late = RunFolder(read_plan(config_file(max_train_steps=2)).config)
+    assert late.look() is None
+    folder = train(config_file, max_train_steps=2)
+    before = snapshot(folder)
+    with pytest.raises(UserError, match=r"another command has trained in it while this one was preparing\n.*give it again"):
+        late.claim(0)
+    assert {path: content for path, (content, _) in before.items()} == {
+        path: content for path, (content, _) in snapshot(folder).items()
+    }
+
+
+def test_steps_survive_a_gpu_that_is_out_of_memory(config_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = train(config_file, output_dir=str(tmp_path / "whole"), max_train_steps=6)
+    held, alive_at_the_save = [], []
+
+    def step(*given: Any) -> Any:
+        losses = training_loss(*given)
+        held.append(weakref.ref(losses.diffusion))
+        if len(held) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses
+
+    def watched(run: Any) -> None:
+        alive_at_the_save.append(held[-1]() is not None)
+        save(run)
+
+    monkeypatch.setattr(command, "training_loss", step)
+    monkeypatch.setattr(command, "save", watched)
+    with pytest.raises(UserError, match=r"out of GPU memory at step 4"):
+        train(config_file, max_train_steps=6)
+    assert alive_at_the_save == [False]  # what did not fit is given back before anything else is asked for
+    assert names(tmp_path / "run" / "checkpoints") == ["step-000003"]
+    monkeypatch.undo()
+    expect_same_run(whole, train(config_file, max_train_steps=6))
 
 
 def test_a_lock_that_a_kill_has_left_holds_nobody_off(config_file: Write, tmp_path: Path):

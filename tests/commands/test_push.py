@@ -1,6 +1,9 @@
 """What goes to the hub, through its real client, to a server on this machine."""
 
 import json
+import os
+import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -8,10 +11,15 @@ import pytest
 from hub import TOKEN, Hub
 from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
+from safetensors.torch import save_file
 
+from crepatrain.commands import fit as command
+from crepatrain.commands import validation
 from crepatrain.commands.fit import fit
 from crepatrain.commands.push import push
 from crepatrain.commands.sample import Wish, sample
+from crepatrain.commands.session import save
+from crepatrain.commands.stopping import Stopped
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
@@ -151,6 +159,77 @@ def test_what_the_owner_wrote_stays(trained, hub):
     )
 
 
+def test_a_card_that_cant_be_read_is_never_replaced(trained, hub, monkeypatch):
+    for _ in range(2):
+        push(trained, Screen(quiet=True))
+    before = dict(hub.repos["me/crush"])
+    hub.hides = 403
+    with pytest.raises(UserError, match=r"me/crush: "):
+        push(trained, Screen(quiet=True))
+    hub.hides = 0
+    for damage, message in (
+        (lambda card: card.replace("library_name: diffusers", "library_name: [diffusers"), "the card's metadata can't be read"),
+        (lambda card: card.replace("---\n", "---\n1: 2\n", 1), "the card's metadata can't be read"),
+        (lambda card: card.replace("<!-- crepatrain: end -->", "## My words"), "the card has lost the line <!-- crepatrain: end"),
+    ):
+        hub.repos["me/crush"]["README.md"] = damage(before["README.md"].decode()).encode()
+        with pytest.raises(UserError, match=message):
+            push(trained, Screen(quiet=True))
+        assert hub.repos["me/crush"]["README.md"] == damage(before["README.md"].decode()).encode()
+    (trained / "README.md").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"README.md can't be read"):
+        push(trained, Screen(quiet=True), dry=True)
+    (trained / "README.md").unlink()
+
+
+def test_a_card_of_ones_own_is_set_aside_for_the_hubs(trained, hub, capsys):
+    push(trained, Screen(quiet=True))
+    card = trained / "README.md"
+    card.write_text(card.read_text(encoding="utf-8") + "\nmy words\n", encoding="utf-8")
+    push(trained, Screen())
+    assert "README.md.left now" in " ".join(capsys.readouterr().out.split())
+    assert "my words" in (trained / "README.md.left").read_text(encoding="utf-8")
+    assert b"my words" not in hub.repos["me/crush"]["README.md"]
+
+
+def test_words_before_the_first_push_go_along(trained, hub):
+    push(trained, Screen(quiet=True), dry=True)
+    card = trained / "README.md"
+    card.write_text(card.read_text(encoding="utf-8") + "\nmy words\n", encoding="utf-8")
+    push(trained, Screen(quiet=True))
+    assert b"my words" in hub.repos["me/crush"]["README.md"]
+    card.unlink()
+
+
+def test_the_numbers_are_those_of_the_step(trained, hub):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    for step in (1, 2):
+        push(trained, Screen(quiet=True), step=step, dry=True)
+        told = f"| diffusion loss | {lines[0]['diffusion_loss']:.4f} | {lines[step - 1]['diffusion_loss']:.4f} |"
+        assert told in (trained / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_adapter_of_the_first_version_gets_its_card(trained, hub, tmp_path):
+    root = tmp_path / "old"
+    shutil.copytree(trained, root)
+    path = root / "pytorch_lora_weights.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    recipe = json.loads(metadata["crepatrain.recipe"])
+    recipe["train"]["resolution"] = recipe["train"].pop("resolutions")[0]
+    save_file(tensors, path, metadata | {"crepatrain.recipe": json.dumps(recipe)})
+    push(root, Screen(quiet=True), dry=True)
+    assert "9 of 96 x 64" in (root / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_video_of_a_caption_stays_here(hub, config_file, tmp_path):
+    fit(read_plan(config_file(max_train_steps=1)), Screen(quiet=True))
+    sample(tmp_path / "run", Wish(steps=2, frames=5), Screen(quiet=True))
+    push(tmp_path / "run", Screen(quiet=True))
+    assert set(hub.repos["me/run"]) == {"README.md", "pytorch_lora_weights.safetensors"}
+    assert b"a square moves" not in hub.repos["me/run"]["README.md"]
+
+
 def test_a_dry_run_asks_the_hub_for_nothing(trained, hub, capsys):
     push(trained, Screen(), dry=True)
     assert hub.asked == []
@@ -165,6 +244,28 @@ def test_fit_pushes_what_it_has_trained(hub, config_file, tmp_path):
     )
     assert {"README.md", "pytorch_lora_weights.safetensors"} == set(hub.repos["club/fitted"])
     assert hub.private["club/fitted"] is False
+
+
+def test_a_run_that_is_asked_to_stop_is_not_uploaded(hub, config_file, tmp_path, capsys, monkeypatch):
+    def interrupted(*_given):
+        os.kill(os.getpid(), signal.SIGINT)
+        return made(*_given)
+
+    made = validation.call
+    monkeypatch.setattr(validation, "call", interrupted)
+    plan = read_plan(config_file(max_train_steps=1, push_to_hub=True, validation_prompts=["a"], validation_sampling_steps=2))
+    with pytest.raises(Stopped):
+        fit(plan, Screen(quiet=True))  # its base's video
+    monkeypatch.setattr(validation, "call", made)
+    monkeypatch.setattr(command, "save", lambda run: (save(run), os.kill(os.getpid(), signal.SIGINT)))
+    fit(plan, Screen())
+    assert "not uploaded, as a stop was asked for" in capsys.readouterr().out
+    assert hub.repos == {}
+    monkeypatch.setattr(command, "save", save)
+    fit(plan, Screen(quiet=True))  # makes the video that the stop has cost
+    assert "samples/step-000001.mp4" in hub.repos["me/run"]
+    fit(plan, Screen())
+    assert "`crepatrain push" in capsys.readouterr().out
 
 
 def test_nothing_begins_where_the_hub_would_refuse(hub, config_file, tmp_path, monkeypatch):
