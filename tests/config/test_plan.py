@@ -550,9 +550,9 @@ MAY_BE_A_FOLDER = "If a local folder is meant, it is not there yet"
 
 
 def test_a_path_of_two_names_may_be_a_folder_that_is_not_there_yet(problems):
-    [problem] = problems(pretrained_model_name_or_path="demo/checkpoint")
+    [problem] = problems(pretrained_model_name_or_path="not-there/checkpoint")
     assert problem.fix.endswith(f"{MAY_BE_A_FOLDER}; `crepatrain make-random` writes one with random weights")
-    [problem] = problems(crepa_encoder="demo/encoder")
+    [problem] = problems(crepa_encoder="not-there/encoder")
     assert problem.fix.endswith(MAY_BE_A_FOLDER), "make-random writes a pipeline"
     with pytest.raises(UserError) as caught:
         fetch("pretrained_model_name_or_path", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", None, ("model_index.json",))
