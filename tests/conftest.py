@@ -105,15 +105,14 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def values(wan: Path, clips: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def tiny_values(wan: Path, clips: Path, output_dir: Path, factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A config that trains the tiny Wan with CREPA for a few steps; its caches are shared by all tests."""
     return {
         "model_family": "wan",
         "pretrained_model_name_or_path": str(wan),
         "train_data": str(clips),
-        "output_dir": str(tmp_path / "run"),
-        "cache_dir": str(tmp_path_factory.getbasetemp() / "cache"),
+        "output_dir": str(output_dir),
+        "cache_dir": str(factory.getbasetemp() / "cache"),
         "height": 64,
         "width": 96,
         "num_frames": 9,
@@ -126,6 +125,12 @@ def values(wan: Path, clips: Path, tmp_path: Path, tmp_path_factory: pytest.Temp
         "crepa_encoder": str(wan / "encoder"),
         "crepa_encoder_image_size": "grid",
     }
+
+
+@pytest.fixture
+def values(wan: Path, clips: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The config of `tiny_values`."""
+    return tiny_values(wan, clips, tmp_path / "run", tmp_path_factory)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import tiny_values
 from hub import TOKEN, Hub
 from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
@@ -46,25 +47,11 @@ def hub(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, wan, clips):
     root = tmp_path_factory.mktemp("pushed")
-    values = {
-        "model_family": "wan",
-        "pretrained_model_name_or_path": str(wan),
-        "train_data": str(clips),
-        "output_dir": str(root / "crush"),
-        "cache_dir": str(tmp_path_factory.getbasetemp() / "cache"),
-        "height": 64,
-        "width": 96,
-        "num_frames": 9,
+    values = tiny_values(wan, clips, root / "crush", tmp_path_factory) | {
         "max_train_steps": 2,
         "checkpointing_steps": 1,
-        "mixed_precision": "no",
-        "dataloader_num_workers": 0,
-        "lora_rank": 4,
         "lora_alpha": 8,
         "learning_rate": 0.05,
-        "crepa_enabled": True,
-        "crepa_encoder": str(wan / "encoder"),
-        "crepa_encoder_image_size": "grid",
         "validation_prompts": PROMPTS,
         "validation_sampling_steps": 2,
         "trigger_word": "CRUSH it",

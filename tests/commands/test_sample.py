@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import render_clip
+from conftest import render_clip, tiny_values
 
 from crepatrain.commands import sample as module
 from crepatrain.commands import validation
@@ -45,25 +45,11 @@ def trained(tmp_path_factory, wan, clips):
     held_out.mkdir()
     render_clip(held_out / "other.mp4", seed=77)
     (held_out / "other.txt").write_text("something else\n", encoding="utf-8")
-    values = {
-        "model_family": "wan",
-        "pretrained_model_name_or_path": str(wan),
-        "train_data": str(clips),
-        "output_dir": str(root / "run"),
-        "cache_dir": str(tmp_path_factory.getbasetemp() / "cache"),
-        "height": 64,
-        "width": 96,
-        "num_frames": 9,
+    values = tiny_values(wan, clips, root / "run", tmp_path_factory) | {
         "max_train_steps": 4,
         "checkpointing_steps": 2,
         "checkpoints_total_limit": 1,
-        "mixed_precision": "no",
-        "dataloader_num_workers": 0,
-        "lora_rank": 4,
         "learning_rate": 0.05,
-        "crepa_enabled": True,
-        "crepa_encoder": str(wan / "encoder"),
-        "crepa_encoder_image_size": "grid",
         "validation_prompts": PROMPTS,
         "validation_steps": 2,
         "validation_sampling_steps": 2,
