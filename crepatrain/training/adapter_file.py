@@ -2,8 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -211,12 +212,12 @@ def misfit(pair: Pair, layer: Layer) -> str | None:
     return None
 
 
-def released_models(family: str) -> Iterator[Model]:
-    """Every model of a family that the package knows, released ones first."""
+@cache
+def released_models(family: str) -> tuple[Model, ...]:
+    """Every model of a family that the package knows, released ones first; read once, as it takes seconds."""
     kind = family_class(family)
-    for name, shapes in {**kind.spec.released, **kind.tiny}.items():
-        one = get_family(family, shapes.checkpoint)
-        yield Model(one, one.empty_transformer(), name)
+    found = {name: get_family(family, shapes.checkpoint) for name, shapes in {**kind.spec.released, **kind.tiny}.items()}
+    return tuple(Model(one, one.empty_transformer(), name) for name, one in found.items())
 
 
 def recognise(file: AdapterFile) -> tuple[Model, bool]:

@@ -495,7 +495,7 @@ def wait_until(process: subprocess.Popen[bytes], happened: Callable[[], bool], l
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_process_that_is_ended_goes_on_to_the_bit(config_file: Write, tmp_path: Path, number: signal.Signals):
     changes = {"checkpointing_steps": 4, "dataloader_num_workers": 1, **RESTLESS}
     parts, log = tmp_path / "parts", tmp_path / "log"

@@ -105,7 +105,7 @@ def test_every_teacher_is_accounted_for(plan_of, source):
     assert ("VAE" in fake.by_owner) == (source == "latents")
 
 
-@pytest.mark.parametrize("family", ["wan", "ltxvideo"])
+@pytest.mark.parametrize("family", ["wan", pytest.param("ltxvideo", marks=pytest.mark.slow)])
 def test_a_validation_video_is_accounted_for(plan_of, family):
     plan = plan_of(family, validation_prompts=["a"], mixed_precision="bf16")
     fake, real = (vram.sampling_stage(plan, bucket_of(plan), fake=fake) for fake in (True, False))
