@@ -1,10 +1,12 @@
 """Videos from an adapter, videos on the way, and held-out clips."""
 
+import gc
 import json
 import math
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -373,3 +375,38 @@ def test_a_video_without_facts_has_none(tmp_path):
     write_video(tmp_path / "plain.mp4", np.zeros((2, 32, 32, 3), dtype=np.uint8), fps=8)
     (tmp_path / "broken.mp4").write_bytes(b"x")
     assert video_facts(tmp_path / "plain.mp4") == video_facts(tmp_path / "broken.mp4") == {}
+
+
+def test_memory_is_given_back_after_a_validation(trained, tmp_path):
+    """What lives in the steps behind the videos is what lived in those before them; models of the videos are gone."""
+    seen = {}
+
+    class Counting(Screen):
+        @contextmanager
+        def training(self, done, total):
+            with super().training(done, total) as view:
+                shown = view.step
+
+                def step(done, seconds):
+                    shown(done, seconds)
+                    gc.collect()
+                    things = gc.get_objects()
+                    kinds = {type(thing).__name__ for thing in things} & {"AutoencoderKLWan", "Dinov2Model", "WanPipeline"}
+                    tensors = [thing for thing in things if type(thing) in {torch.Tensor, torch.nn.Parameter}]
+                    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+                    seen[done] = (kinds - held, sum(sizes.values()))
+
+                view.step = step
+                yield view
+
+    gc.collect()
+    held = {type(thing).__name__ for thing in gc.get_objects()}  # by other tests of this process
+    config = json.loads((trained / "config.json").read_text())
+    changes = {"output_dir": str(tmp_path / "run"), "max_train_steps": 6, "validation_steps": 3, "checkpointing_steps": 6}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | changes | {"eval_data": None}), encoding="utf-8")
+    fit(read_plan(path), Counting(quiet=True))
+    assert (tmp_path / "run" / "samples" / "step-000003.mp4").is_file()
+    assert all(not kinds for kinds, _ in seen.values())
+    before, after = seen[3][1], seen[5][1]  # of the third step the optimizer's state is there, and its videos are not yet made
+    assert abs(after - before) < 0.01 * before
