@@ -11,6 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from crepatrain.commands.outputs import expect_nothing_at
 from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder, adapter_name, config_of, family_of
 from crepatrain.config.sections import RunConfig
 from crepatrain.console import Screen
@@ -58,8 +59,8 @@ def export(
     kind = getattr(torch, dtype) if dtype else torch.float32 if config.model_type == "lora" else compute_dtype(config)
     whose = "" if not config.use_ema else "-ema" if average else "-raw"
     default = run / "exports" / f"{name}-{chosen:06d}{whose}-{str(kind).removeprefix('torch.')}"
-    if output and output.exists() and (output.is_file() or any(output.iterdir())):
-        raise UserError(f"--output {output}: there is something already", "give a new name")
+    if output:
+        expect_nothing_at(output)
     if config.model_type == "full":
         tensors = read_tensors(found[chosen], EMA_FILE if average else TRAINED_FILE["full"])
         _export_transformer(output or default, f"{name}-{chosen:06d}", family, tensors, kind, screen)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from crepatrain.commands.export import write_transformer
+from crepatrain.commands.outputs import expect_nothing_at, expect_writable
 from crepatrain.config.sources import fetch, read_checkpoint
 from crepatrain.config.specs import FAMILIES, Expert
 from crepatrain.console import Screen
@@ -42,7 +42,8 @@ def merge(
         UserError: an adapter is not of this base, or something can't be read or written.
     """
     _check_strengths(strengths, adapters)
-    _expect_writable(output)
+    expect_nothing_at(output)
+    expect_writable(output)
     files = [read_adapter(path) for path in adapters]
     name, expert = _meant_for(files)
     checkpoint, variant = read_checkpoint(base, None, FAMILIES[name], expert, online=True, key="base")
@@ -82,22 +83,6 @@ def _check_strengths(strengths: Sequence[float], adapters: Sequence[Path]) -> No
     endless = [strength for strength in strengths if not math.isfinite(strength)]
     if endless:
         raise UserError(f"--strength: {endless[0]} is no finite number", "give numbers such as 0.8")
-
-
-def _expect_writable(output: Path) -> None:
-    """Try the place of the result before anything is loaded.
-
-    Raises:
-        UserError: there is something already, or nothing can be written.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: there is something already", "give a new folder")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output if output.is_dir() else output.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {output}: it can't be written ({error.strerror})", "give another --output") from error
 
 
 def _meant_for(files: Sequence[AdapterFile]) -> tuple[str, Expert | None]:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from crepatrain.commands.outputs import expect_writable
 from crepatrain.commands.runfolder import ADAPTER_FILE, adapter_name, config_of
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.sources import BASE_KEY, fetch, read_checkpoint
@@ -141,14 +141,10 @@ def _output(path: Path) -> Path:
     Raises:
         UserError: it can't be written there.
     """
-    try:
-        if path.suffix != ".mp4" or path.is_dir():
-            raise UserError(f"--output {path}: not the name of an .mp4", "end it in .mp4")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path
-    except OSError as error:
-        raise UserError(f"--output {path}: it can't be written ({error.strerror})", "give another --output") from error
+    if path.suffix != ".mp4" or path.is_dir():
+        raise UserError(f"--output {path}: not the name of an .mp4", "end it in .mp4")
+    expect_writable(path)
+    return path
 
 
 @dataclass(frozen=True)

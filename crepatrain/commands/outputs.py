@@ -1,0 +1,30 @@
+"""Where a command is asked to write, looked at before anything is loaded."""
+
+import tempfile
+from pathlib import Path
+
+from crepatrain.errors import UserError
+
+
+def expect_nothing_at(output: Path) -> None:
+    """Make sure that nobody's files would be replaced; an empty folder may be there.
+
+    Raises:
+        UserError: there is something.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output}: there is something already", "give a new name")
+
+
+def expect_writable(output: Path) -> None:
+    """Try to write beside a file or folder that is to be made; the folders above it are made.
+
+    Raises:
+        UserError: it can't be written there.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output if output.is_dir() else output.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {output}: it can't be written ({error.strerror})", "give another --output") from error
