@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import crepatrain
-from crepatrain.config.specs import WAN
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.geometry import Geometry, TokenGrid
+from crepatrain.specs import WAN
 from crepatrain.tensors import Batch, PatchFeatures
 from crepatrain.training.lora import add_lora, target_modules
 

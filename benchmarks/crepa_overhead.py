@@ -20,8 +20,8 @@ from crepatrain.alignment.capture import capture_blocks
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.encoders import VisionEncoder
 from crepatrain.alignment.teachers import BackboneTeacher, CachedTeacher, LatentTeacher, PixelTeacher, Teacher
-from crepatrain.config.specs import WAN
 from crepatrain.geometry import TokenGrid
+from crepatrain.specs import WAN
 from crepatrain.tensors import Batch, PatchFeatures
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.step import CrepaTerm, training_loss

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import CachedTeacher
-from crepatrain.config.specs import WAN
+from crepatrain.specs import WAN
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.step import CrepaTerm, training_loss
 

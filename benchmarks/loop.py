@@ -13,9 +13,9 @@ from common import FAMILY, RELEASED, SMALL, arguments, build_batch, build_transf
 from crepatrain.commands.demo_clips import make_clips
 from crepatrain.commands.fit import fit
 from crepatrain.config.plan import read_plan
-from crepatrain.config.specs import ModelShapes
 from crepatrain.console import Screen
 from crepatrain.families.random import write_random_pipeline
+from crepatrain.specs import ModelShapes
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.lora import trainable_parameters
 from crepatrain.training.step import training_loss

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from common import arguments, write
 
-from crepatrain.commands import vram
 from crepatrain.config.plan import make_plan
 from crepatrain.config.sections import RunConfig
-from crepatrain.config.specs import FAMILIES
 from crepatrain.data.buckets import Bucket
+from crepatrain.memory import estimate as vram
+from crepatrain.specs import FAMILIES
 
 SIZES = ("wan2.1-1.3b", "wan2.1-14b", "wan2.2-5b", "ltx-2b", "ltx-13b", "sana-2b", "kandinsky5-lite")
 

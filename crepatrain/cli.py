@@ -14,10 +14,10 @@ import crepatrain
 from crepatrain.config.load import parse_numbers
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.config.sections import RunConfig
-from crepatrain.config.specs import FAMILIES, FamilySpec
 from crepatrain.config.summary import summarize
 from crepatrain.console import Screen
 from crepatrain.errors import DivergedError, UserError, closest
+from crepatrain.specs import FAMILIES, FamilySpec
 
 EXIT_USER_ERROR, EXIT_STOPPED, EXIT_DIVERGED, EXIT_DOES_NOT_FIT = 2, 3, 4, 5
 
@@ -94,8 +94,8 @@ def cache(context: typer.Context, config: ConfigFile) -> None:
     def work() -> None:
         import torch
 
-        from crepatrain.commands import precompute, preflight
-        from crepatrain.commands.stopping import StopSignal
+        from crepatrain.preparing import precompute, preflight
+        from crepatrain.stopping import StopSignal
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with StopSignal() as stop:
@@ -147,7 +147,7 @@ def dry_run(
 
     def work() -> None:
         from crepatrain.commands import dryrun
-        from crepatrain.commands.stopping import StopSignal
+        from crepatrain.stopping import StopSignal
 
         screen = Screen(quiet=True) if as_json else _screen
         if not as_json:
@@ -192,14 +192,14 @@ def report(
     """Draw what runs have logged into one HTML file: curves, videos, config, dataset."""
 
     def work() -> None:
-        from crepatrain.commands.reporting.alignment_map import write_alignment_map
+        from crepatrain.commands.alignment_map import write_alignment_map
 
         for run in runs:
             write_alignment_map(run, _screen)
 
     if with_map:
         _stoppable(work)
-    from crepatrain.commands.reporting.report import report as command
+    from crepatrain.reporting.report import report as command
 
     command(runs, output, _screen)
 
@@ -228,7 +228,7 @@ def export(
 
     def work() -> None:
         from crepatrain.commands.export import export as command
-        from crepatrain.commands.runfolder import asked_step
+        from crepatrain.records.runfolder import asked_step
 
         command(run, asked_step(run, step), dtype, output, _screen, weights=weights)
 
@@ -333,8 +333,8 @@ def push(
     """Upload a run's result to the Hugging Face hub with a model card. Clips, captions and config stay here."""
 
     def work() -> None:
-        from crepatrain.commands.push import push as command
-        from crepatrain.commands.runfolder import asked_step
+        from crepatrain.records.runfolder import asked_step
+        from crepatrain.sharing.push import push as command
 
         command(run, _screen, repo=repo, private=private, step=asked_step(run, step), dry=dry)
 
@@ -413,8 +413,8 @@ def _stoppable(work: Callable[[], Any]) -> None:
     """Run what may be stopped by a signal, with the libraries' own progress bars off."""
     # Read when torch loads: waiting CPU threads sleep sooner, which costs nothing alone, and much less on a busy machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    from crepatrain.commands.quiet import quiet_libraries
-    from crepatrain.commands.stopping import Stopped
+    from crepatrain.quiet import quiet_libraries
+    from crepatrain.stopping import Stopped
 
     quiet_libraries()
     try:

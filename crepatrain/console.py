@@ -14,10 +14,6 @@ from rich.table import Table
 from crepatrain.errors import Problem
 
 _PLAIN_SECONDS = 10.0
-_HOW_TO_READ = (
-    "crepa_loss is negative: weight x -alignment, so it also shrinks with the weight; "
-    "alignment and self-similarity should rise and then level off"
-)
 
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("diffusion loss", "diffusion_loss", ".4f"),
@@ -31,7 +27,7 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 
 
 class Screen:
-    """The terminal, or what stands in for it.
+    """A terminal as `crepatrain.screen.Screen` asks for one, drawn by rich; plain lines where the output is none.
 
     Args:
         quiet: print nothing (processes other than the first).
@@ -94,10 +90,6 @@ class Screen:
         with Progress(*columns, console=self.console) as bar:
             task = bar.add_task(what, total=total)
             yield lambda: bar.advance(task)
-
-    def explain_crepa(self) -> None:
-        """How its numbers are read."""
-        self.say(_HOW_TO_READ)
 
     @contextmanager
     def training(self, done: int, total: int) -> Iterator["TrainingView"]:

@@ -10,8 +10,8 @@ import crepatrain
 from crepatrain.config.load import parse, read_values
 from crepatrain.config.plan import read_plan
 from crepatrain.config.sections import CrepaConfig, RunConfig
-from crepatrain.config.specs import FAMILIES
 from crepatrain.errors import Problem
+from crepatrain.specs import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(Path(crepatrain.__file__).parent.rglob("*.py"))

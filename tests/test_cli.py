@@ -16,7 +16,7 @@ import crepatrain
 from crepatrain import cli
 from crepatrain.config.plan import read_plan
 from crepatrain.config.sections import RunConfig
-from crepatrain.config.specs import FAMILIES
+from crepatrain.specs import FAMILIES
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "decord", "av")
 COMMANDS = ("validate-config", "dry-run", "cache", "fit")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from crepatrain.console import Screen
 from crepatrain.data.encode import write_video
 from crepatrain.errors import UserError
+from crepatrain.screen import Screen
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 import torch
 
-from crepatrain.commands import preflight, vram
-from crepatrain.commands.preflight import Dataset
-from crepatrain.commands.stopping import StopSignal
-from crepatrain.commands.vram import GIB, Estimate
 from crepatrain.config.plan import Plan
-from crepatrain.console import Screen
+from crepatrain.memory import estimate as vram
+from crepatrain.memory.estimate import GIB, Estimate
+from crepatrain.preparing import preflight
+from crepatrain.preparing.preflight import Dataset
+from crepatrain.screen import Screen
+from crepatrain.stopping import StopSignal
 from crepatrain.training import build
 from crepatrain.training.lora import trainable_parameters
 

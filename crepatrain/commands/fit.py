@@ -15,33 +15,38 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
-from crepatrain.commands.evaluation import Evaluation
-from crepatrain.commands.precompute import fill_caches, free_memory, plan_caches
-from crepatrain.commands.preflight import dataset_facts, hold_out, look_at_clips
-from crepatrain.commands.push import expect_pushable, push
-from crepatrain.commands.records import read_run
-from crepatrain.commands.rehearsal import compare_memory, rehearse
-from crepatrain.commands.reporting.report import refresh_report
-from crepatrain.commands.runfolder import ADAPTER_FILE, RunFolder, expect_same_fingerprint
-from crepatrain.commands.session import Run, Start, build_run, prepare_start, save, take_fingerprint
-from crepatrain.commands.stopping import Stopped, StopSignal
-from crepatrain.commands.trackers import tracking
-from crepatrain.commands.validation import Validation
+from crepatrain.adapters.compatibility import load_call
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
-from crepatrain.console import Screen, TrainingView
 from crepatrain.data.loader import keyed_generator
 from crepatrain.errors import DivergedError, UserError
+from crepatrain.preparing.precompute import fill_caches, free_memory, plan_caches
+from crepatrain.preparing.preflight import dataset_facts, hold_out, look_at_clips
+from crepatrain.records.layout import ADAPTER_FILE
+from crepatrain.records.reading import read_run
+from crepatrain.records.runfolder import RunFolder, expect_same_fingerprint
+from crepatrain.records.trackers import tracking
+from crepatrain.reporting.report import refresh_report
+from crepatrain.running.evaluation import Evaluation
+from crepatrain.running.rehearsal import compare_memory, rehearse
+from crepatrain.running.session import Run, Start, build_run, prepare_start, save, take_fingerprint
+from crepatrain.running.validation import Validation
+from crepatrain.screen import Screen, TrainingView
+from crepatrain.sharing.push import expect_pushable, push
+from crepatrain.stopping import Stopped, StopSignal
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.checkpoint import read_plain, readable
 from crepatrain.training.clock import StepClock
 from crepatrain.training.metrics import SIGMA_RANGES, HostCopy, StepNumbers, StepSums
 from crepatrain.training.optim import clip_gradients
-from crepatrain.training.readers import load_call
 from crepatrain.training.step import CrepaTerm, training_loss
 
 _GIB = 1 << 30
+_HOW_TO_READ = (
+    "crepa_loss is negative: weight x -alignment, so it also shrinks with the weight; "
+    "alignment and self-similarity should rise and then level off"
+)
 _OF_SIGMA = "sigma_loss "  # names the window's means per range of sigma
 _SMALLER = (
     "set gradient_checkpointing, or lower num_frames, height and width, train_batch_size or lora_rank; checkpoints are kept"
@@ -207,7 +212,7 @@ def _train(run: Run, screen: Screen, stop: StopSignal, validation: Validation, e
     batches = run.open_batches(state.step)
     before, stopping = None, False
     if schedule is not None:
-        screen.explain_crepa()
+        screen.say(_HOW_TO_READ)
     with screen.training(state.step, run.total) as view:
         while state.step < run.total and not stopping:
             began = time.perf_counter()

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crepatrain.commands.export import write_transformer
-from crepatrain.commands.outputs import expect_nothing_at, expect_writable
+from crepatrain.adapters.adapter_file import AdapterFile, Model, read_adapter, recognise
+from crepatrain.adapters.checks import check_expert, take_in
+from crepatrain.adapters.writing import write_transformer
 from crepatrain.config.sources import fetch, read_checkpoint
-from crepatrain.config.specs import FAMILIES, Expert
-from crepatrain.console import Screen
 from crepatrain.errors import Problem, UserError
 from crepatrain.families import get_family
-from crepatrain.training.adapter_file import AdapterFile, Model, read_adapter, recognise
-from crepatrain.training.verdict import check_expert, take_in
+from crepatrain.outputs import expect_nothing_at, expect_writable
+from crepatrain.screen import Screen
+from crepatrain.specs import FAMILIES, Expert
 
 # From this share of unchanged weights on, a merge has lost something that is worth a word.
 _MUCH = 0.5

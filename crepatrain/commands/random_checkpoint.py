@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from crepatrain.commands.quiet import quiet_libraries
-from crepatrain.config.specs import FAMILIES
-from crepatrain.console import Screen
 from crepatrain.errors import UserError, closest
 from crepatrain.families import family_class
 from crepatrain.families.random import write_random_pipeline
+from crepatrain.quiet import quiet_libraries
+from crepatrain.screen import Screen
+from crepatrain.specs import FAMILIES
 
 
 def make_random(family: str, folder: Path, size: str | None, seed: int, screen: Screen) -> None:

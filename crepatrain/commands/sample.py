@@ -13,21 +13,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from crepatrain.commands.outputs import expect_writable
-from crepatrain.commands.runfolder import ADAPTER_FILE, adapter_name, config_of
+from crepatrain.adapters.adapter_file import read_adapter
+from crepatrain.adapters.recipe import SCHEMA, public_name, sample_defaults, sampler_facts
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.sources import BASE_KEY, fetch, read_checkpoint
-from crepatrain.config.specs import FAMILIES, Expert, Task
-from crepatrain.console import Screen
-from crepatrain.data.decode import Unreadable, read_frames
 from crepatrain.data.encode import grid_video, write_video
 from crepatrain.data.index import choose_captions, list_clips
 from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
-from crepatrain.training.adapter_file import read_adapter
+from crepatrain.outputs import expect_writable
+from crepatrain.records.layout import ADAPTER_FILE
+from crepatrain.records.runfolder import adapter_name, config_of
+from crepatrain.sampling.pipeline import call, first_frame
+from crepatrain.screen import Screen
+from crepatrain.specs import FAMILIES, Expert, Task
 from crepatrain.training.checkpoint import checkpoints, step_of
-from crepatrain.training.recipe import SCHEMA, public_name, sample_defaults, sampler_facts
 
 
 @dataclass(frozen=True)
@@ -271,21 +272,6 @@ def _image(source: _Source, wish: Wish, settings: Mapping[str, Any]) -> dict[str
     return {"image": first_frame(wish.image, (settings["height"], settings["width"]))}
 
 
-def first_frame(path: Path, size: tuple[int, int]) -> Image.Image:
-    """An image, or a clip's first frame, as a clip of training is cropped and resized to (height, width).
-
-    Raises:
-        UserError: it can't be read.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file", "give an image or a clip")
-    try:
-        frame = read_frames(path, (0,), size)[0]
-    except (Unreadable, OSError) as error:
-        raise UserError(f"{path}: {error}", "give an image or a clip") from error
-    return Image.fromarray(frame.permute(1, 2, 0).numpy())
-
-
 def _pipeline(source: _Source, screen: Screen) -> Any:
     """The family's pipeline with the adapters loaded, on the GPU part by part where there is one."""
     family, spec = source.family, source.family.spec
@@ -361,20 +347,3 @@ def _exchange(pipeline: Any, source: _Source, transformer: Any) -> None:
     setattr(pipeline, source.family.variant.transformer, transformer)
     if offloaded:
         pipeline.enable_model_cpu_offload()
-
-
-def call(pipeline: Any, arguments: dict[str, Any], generator: torch.Generator, advance: Callable[[], None]) -> np.ndarray:
-    """One run of a diffusers pipeline.
-
-    Returns:
-        [F, H, W, 3] uint8.
-    """
-
-    def step_done(_pipeline: Any, _step: int, _timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
-        advance()
-        return kept
-
-    made = pipeline(**arguments, generator=generator, output_type="pt", callback_on_step_end=step_done).frames
-    # [F, 3, H, W] in [0, 1]; weights that have diverged make black rather than the noise of a cast from NaN.
-    video = made[0].float().nan_to_num()
-    return (video.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

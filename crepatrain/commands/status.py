@@ -3,8 +3,8 @@
 import time
 from pathlib import Path
 
-from crepatrain.commands.records import RunRecord, duration, mean, read_run
-from crepatrain.console import Screen
+from crepatrain.records.reading import RunRecord, duration, mean, read_run
+from crepatrain.screen import Screen
 
 # Lines of metrics.jsonl over which the speed is taken.
 _RECENT = 20

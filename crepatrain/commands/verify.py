@@ -6,14 +6,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from crepatrain.config.specs import FAMILIES, Checkpoint, Unsupported
-from crepatrain.console import Screen
+from crepatrain.adapters.adapter_file import AdapterFile, Model, read_adapter, recognise
+from crepatrain.adapters.checks import check_expert, judge
+from crepatrain.adapters.compatibility import how_to_load
 from crepatrain.errors import Problem, UserError
 from crepatrain.families import family_class
 from crepatrain.families.base import Family
-from crepatrain.training.adapter_file import AdapterFile, Model, read_adapter, recognise
-from crepatrain.training.readers import how_to_load
-from crepatrain.training.verdict import check_expert, judge
+from crepatrain.screen import Screen
+from crepatrain.specs import FAMILIES, Checkpoint, Unsupported
 
 
 def verify(path: Path, base: Path | None, screen: Screen) -> None:

@@ -6,11 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from crepatrain.config.sections import CrepaConfig, RunConfig
-from crepatrain.config.specs import EncoderSpec, FamilySpec, Variant
 from crepatrain.errors import Problem, UserError
 from crepatrain.files import safetensors_header
 from crepatrain.geometry import Geometry
 from crepatrain.neighbours import reachable_maximum
+from crepatrain.specs import EncoderSpec, FamilySpec, Variant
 
 _OPTIMIZER_PACKAGES = {"adamw8bit": ("bitsandbytes", "8bit"), "prodigy": ("prodigyopt", "prodigy")}
 

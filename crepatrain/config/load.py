@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from crepatrain.config.sections import RunConfig
-from crepatrain.config.specs import FAMILIES
 from crepatrain.errors import Problem, UserError, closest
+from crepatrain.specs import FAMILIES
 
 _SECRETS = {"hub_token", "hf_token", "huggingface_token", "token", "use_auth_token"}
 

@@ -12,9 +12,9 @@ from crepatrain.config.load import parse, read_values
 from crepatrain.config.notes import warnings
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.sources import read_checkpoint, read_encoder, readable
-from crepatrain.config.specs import FAMILIES, Checkpoint, EncoderSpec, FamilySpec, Task, Variant
 from crepatrain.errors import Problem, UserError
 from crepatrain.geometry import Geometry, TokenGrid
+from crepatrain.specs import FAMILIES, Checkpoint, EncoderSpec, FamilySpec, Task, Variant
 
 _T = TypeVar("_T")
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from crepatrain.config.specs import FAMILIES
+from crepatrain.specs import FAMILIES
 
 # A run may go on after such a key was changed: it alters how the run is watched, how long it is, or where things lie. What lies
 # there is held against the checkpoint's fingerprint.

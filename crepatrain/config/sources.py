@@ -8,18 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from crepatrain.config.specs import (
-    ENCODERS,
-    FAMILIES,
-    Checkpoint,
-    EncoderSpec,
-    Expert,
-    FamilySpec,
-    Unsupported,
-    Variant,
-    released_model,
-)
 from crepatrain.errors import UserError, closest
+from crepatrain.specs import ENCODERS, FAMILIES, Checkpoint, EncoderSpec, Expert, FamilySpec, Unsupported, Variant, released_model
 
 BASE_KEY = "pretrained_model_name_or_path"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")

@@ -2,8 +2,8 @@
 
 from importlib import import_module
 
-from crepatrain.config.specs import FAMILIES, Checkpoint, Expert, Task
 from crepatrain.families.base import Family
+from crepatrain.specs import FAMILIES, Checkpoint, Expert, Task
 
 
 def family_class(name: str) -> type[Family]:

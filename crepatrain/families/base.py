@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from crepatrain.config.specs import Checkpoint, FamilySpec, ModelShapes, Task, Variant
 from crepatrain.errors import UserError
 from crepatrain.geometry import TokenGrid
+from crepatrain.specs import Checkpoint, FamilySpec, ModelShapes, Task, Variant
 from crepatrain.tensors import Batch
 
 # Of a flow-matching scheduler: sigma 1 is timestep 1000.

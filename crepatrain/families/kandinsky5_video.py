@@ -25,9 +25,9 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from crepatrain.config.specs import KANDINSKY5_VIDEO, ModelShapes
 from crepatrain.families.base import TRAIN_TIMESTEPS, Family, PipelineParts, inside_blocks, noisy_frames, with_clean_frames
 from crepatrain.geometry import TokenGrid
+from crepatrain.specs import KANDINSKY5_VIDEO, ModelShapes
 from crepatrain.tensors import Batch
 
 _QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

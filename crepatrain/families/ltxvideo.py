@@ -11,7 +11,6 @@ from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LT
 from torch import Tensor, nn
 from transformers import AutoTokenizer, ByT5Tokenizer, T5Config, T5EncoderModel
 
-from crepatrain.config.specs import LTXVIDEO, ModelShapes
 from crepatrain.families.autoencoders import decode_ltx, encode_ltx
 from crepatrain.families.base import (
     TRAIN_TIMESTEPS,
@@ -25,6 +24,7 @@ from crepatrain.families.base import (
     token_timesteps,
     with_clean_frames,
 )
+from crepatrain.specs import LTXVIDEO, ModelShapes
 from crepatrain.tensors import Batch
 
 # diffusers' names on the left, the original's (and ComfyUI's) on the right.

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from crepatrain.config.specs import ModelShapes
 from crepatrain.families.base import Family
+from crepatrain.specs import ModelShapes
 
 _SHARD_BYTES = 2 << 30
 

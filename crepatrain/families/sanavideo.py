@@ -16,7 +16,6 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import AutoTokenizer, ByT5Tokenizer, Gemma2Config, Gemma2Model
 
-from crepatrain.config.specs import SANAVIDEO, ModelShapes
 from crepatrain.errors import UserError
 from crepatrain.families.autoencoders import TINY_WAN_VAE, decode_ltx, decode_wan, encode_ltx, encode_wan
 from crepatrain.families.base import (
@@ -30,6 +29,7 @@ from crepatrain.families.base import (
     rows_mask,
     with_clean_frames,
 )
+from crepatrain.specs import SANAVIDEO, ModelShapes
 from crepatrain.tensors import Batch
 
 # The instruction that the pipeline puts before every prompt, but not before a negative one.

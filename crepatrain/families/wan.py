@@ -24,7 +24,6 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from crepatrain.config.specs import WAN, ModelShapes
 from crepatrain.families.autoencoders import TINY_WAN_VAE, decode_wan, encode_wan
 from crepatrain.families.base import (
     TRAIN_TIMESTEPS,
@@ -36,6 +35,7 @@ from crepatrain.families.base import (
     token_timesteps,
     with_clean_frames,
 )
+from crepatrain.specs import WAN, ModelShapes
 from crepatrain.tensors import Batch
 
 # diffusers' names on the left, the original's (and ComfyUI's) on the right; matched as a whole, as `norm2` and `norm3` swap.

@@ -11,8 +11,8 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from crepatrain.config.specs import FamilySpec
 from crepatrain.errors import UserError
+from crepatrain.specs import FamilySpec
 
 ADAPTER = "default"
 

@@ -3,7 +3,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from crepatrain.alignment.capture import capture_blocks
-from crepatrain.config.specs import WAN
+from crepatrain.specs import WAN
 from crepatrain.training.lora import add_lora, target_modules, trainable_parameters
 
 KEPT = (1, 2)

@@ -19,6 +19,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import render_image, tiny_family
+from crepatrain.commands.runfolder import RunFolder
+from crepatrain.commands.session import save
+from crepatrain.commands.stopping import Stopped
 from diffusers import WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,9 +29,6 @@ from safetensors.torch import load_file, save_file
 from crepatrain import cli, files
 from crepatrain.commands import fit as command
 from crepatrain.commands.fit import fit
-from crepatrain.commands.runfolder import RunFolder
-from crepatrain.commands.session import save
-from crepatrain.commands.stopping import Stopped
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import DivergedError, UserError

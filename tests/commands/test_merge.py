@@ -7,7 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from crepatrain.commands.export import write_adapter
+from crepatrain.adapters.writing import write_adapter
 from crepatrain.commands.merge import merge
 from crepatrain.console import Screen
 from crepatrain.errors import UserError

@@ -17,18 +17,18 @@ import torch
 from conftest import render_clip, tiny_values
 
 from crepatrain.commands import sample as module
-from crepatrain.commands import validation
 from crepatrain.commands.fit import fit
-from crepatrain.commands.preflight import hold_out, look_at_clips
-from crepatrain.commands.runfolder import asked_step
 from crepatrain.commands.sample import Wish, sample
-from crepatrain.commands.stopping import Stopped, StopSignal
-from crepatrain.commands.validation import steadiness
 from crepatrain.config.load import parse_numbers
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.data.encode import film_strip, grid_video, video_facts, write_video
 from crepatrain.errors import DivergedError, UserError
+from crepatrain.preparing.preflight import hold_out, look_at_clips
+from crepatrain.records.runfolder import asked_step
+from crepatrain.running import validation
+from crepatrain.running.validation import steadiness
+from crepatrain.stopping import Stopped, StopSignal
 
 PROMPTS = ["a square", "another square moves"]
 

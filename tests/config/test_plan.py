@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from crepatrain.config.specs import FAMILIES
 
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.config.sources import fetch
-from crepatrain.config.specs import FAMILIES
 from crepatrain.config.summary import summarize
 from crepatrain.errors import Problem, UserError
 

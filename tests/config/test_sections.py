@@ -10,8 +10,8 @@ from pydantic import model_validator
 from crepatrain.config.load import parse
 from crepatrain.config.plan import make_plan, read_plan
 from crepatrain.config.sections import SECTIONS, RunConfig, Section
-from crepatrain.config.specs import FAMILIES
 from crepatrain.config.summary import summarize
+from crepatrain.specs import FAMILIES
 
 # ../shared/reference/video-crepa.txt with METHOD.md, sections 3, 4 and 6.
 REFERENCE_DEFAULTS = {

@@ -21,17 +21,17 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from crepatrain.adapters.writing import write_adapter
 from crepatrain.alignment.capture import capture_blocks
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import CachedTeacher
-from crepatrain.commands.export import write_adapter
 from crepatrain.commands.fit import fit
 from crepatrain.config.plan import read_plan
-from crepatrain.config.specs import FAMILIES
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
 from crepatrain.families import family_class, get_family
 from crepatrain.families.random import write_random_pipeline
+from crepatrain.specs import FAMILIES
 from crepatrain.tensors import Batch, PatchFeatures
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.lora import add_lora, target_modules, trainable_parameters

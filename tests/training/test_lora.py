@@ -9,8 +9,8 @@ from conftest import tiny_family
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from crepatrain.config.specs import WAN
 from crepatrain.errors import UserError
+from crepatrain.specs import WAN
 from crepatrain.training.lora import (
     add_lora,
     baked_adapter,

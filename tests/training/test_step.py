@@ -4,9 +4,9 @@ from conftest import tiny_family
 
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import BackboneTeacher, CachedTeacher
-from crepatrain.config.specs import WAN
 from crepatrain.families.wan import WanFamily
 from crepatrain.geometry import TokenGrid
+from crepatrain.specs import WAN
 from crepatrain.tensors import Batch, PatchFeatures
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.lora import add_lora, target_modules, trainable_parameters

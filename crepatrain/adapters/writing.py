@@ -1,0 +1,131 @@
+"""Writing what a run makes: adapter files that every program reads, or a whole transformer."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from crepatrain.adapters.checks import expect_same_adapter
+from crepatrain.adapters.recipe import adapter_metadata
+from crepatrain.config.sections import RunConfig
+from crepatrain.errors import Problem, UserError
+from crepatrain.families.base import Family
+from crepatrain.files import share
+from crepatrain.records.layout import ADAPTER_FILE
+from crepatrain.records.runfolder import RunFolder, adapter_name
+from crepatrain.training.build import compute_dtype
+from crepatrain.training.checkpoint import replace_file
+from crepatrain.training.lora import baked_adapter, live_adapter
+
+
+def write_result(
+    folder: RunFolder, config: RunConfig, family: Family, fingerprint: Mapping[str, Any], transformer: Any, step: int
+) -> None:
+    """The adapter, once for this step and once as the run's last; or the whole transformer, as the run's last alone.
+
+    Raises:
+        UserError: the disk is full, or the file that was written is not what every program would read as the adapter.
+    """
+    if config.model_type == "full":
+        write_transformer(folder.root / family.variant.transformer, transformer, compute_dtype(config))
+        return
+    small = folder.adapters / f"{adapter_name(config, family)}-{step:06d}.safetensors"
+    layers = list(live_adapter(transformer))
+    metadata = adapter_metadata(
+        config, family, fingerprint, step, layers=layers, day=datetime.now(UTC).date(), averaged=config.use_ema
+    )
+    write_adapter([small, folder.root / ADAPTER_FILE], family, transformer, metadata)
+
+
+def write_adapter(
+    paths: Sequence[Path],
+    family: Family,
+    transformer: nn.Module,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the adapter with its scale baked in, so that every reader takes it at strength 1.
+
+    Args:
+        paths: of the safetensors files, all the same, each written aside and renamed; the first is read back before.
+        metadata: their header.
+        dtype: of the tensors on the disk.
+
+    Raises:
+        UserError: the disk is full, or the file that was written is not what every program would read as the adapter.
+    """
+    tensors: dict[str, Tensor] = {}
+    for module, (lora_a, lora_b) in baked_adapter(transformer).items():
+        name = family.export_name(module)
+        tensors[f"{name}.lora_A.weight"] = lora_a.to(dtype)
+        tensors[f"{name}.lora_B.weight"] = lora_b.to(dtype)
+
+    def check(aside: Path) -> None:
+        try:
+            expect_same_adapter(aside, family, transformer)
+        except UserError as error:
+            fix = "report it; what was there before is untouched"
+            raise UserError.of([*error.problems, Problem(f"{paths[-1]} was not written", fix)]) from error
+
+    first, *others = paths
+    replace_file(first, tensors, metadata, check)
+    for path in others:
+        replace_file(path, tensors, metadata)
+
+
+def write_single_file(path: Path, family: Family, transformer: nn.Module, names: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Write a whole transformer as one file, under the original's names, without a prefix.
+
+    Args:
+        names: of diffusers -> of the original.
+
+    Raises:
+        UserError: the disk is full or can't be written to.
+    """
+    state = transformer.state_dict()
+    tensors = {names[name]: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    assert len(tensors) == len(state)
+
+    def check(aside: Path) -> None:
+        with safe_open(aside, framework="pt") as file:
+            found = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - it is no dict
+        assert found == {key: list(tensor.shape) for key, tensor in tensors.items()}
+
+    replace_file(path, tensors, {"format": "pt", **family.original_metadata()}, check)
+
+
+def write_transformer(folder: Path, transformer: Any, dtype: torch.dtype) -> None:
+    """Write a transformer's folder as a diffusers pipeline has it.
+
+    Args:
+        folder: replaced when the new one is whole.
+        dtype: of the weights on the disk.
+
+    Raises:
+        UserError: the disk is full or can't be written to.
+    """
+    aside, old = (folder.with_name(f"{folder.name}.{word}") for word in ("tmp", "old"))
+    try:
+        for left in (aside, old):
+            shutil.rmtree(left, ignore_errors=True)
+        aside.mkdir(parents=True)
+        transformer.save_config(aside)
+        state = {name: tensor.detach().to("cpu", dtype) for name, tensor in transformer.state_dict().items()}
+        save_torch_state_dict(state, aside, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size="5GB")
+        for file in aside.iterdir():
+            share(file)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"{folder} can't be written ({error})", "free disk space, or mend its permissions; checkpoints are untouched"
+        ) from error

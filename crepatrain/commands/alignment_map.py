@@ -1,0 +1,134 @@
+"""Where in the picture the transformer agrees with the teacher: a cosine per patch, beside the frames."""
+
+import base64
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from crepatrain.alignment.capture import capture_blocks
+from crepatrain.alignment.crepa import Crepa
+from crepatrain.alignment.teachers import Teacher
+from crepatrain.config.plan import Plan, read_plan
+from crepatrain.data.buckets import Window
+from crepatrain.data.decode import read_frames
+from crepatrain.data.encode import as_jpeg
+from crepatrain.data.loader import Draw
+from crepatrain.errors import UserError
+from crepatrain.families.base import Family
+from crepatrain.preparing.precompute import fill_caches, plan_caches
+from crepatrain.preparing.preflight import look_at_clips
+from crepatrain.reporting.heatmap import MAP_FILE
+from crepatrain.running.session import build_training_set, restore
+from crepatrain.screen import Screen
+from crepatrain.stopping import StopSignal
+from crepatrain.tensors import Batch
+from crepatrain.training import build
+from crepatrain.training.checkpoint import EMA_FILE, checkpoints, read_tensors, replace_json, step_of
+from crepatrain.training.diffusion import FlowMatching
+from crepatrain.training.lora import load_trained_state
+
+_CLIPS = 3
+_SIGMA = 0.5
+# Of a picture in the report.
+_PICTURE_WIDTH = 256
+
+
+def write_alignment_map(root: Path, screen: Screen) -> None:
+    """Measure a run's newest checkpoint on the first windows of a few clips, into its alignment_map.json.
+
+    Raises:
+        UserError: the run has no projector or no checkpoint, or what it was made from is gone.
+    """
+    plan = read_plan(root / "config.json", ["--output_dir", str(root)])
+    if not plan.config.crepa_enabled:
+        raise UserError(f"{root}: it was trained without CREPA, so it has no projector", "leave out --map")
+    found = checkpoints(root / "checkpoints")
+    if not found:
+        raise UserError(f"{root}: it has no checkpoint yet", "wait for the first one, or leave out --map")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with StopSignal() as stop:
+        dataset = look_at_clips(plan, screen, stop)
+        firsts = {window.clip: window for window in reversed(dataset.cut.windows)}
+        windows = tuple(reversed(firsts.values()))[:_CLIPS]
+        dataset = replace(dataset, cut=replace(dataset.cut, windows=windows))
+        caches = plan_caches(plan, dataset, screen, device, teacher=True)
+        fill_caches(plan, dataset, caches, screen, device, stop)
+    screen.say(f"measuring {found[-1]}")
+    probe = _Probe.load(plan, found[-1], device)
+    samples = build_training_set(probe.plan, probe.family, probe.process, dataset, caches, lambda _step: True)
+    clips = []
+    for index, window in enumerate(dataset.cut.windows):
+        batch = samples.read([Draw(index, step=0, slot=index)])
+        fixed = replace(batch, sigma=torch.full_like(batch.sigma, probe.sigma))
+        clips.append(_clip(window, probe.cosines(fixed.to(device)), fixed))
+    facts = {"step": step_of(found[-1]), "block": plan.config.crepa_block_index, "sigma": probe.sigma, "clips": clips}
+    replace_json(root / MAP_FILE, facts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Probe:
+    """A trained run, ready to be asked."""
+
+    plan: Plan
+    family: Family
+    process: FlowMatching
+    transformer: nn.Module
+    crepa: Crepa
+    teacher: Teacher
+
+    @classmethod
+    def load(cls, plan: Plan, checkpoint: Path, device: torch.device) -> "_Probe":
+        # Every sample with its own caption and first frame.
+        plan = replace(plan, config=plan.config.model_copy(update={"caption_dropout": 0.0, "i2v_dropout": 0.0}))
+        family = build.build_family(plan)
+        transformer, crepa = build.build_transformer(plan, family, device), build.build_crepa(plan).to(device)
+        restore(checkpoint, plan.config, transformer, crepa, {})
+        if plan.config.use_ema:  # what the run hands out
+            load_trained_state(transformer, read_tensors(checkpoint, EMA_FILE))
+        process, teacher = build.build_process(plan), build.build_teacher(plan, family, device)
+        return cls(plan, family, process, transformer.eval(), crepa, teacher)
+
+    @property
+    def sigma(self) -> float:
+        """The fixed noise level: the middle one, or the nearest to it that the transformer is for."""
+        low, high = self.process.between
+        return min(max(_SIGMA, low), high)
+
+    @torch.no_grad()
+    def cosines(self, batch: Batch) -> Tensor:
+        """[T, rows, columns] of a batch of one."""
+        block = self.plan.config.crepa_block_index
+        assert block is not None
+        noisy = self.process.add_noise(batch.latents, batch.noise, batch.sigma)
+        blocks = self.family.blocks(self.transformer)
+        autocast = build.autocast(self.plan.config, batch.latents.device)
+        with autocast, capture_blocks(blocks, {block, *self.teacher.blocks}) as captured:
+            self.family.denoise(self.transformer, noisy, batch.sigma, batch)
+        tokens = {index: self.family.video_tokens(output, batch.grid) for index, output in captured.items()}
+        return self.crepa.patch_similarity(tokens[block], self.teacher.features(batch, tokens), batch.grid)[0]
+
+
+def _clip(window: Window, cosines: Tensor, batch: Batch) -> dict[str, Any]:
+    """A window's pictures and cosines [T, rows, columns], as plain values."""
+    frames = tuple(window.frames[frame] for frame in batch.grid.teacher_frames)
+    pictures = read_frames(window.path, frames, (window.bucket.height, window.bucket.width))
+    return {
+        "name": window.name,
+        "caption": window.clip.caption,
+        "mean": cosines.mean().item(),
+        "frames": [
+            {"frame": frame, "picture": _jpeg(picture), "cosine": [[round(value, 4) for value in row] for row in rows.tolist()]}
+            for frame, picture, rows in zip(frames, pictures, cosines.cpu(), strict=True)
+        ],
+    }
+
+
+def _jpeg(picture: Tensor) -> str:
+    """[3, H, W] uint8 as a data URI."""
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    image.thumbnail((_PICTURE_WIDTH, _PICTURE_WIDTH))
+    return f"data:image/jpeg;base64,{base64.b64encode(as_jpeg(image)).decode('ascii')}"

@@ -1,0 +1,1 @@
+"""How a loaded module gets to its device, and what its training keeps there."""

@@ -1,0 +1,328 @@
+"""Fills the caches: text, latents, first frames, teacher features. One stage of models after the other."""
+
+import gc
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crepatrain.alignment.encoders import VisionEncoder
+from crepatrain.config.plan import Plan
+from crepatrain.data.buckets import Bucket, Window
+from crepatrain.data.cache import CacheStore, Kind, entry_key, pack_features
+from crepatrain.data.decode import Unreadable, as_video, read_frames
+from crepatrain.data.loader import Sample
+from crepatrain.errors import UserError
+from crepatrain.families.base import Family
+from crepatrain.preparing.preflight import Dataset, image_bytes, in_words, latents_bytes, teacher_bytes
+from crepatrain.screen import Screen
+from crepatrain.stopping import StopSignal
+from crepatrain.training.build import (
+    build_encoder,
+    build_family,
+    build_image_encoder,
+    build_vae,
+    encoder_folder,
+    encoding_dtype,
+    loading,
+    model_folder,
+)
+
+_CAPTIONS_AT_ONCE = 8
+_DECODED_AHEAD = 2
+_CROP = "centre, bicubic, antialias"
+_KEPT = "caches so far are kept"
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Where everything of a dataset is, or will be, in the store.
+
+    Attributes:
+        text, latents, image, teacher: keys, of text by caption; image holds the windows that are conditioned on their first
+            frame, teacher is empty where features are not cached.
+        negative: key of what validation's videos shall not show; None where there are none.
+        models: digests of what made them, by part.
+        samples: one per window, in the dataset's order.
+        teacher_grids: (rows, columns) of the teacher's patches, per bucket.
+    """
+
+    store: CacheStore
+    text: Mapping[str, str]
+    latents: Mapping[Window, str]
+    image: Mapping[Window, str]
+    teacher: Mapping[Window, str]
+    negative: str | None
+    models: Mapping[str, str]
+    samples: tuple[Sample, ...]
+    teacher_grids: Mapping[Bucket, tuple[int, int]]
+
+    @property
+    def of_windows(self) -> Mapping[Kind, Mapping[Window, str]]:
+        """What is made of pixels."""
+        return {"latents": self.latents, "image": self.image, "teacher": self.teacher}
+
+    @property
+    def empty_text(self) -> str:
+        return self.text[""]
+
+
+def plan_caches(plan: Plan, dataset: Dataset, screen: Screen, device: torch.device, *, teacher: bool) -> Caches:
+    """Name every entry by all that its content depends on. Reads the models' files, and computes nothing.
+
+    Args:
+        teacher: whether CREPA's teacher will be asked.
+    """
+    assert plan.config.cache_dir is not None
+    source = plan.config.crepa_feature_source if teacher else None
+    models = _digests(plan, dataset, screen, encoder=source == "cached")
+    windows = dataset.cut.windows
+    text, negative = _text_keys(plan, dataset, models, device)
+    latents = _latents_keys(plan, windows, models)
+    image = _image_keys(plan, windows, models, device)
+    features = _teacher_keys(plan, dataset, models, device) if source == "cached" else {}
+    samples = tuple(
+        Sample(
+            name=window.name,
+            bucket=window.bucket,
+            latents=latents[window],
+            text=text[window.clip.caption],
+            image=image.get(window),
+            teacher=features.get(window),
+            pixels=(window.path, _teacher_frames(dataset, window)) if source == "pixels" else None,
+        )
+        for window in windows
+    )
+    grids = {bucket: plan.teacher_grid(grid) for bucket, grid in dataset.grids.items()}
+    store = CacheStore(Path(plan.config.cache_dir))
+    return Caches(store, text, latents, image, features, negative, models, samples, grids)
+
+
+def _digests(plan: Plan, dataset: Dataset, screen: Screen, *, encoder: bool) -> dict[str, str]:
+    folders = {part: model_folder(plan) / part for part in plan.variant.parts}
+    if encoder:
+        folders["encoder"] = encoder_folder(plan)
+    models = {}
+    with screen.progress("identifying the models' files", len(folders)) as advance:
+        for part, folder in folders.items():
+            models[part] = dataset.digests.folder(folder)
+            advance()
+    dataset.digests.save()
+    return models
+
+
+def fill_caches(plan: Plan, dataset: Dataset, caches: Caches, screen: Screen, device: torch.device, stop: StopSignal) -> None:
+    """Compute what is missing; what is there is never written again.
+
+    Raises:
+        UserError: a model that can't be loaded, a clip that can't be decoded any more, a full disk or GPU.
+        Stopped: a signal came; every entry written so far stays.
+    """
+    try:
+        _fill_text(plan, caches, screen, device, stop)
+        _fill_video(plan, dataset, caches, screen, device, stop)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "out of GPU memory while filling the caches; what was written is kept",
+            "lower crepa_encoder_frames_batch_size, set vae_dtype to bfloat16, or run `crepatrain cache` on a larger GPU",
+        ) from error
+
+
+def _text_keys(
+    plan: Plan, dataset: Dataset, models: Mapping[str, str], device: torch.device
+) -> tuple[dict[str, str], str | None]:
+    """Of every caption and validation prompt, and of the negative prompt beside these."""
+    prompts = plan.config.validation_prompts or ()
+    facts = {
+        "family": plan.spec.name,
+        "length": plan.spec.text_length,
+        "models": {part: digest for part, digest in models.items() if part.startswith(("text_encoder", "tokenizer"))},
+        "dtype": str(encoding_dtype(device)),
+    }
+    captions = sorted({window.clip.caption for window in dataset.cut.windows} | {"", *prompts})
+    negative = entry_key(kind="text", negative=plan.variant.sampling.negative_prompt, **facts) if prompts else None
+    return {caption: entry_key(kind="text", caption=caption, **facts) for caption in captions}, negative
+
+
+def _latents_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str]) -> dict[Window, str]:
+    facts = {"family": plan.spec.name, "vae": models["vae"], "dtype": plan.config.vae_dtype}
+    return {window: entry_key(kind="latents", **_source(window, window.frames), **facts) for window in windows}
+
+
+def _image_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str], device: torch.device) -> dict[Window, str]:
+    """Of clips; an image is trained as from text alone, as nothing would be left to learn beside it."""
+    if plan.task != "i2v":
+        return {}
+    parts = ("vae", "image_encoder", "image_processor")
+    facts = {
+        "family": plan.spec.name,
+        "models": {part: models[part] for part in parts if part in models},
+        "dtype": plan.config.vae_dtype,
+        "seen": str(encoding_dtype(device)) if "image_encoder" in models else None,
+    }
+    return {
+        window: entry_key(kind="image", length=len(window.frames), **_source(window, window.frames[:1]), **facts)
+        for window in windows
+        if len(window.frames) > 1
+    }
+
+
+def _teacher_keys(plan: Plan, dataset: Dataset, models: Mapping[str, str], device: torch.device) -> dict[Window, str]:
+    return {
+        window: entry_key(
+            kind="teacher",
+            **_source(window, _teacher_frames(dataset, window)),
+            encoder=models["encoder"],
+            input=plan.encoder_size(dataset.grids[window.bucket]),
+            computed=str(encoding_dtype(device)),
+            stored=plan.config.crepa_cache_dtype,
+        )
+        for window in dataset.cut.windows
+    }
+
+
+def _source(window: Window, frames: Sequence[int]) -> dict[str, Any]:
+    """The pixels that an entry is made from."""
+    return {
+        "file": window.clip.digest,
+        "frames": list(frames),
+        "size": [window.bucket.height, window.bucket.width],
+        "crop": _CROP,
+    }
+
+
+def _teacher_frames(dataset: Dataset, window: Window) -> tuple[int, ...]:
+    """The file's frames that a teacher compares tokens with."""
+    return tuple(window.frames[frame] for frame in dataset.grids[window.bucket].teacher_frames)
+
+
+def _fill_text(plan: Plan, caches: Caches, screen: Screen, device: torch.device, stop: StopSignal) -> None:
+    store = caches.store
+    missing = [caption for caption, key in caches.text.items() if not store.has("text", key)]
+    negative = caches.negative if caches.negative and not store.has("text", caches.negative) else None
+    if not missing and not negative:
+        return
+    family = build_family(plan)
+    folder = model_folder(plan)
+    screen.say(f"loading the text encoder for {len(missing) + bool(negative)} texts")
+    with loading("text_encoder", folder):
+        encoder = family.load_text_encoder(str(folder), encoding_dtype(device)).to(device)
+    with screen.progress("encoding captions", len(missing)) as advance, torch.no_grad():
+        for start in range(0, len(missing), _CAPTIONS_AT_ONCE):
+            stop.check(_KEPT)
+            captions = missing[start : start + _CAPTIONS_AT_ONCE]
+            for caption, text in zip(captions, family.encode_text(encoder, captions), strict=True):
+                store.write("text", caches.text[caption], text)
+                advance()
+        if negative:
+            store.write("text", negative, family.encode_negative(encoder, plan.variant.sampling.negative_prompt))
+    del encoder
+    free_memory()
+
+
+def _fill_video(plan: Plan, dataset: Dataset, caches: Caches, screen: Screen, device: torch.device, stop: StopSignal) -> None:
+    """One pass over the clips: each is decoded once for all that is made of it."""
+    store = caches.store
+    missing: dict[Kind, set[Window]] = {
+        kind: {window for window, key in keys.items() if not store.has(kind, key)} for kind, keys in caches.of_windows.items()
+    }
+    windows = [window for window in dataset.cut.windows if any(window in without for without in missing.values())]
+    if not windows:
+        return
+    _check_disk(plan, dataset, store.root, missing, screen)
+    encode = _Encoders.load(plan, dataset, device, missing)
+    with ThreadPoolExecutor(max_workers=_DECODED_AHEAD) as pool, screen.progress("encoding clips", len(windows)) as advance:
+        ahead = [pool.submit(_read_window, window) for window in windows[:_DECODED_AHEAD]]
+        for number, window in enumerate(windows):
+            if stop.requested:
+                pool.shutdown(cancel_futures=True)
+                stop.check(_KEPT)
+            frames = ahead.pop(0).result()
+            if number + _DECODED_AHEAD < len(windows):
+                ahead.append(pool.submit(_read_window, windows[number + _DECODED_AHEAD]))
+            if window in missing["latents"]:
+                store.write("latents", caches.latents[window], encode.latents(frames))
+            if window in missing["image"]:
+                store.write("image", caches.image[window], encode.image(frames))
+            if window in missing["teacher"]:
+                store.write("teacher", caches.teacher[window], encode.teacher(frames, window.bucket))
+            advance()
+    del encode
+    free_memory()
+
+
+@dataclass(frozen=True, eq=False)
+class _Encoders:
+    """What makes entries of a clip's frames [F, 3, H, W] uint8; a model that no entry needs is not loaded."""
+
+    plan: Plan
+    dataset: Dataset
+    device: torch.device
+    family: Family
+    vae: Any
+    image_encoder: Any
+    vision: VisionEncoder | None
+
+    @classmethod
+    def load(cls, plan: Plan, dataset: Dataset, device: torch.device, missing: Mapping[Kind, Collection[Window]]) -> "_Encoders":
+        family = build_family(plan)
+        return cls(
+            plan,
+            dataset,
+            device,
+            family,
+            vae=build_vae(plan, family, device) if missing["latents"] or missing["image"] else None,
+            image_encoder=build_image_encoder(plan, family, device) if missing["image"] else None,
+            vision=build_encoder(plan, device) if missing["teacher"] else None,
+        )
+
+    @torch.no_grad()
+    def latents(self, frames: Tensor) -> dict[str, Tensor]:
+        return {"latents": self.family.encode_video(self.vae, as_video(frames.to(self.device)))[0]}
+
+    @torch.no_grad()
+    def image(self, frames: Tensor) -> dict[str, Tensor]:
+        first = as_video(frames[:1].to(self.device))
+        made = self.family.encode_image(self.vae, self.image_encoder, first, len(frames))
+        return {name: tensor[0] for name, tensor in made.items()}
+
+    def teacher(self, frames: Tensor, bucket: Bucket) -> dict[str, Tensor]:
+        assert self.vision is not None
+        grid = self.dataset.grids[bucket]
+        seen = frames[list(grid.teacher_frames)].to(self.device).unsqueeze(0)
+        features = self.vision(seen, self.plan.encoder_size(grid))
+        return pack_features(features.values[0], self.plan.config.crepa_cache_dtype)
+
+
+def _read_window(window: Window) -> Tensor:
+    try:
+        return read_frames(window.path, window.frames, (window.bucket.height, window.bucket.width))
+    except Unreadable as error:
+        raise UserError(f"{window.path}: {error}", "mend or remove it") from error
+
+
+def _check_disk(plan: Plan, dataset: Dataset, root: Path, missing: Mapping[Kind, Collection[Window]], screen: Screen) -> None:
+    latents = sum(latents_bytes(plan, window.bucket) for window in missing["latents"])
+    image = sum(image_bytes(plan, window.bucket) for window in missing["image"])
+    teacher = sum(teacher_bytes(plan, dataset.grids[window.bucket]) for window in missing["teacher"])
+    first = f", first frames {in_words(image)}" if image else ""
+    screen.say(f"caching in {root}: latents {in_words(latents)}{first}, teacher features {in_words(teacher)}")
+    root.mkdir(parents=True, exist_ok=True)
+    needed, free = latents + image + teacher, shutil.disk_usage(root).free
+    if needed > free:
+        raise UserError(
+            f"cache_dir={root}: {in_words(needed)} are needed and {in_words(free)} are free",
+            'set cache_dir to a larger disk, or a smaller crepa_encoder_image_size ("grid")',
+        )
+
+
+def free_memory() -> None:
+    """Give back what the last stage held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

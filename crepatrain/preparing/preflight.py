@@ -1,0 +1,278 @@
+"""Looks at every clip before anything is computed: what the dataset holds, what of it is used, what it will cost."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from crepatrain.config.checks import maximum_score
+from crepatrain.config.plan import Plan
+from crepatrain.data.buckets import Bucket, Cut, cut_clips
+from crepatrain.data.digests import FileDigests
+from crepatrain.data.index import ClipIndex, Refusal, choose_captions, list_clips, refusal_error
+from crepatrain.data.loader import StepSampler
+from crepatrain.errors import UserError
+from crepatrain.geometry import TokenGrid
+from crepatrain.screen import Screen
+from crepatrain.stopping import StopSignal
+from crepatrain.training.build import count_caption_tokens
+
+_FP16_BYTES = 2
+_FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset that can be trained on.
+
+    Attributes:
+        grids: the token grid of every bucket.
+        refused: files that are left out, and why.
+    """
+
+    cut: Cut
+    grids: Mapping[Bucket, TokenGrid]
+    refused: tuple[Refusal, ...]
+    digests: FileDigests
+
+
+def look_at_clips(plan: Plan, screen: Screen, stop: StopSignal, *, key: str = "train_data") -> Dataset:
+    """Find, caption, decode and cut the clips of a plan.
+
+    Args:
+        key: of the config, that names them.
+
+    Raises:
+        UserError: clips that can't be used, all of them at once; or none that can.
+        Stopped: a signal came; what was learnt of the clips is kept.
+    """
+    config = plan.config
+    assert config.cache_dir is not None
+    assert config.fps is not None
+    captioned, refused = choose_captions(list_clips(Path(config.train_data), key), config.missing_captions)
+    root = Path(config.cache_dir)
+    digests = FileDigests(root / "digests.json")
+    with screen.progress("looking at clips", len(captioned)) as advance:
+
+        def looked() -> None:
+            advance()
+            stop.check("what was learnt of the clips is kept")
+
+        clips, unreadable = ClipIndex(root / "index", digests).read(captioned, advance=looked)
+    cut = cut_clips(
+        clips,
+        size=plan.size,
+        fps=config.fps,
+        multiple=plan.geometry.size_multiple,
+        aspect_buckets=config.aspect_buckets,
+        max_windows_per_clip=config.max_windows_per_clip,
+        no_images=_no_images(plan),
+    )
+    unusable = [*unreadable, *cut.refused]
+    if unusable and config.unusable_clips == "error":
+        raise refusal_error(unusable)
+    refused = [*refused, *unusable]
+    for refusal in refused:
+        screen.note(f"{refusal.path} is left out: {refusal.reason}")
+    for path, factor in cut.slower:
+        screen.note(f"{path} is slower than fps={config.fps:g}: taken frame by frame, so it runs {factor:.2g} times as fast")
+    if not cut.windows:
+        raise UserError(f"{key}={config.train_data}: no clip of it can be used", "add clips, or lower num_frames")
+    if config.train_batch_size > 1 and not plan.spec.text_is_padded:
+        cut = _one_caption_length_per_bucket(plan, cut)
+    _look_at_threshold(plan, cut, screen)
+    grids = {bucket: plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width) for bucket in cut.buckets}
+    return Dataset(cut, grids, tuple(refused), digests)
+
+
+def hold_out(plan: Plan, dataset: Dataset, screen: Screen, stop: StopSignal) -> tuple[Dataset, Dataset | None]:
+    """What is trained on, and what is held out; None where nothing is.
+
+    A clip is held out by its content, so that it stays so whatever else joins the dataset.
+
+    Raises:
+        UserError: nothing would be left of one of the two.
+    """
+    config = plan.config
+    if config.eval_data:
+        elsewhere = replace(plan, config=config.model_copy(update={"train_data": config.eval_data}))
+        held_out = look_at_clips(elsewhere, screen, stop, key="eval_data")
+        trained = {window.clip.digest for window in dataset.cut.windows}
+        both = sorted({str(window.path) for window in held_out.cut.windows if window.clip.digest in trained})
+        if both:
+            raise UserError(
+                f"eval_data: {both[0]} is in train_data too ({len(both)} in all)", "keep them apart, or use eval_share"
+            )
+        return dataset, held_out
+    if not config.eval_share:
+        return dataset, None
+    windows = dataset.cut.windows
+    held = [window for window in windows if int(window.clip.digest[:8], 16) / 2**32 < config.eval_share]
+    chosen = set(held)
+    kept = [window for window in windows if window not in chosen]
+    if not held or not kept:
+        which = "none" if not held else "all"
+        raise UserError(
+            f"eval_share={config.eval_share:g}: {which} of the clips would be held out", "change it, or give eval_data"
+        )
+    screen.note(f"{len(held)} of {len(windows)} windows are held out, of {len({window.path for window in held})} clips")
+    trained, measured = (replace(dataset, cut=replace(dataset.cut, windows=tuple(part))) for part in (kept, held))
+    return trained, measured
+
+
+def _no_images(plan: Plan) -> str | None:
+    """Why images can't be used; None where they can."""
+    if not plan.variant.images:
+        return f"{plan.variant.title} is trained on clips alone"
+    return None if plan.geometry.legal_frames(1) else f"{plan.spec.title} takes {plan.geometry.frames_rule} frames"
+
+
+def _one_caption_length_per_bucket(plan: Plan, cut: Cut) -> Cut:
+    """A transformer that knows no padded text takes captions of one length in a batch."""
+    captions = sorted({window.clip.caption for window in cut.windows})
+    tokens = dict(zip(captions, count_caption_tokens(plan, captions), strict=True))
+    windows = [
+        replace(window, bucket=replace(window.bucket, caption_tokens=tokens[window.clip.caption])) for window in cut.windows
+    ]
+    return replace(cut, windows=tuple(windows))
+
+
+def _look_at_threshold(plan: Plan, cut: Cut, screen: Screen) -> None:
+    """Images have no neighbours, so their alignment score ends at 1."""
+    config, threshold = plan.config, plan.config.crepa_similarity_threshold
+    frames = {bucket.frames for bucket in cut.buckets}
+    if not config.crepa_enabled or threshold is None or config.crepa_threshold_metric == "self" or 1 not in frames:
+        return
+    if frames != {1} and maximum_score(config, plan.grid.t) > 1:
+        screen.note("images score at most 1 and clips more, so the EMA depends on their mix; set crepa_threshold_metric to self")
+    elif frames == {1} and threshold > 1:
+        raise UserError(
+            f"crepa_similarity_threshold={threshold:g}: the score of images can't exceed 1, and there are no clips",
+            "use 1 or less",
+        )
+
+
+def samples_digest(dataset: Dataset) -> str:
+    """Of all windows and their captions: with another one it is another dataset."""
+    facts = [[w.clip.digest, w.frames, w.bucket.height, w.bucket.width, w.clip.caption] for w in dataset.cut.windows]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def build_sampler(plan: Plan, dataset: Dataset, world: int) -> StepSampler:
+    """The data order of a run on that many processes."""
+    config = plan.config
+    unit = config.train_batch_size * config.gradient_accumulation_steps * world
+    return StepSampler([window.bucket for window in dataset.cut.windows], unit, config.seed)
+
+
+def total_steps(plan: Plan, sampler: StepSampler) -> int:
+    """Optimizer steps of a whole run."""
+    config = plan.config
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    assert config.num_train_epochs is not None
+    return config.num_train_epochs * sampler.steps_per_epoch
+
+
+def latents_bytes(plan: Plan, bucket: Bucket) -> int:
+    """On disk, of one window."""
+    t, h, w = plan.geometry.latent_shape(bucket.frames, bucket.height, bucket.width)
+    return plan.geometry.latent_channels * t * h * w * _FP32_BYTES
+
+
+def image_bytes(plan: Plan, bucket: Bucket) -> int:
+    """On disk, at most, of what one window's first frame adds; 0 where nothing is conditioned on it."""
+    return latents_bytes(plan, bucket) if plan.task == "i2v" and bucket.frames > 1 else 0
+
+
+def teacher_bytes(plan: Plan, grid: TokenGrid) -> int:
+    """On disk, of one window; 0 where features are not cached."""
+    if not plan.config.crepa_enabled or plan.config.crepa_feature_source != "cached":
+        return 0
+    assert plan.encoder is not None
+    rows, columns = plan.teacher_grid(grid)
+    patches = grid.t * rows * columns
+    if plan.config.crepa_cache_dtype == "int8":
+        return patches * (plan.encoder.width + _FP16_BYTES)
+    return patches * plan.encoder.width * _FP16_BYTES
+
+
+def describe(plan: Plan, dataset: Dataset, screen: Screen, trainable: Mapping[str, int]) -> None:
+    """The table of a dry run.
+
+    Args:
+        trainable: parameters that will be trained, by part.
+    """
+    cut = dataset.cut
+    sampler = build_sampler(plan, dataset, world=1)
+    used = sum(len(window.frames) for window in cut.windows)
+    buckets = cut.buckets
+    latents = sum((latents_bytes(plan, bucket) + image_bytes(plan, bucket)) * count for bucket, count in buckets.items())
+    teacher = sum(teacher_bytes(plan, dataset.grids[bucket]) * count for bucket, count in buckets.items())
+    screen.table(
+        "dataset",
+        ("bucket (frames x height x width)", "windows", "token grid", "tokens", "teacher grid"),
+        [
+            (
+                str(bucket),
+                str(count),
+                str(dataset.grids[bucket]),
+                str(dataset.grids[bucket].tokens),
+                "x".join(map(str, plan.teacher_grid(dataset.grids[bucket]))) if plan.config.crepa_enabled else "-",
+            )
+            for bucket, count in buckets.items()
+        ],
+    )
+    repeats = f", {sampler.repeats_per_epoch} repeated to fill the last steps" if sampler.repeats_per_epoch else ""
+    total = total_steps(plan, sampler)
+    screen.rows(
+        "run",
+        [
+            ("clips", f"{len({window.path for window in cut.windows})} used, {len(dataset.refused)} left out"),
+            ("frames", f"{used} used, {cut.dropped_frames} dropped (the ends that fill no window)"),
+            ("windows", f"{len(cut.windows)}{repeats}"),
+            ("steps per epoch", f"{sampler.steps_per_epoch} of {sampler.unit} windows"),
+            ("steps", f"{total}, {total / sampler.steps_per_epoch:.1f} epochs"),
+            ("trainable parameters", ", ".join(f"{part} {count:,}" for part, count in trainable.items())),
+            ("cache on disk", f"latents {in_words(latents)}, teacher features {in_words(teacher)}, in {plan.config.cache_dir}"),
+        ],
+    )
+
+
+def dataset_facts(plan: Plan, dataset: Dataset, sampler: StepSampler) -> dict[str, Any]:
+    """What a run trains on, for its folder: plain values."""
+    cut = dataset.cut
+    windows = Counter(window.clip for window in cut.windows)
+    teacher_grids = {bucket: "x".join(map(str, plan.teacher_grid(grid))) for bucket, grid in dataset.grids.items()}
+    return {
+        "train_data": plan.config.train_data,
+        "clips": len(windows),
+        "windows": len(cut.windows),
+        "left_out": len(dataset.refused),
+        "unit": sampler.unit,
+        "steps_per_epoch": sampler.steps_per_epoch,
+        "steps": total_steps(plan, sampler),
+        "buckets": [
+            {
+                "bucket": str(bucket),
+                "windows": count,
+                "grid": str(dataset.grids[bucket]),
+                "tokens": dataset.grids[bucket].tokens,
+                "teacher_grid": teacher_grids[bucket] if plan.config.crepa_enabled else None,
+            }
+            for bucket, count in cut.buckets.items()
+        ],
+        "captions": [{"file": clip.path.name, "windows": count, "caption": clip.caption} for clip, count in windows.items()],
+    }
+
+
+def in_words(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

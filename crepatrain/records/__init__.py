@@ -1,0 +1,1 @@
+"""What a run leaves on disk: its folder, reading it back, event files and trackers."""

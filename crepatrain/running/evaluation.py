@@ -1,0 +1,107 @@
+"""The loss and the alignment on clips that are not trained on, at fixed noise levels and with fixed noise."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from crepatrain.config.plan import Plan
+from crepatrain.data.loader import Draw, TrainingSet
+from crepatrain.errors import DivergedError
+from crepatrain.preparing.precompute import Caches
+from crepatrain.preparing.preflight import Dataset
+from crepatrain.running.session import Run, build_training_set
+from crepatrain.tensors import Batch
+from crepatrain.training import build
+from crepatrain.training.step import training_loss
+
+# Of the range of noise levels that the transformer is for.
+_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """Measures the held-out clips of a run.
+
+    Attributes:
+        samples: reads them; every caption and first frame is given. The teacher is asked as long as training asks it.
+    """
+
+    run: Run
+    samples: TrainingSet
+
+    @classmethod
+    def of(cls, run: Run, plan: Plan, held: Dataset, caches: Caches) -> "Evaluation":
+        """For the held-out part of a dataset, and the caches of that."""
+        given = plan.config.model_copy(update={"caption_dropout": 0.0, "i2v_dropout": 0.0})
+        plain = replace(plan, config=given)
+
+        def asks(_step: int) -> bool:
+            return run.teacher is not None
+
+        return cls(run, build_training_set(plain, run.family, run.process, held, caches, asks))
+
+    def make(self) -> None:
+        """Log eval_loss, eval_alignment and the loss at each noise level, and mark the checkpoint where the loss is smallest.
+
+        The first process does it with the bare module, which waits for no other. No random number of the training is touched.
+
+        Raises:
+            DivergedError: a loss or score is not finite.
+        """
+        run = self.run
+        if not run.accelerator.is_main_process:
+            return
+        run.adapted.eval()
+        try:
+            losses, scores = self._measure()
+        finally:
+            run.adapted.train()
+        loss = losses.mean().item()
+        if not math.isfinite(loss) or not scores.isfinite().all():
+            alignment = f", alignment {scores.mean():g}" if len(scores) else ""
+            raise DivergedError(
+                f"step {run.state.step}: loss {loss:g}{alignment} on the held-out clips",
+                f"this step was not saved; {run.last_good()}. Lower learning_rate, or look at those clips",
+            )
+        run.folder.log(
+            {
+                "step": run.state.step,
+                "eval_loss": loss,
+                "eval_alignment": scores.mean().item() if len(scores) else None,
+                "eval_sigma_loss": {
+                    f"{sigma:.3g}": value for sigma, value in zip(self._sigmas, losses.mean(dim=0).tolist(), strict=True)
+                },
+            }
+        )
+        run.folder.mark_best()
+
+    @property
+    def _sigmas(self) -> list[float]:
+        low, high = self.run.process.between
+        return [low + (high - low) * share for share in _SHARES]
+
+    @torch.no_grad()
+    def _measure(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses [windows, noise levels], and alignment scores of as many, or none without CREPA."""
+        run, config, device = self.run, self.run.config, self.run.accelerator.device
+        crepa = None
+        if run.projector is not None and run.teacher is not None:
+            crepa = build.crepa_term(config, run.projector, run.teacher, 0.0)
+        losses, scores = [], []
+        for batch in self._batches():
+            with build.autocast(config, device):
+                found = training_loss(run.family, run.process, run.adapted, run.blocks, batch.to(device), crepa)
+            losses.append(found.diffusion)
+            if found.crepa:
+                scores.append(found.crepa.alignment)
+        table = torch.cat(losses).float().cpu().unflatten(0, (-1, len(_SHARES)))
+        return table, torch.cat(scores).float().cpu() if scores else torch.empty(0)
+
+    def _batches(self) -> Iterator[Batch]:
+        """Each window at each noise level, always with the same noise."""
+        for index in range(len(self.samples.samples)):
+            batch = self.samples.read([Draw(index, step=0, slot=index)])
+            for sigma in self._sigmas:
+                yield replace(batch, sigma=torch.full_like(batch.sigma, sigma))

@@ -1,0 +1,98 @@
+"""Is the GPU large enough? Tried before the first step, and compared with the estimate after the last."""
+
+import torch
+from torch import Tensor
+
+from crepatrain.config.plan import Plan
+from crepatrain.data.buckets import Bucket
+from crepatrain.errors import UserError
+from crepatrain.memory import estimate as vram
+from crepatrain.memory.estimate import GIB
+from crepatrain.preparing.precompute import free_memory
+from crepatrain.running.session import Run
+from crepatrain.screen import Screen
+from crepatrain.training import build
+from crepatrain.training.step import training_loss
+
+# Bytes of state that an optimizer keeps for each parameter.
+_STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0}
+
+
+def rehearse(run: Run, plan: Plan, buckets: list[Bucket], screen: Screen) -> None:
+    """One forward and backward on the largest clips. No weight, no optimizer and no random number of the run is touched.
+
+    Raises:
+        UserError: it does not fit; with what would.
+    """
+    largest = vram.largest_bucket(plan, buckets)
+    screen.say(f"rehearsing a step on the largest clips, {largest}")
+    devices = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            _step(run, largest)
+    except torch.OutOfMemoryError:
+        _give_back(run)
+        raise _does_not_fit(plan, largest) from None
+    _give_back(run)
+
+
+def _step(run: Run, bucket: Bucket) -> None:
+    config, schedule, device = run.config, run.state.schedule, run.accelerator.device
+    step = _step_of(run, bucket)
+    states = [] if run.state.step else _room_for_states(run)
+    batch = next(run.open_batches(step)).to(device)
+    crepa = None
+    if run.crepa is not None and run.teacher is not None and schedule is not None and schedule.needs_score(step):
+        crepa = build.crepa_term(config, run.crepa, run.teacher, config.crepa_lambda)
+    with build.autocast(config, device):
+        losses = training_loss(run.family, run.process, run.transformer, run.blocks, batch, crepa, run.layersync)
+    run.accelerator.backward(losses.total)
+    del states
+
+
+def _step_of(run: Run, bucket: Bucket) -> int:
+    """A step of the next two epochs with clips of that size, one that asks the teacher where there is one."""
+    schedule, begin = run.state.schedule, run.state.step
+    steps = [step for step in range(begin, begin + 2 * run.sampler.steps_per_epoch) if run.sampler.bucket(step) == bucket]
+    asking = [step for step in steps if schedule is not None and schedule.needs_score(step)]
+    return (asking or steps)[0]
+
+
+def _room_for_states(run: Run) -> list[Tensor]:
+    """As much memory as the optimizers will take when they first move."""
+    parameters = [parameter for learner in run.learners.values() for parameter in learner.parameters]
+    size = _STATES[run.config.optimizer]
+    return [torch.empty(parameter.numel() * size, dtype=torch.uint8, device=parameter.device) for parameter in parameters]
+
+
+def _give_back(run: Run) -> None:
+    for learner in run.learners.values():
+        learner.optimizer.zero_grad(set_to_none=True)
+    free_memory()
+
+
+def _does_not_fit(plan: Plan, bucket: Bucket) -> UserError:
+    what = f"out of GPU memory on the largest clips, {bucket}"
+    try:
+        estimate = vram.estimate(plan, [bucket])
+    except UserError:  # no estimate for this model
+        return UserError(what, "lower num_frames, height and width, or train_batch_size; nothing was trained yet")
+    training = estimate.stages["training"]
+    remedies = "; ".join(f"{change} ({peak / GIB:.1f} GiB)" for change, peak in estimate.remedies)
+    return UserError(
+        f"{what}: training takes about {training.peak / GIB:.1f} GiB",
+        f"any of: {remedies}; nothing was trained yet" if remedies else "use a larger GPU; nothing was trained yet",
+    )
+
+
+def compare_memory(plan: Plan, buckets: list[Bucket], measured: int, screen: Screen) -> None:
+    """The estimate beside what was measured, in bytes."""
+    try:
+        estimated = vram.training_stage(plan, vram.largest_bucket(plan, buckets)).allocated
+    except UserError as error:
+        screen.note(error.problems[0].what)
+        return
+    screen.say(
+        f"GPU memory of training: estimated {estimated / GIB:.2f} GiB, measured {measured / GIB:.2f} GiB, "
+        f"ratio {estimated / measured:.3f}"
+    )

@@ -1,0 +1,1 @@
+"""A diffusers pipeline around an adapter, or around the transformer in training."""

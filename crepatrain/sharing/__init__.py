@@ -1,0 +1,1 @@
+"""What is uploaded to the hub, and its model card."""

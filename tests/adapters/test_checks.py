@@ -1,0 +1,663 @@
+"""What diffusers and ComfyUI make of adapter files, told before they make it."""
+
+import json
+import re
+
+import diffusers
+import pytest
+import torch
+from conftest import tiny_family
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+
+from crepatrain import cli
+from crepatrain.adapters.adapter_file import Model, read_adapter
+from crepatrain.adapters.compatibility import read_as_diffusers
+from crepatrain.commands.verify import verify
+from crepatrain.console import Screen
+from crepatrain.errors import UserError
+
+RANK = 4
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "ffn.net.0.proj", "ffn.net.2", "to_query", "to_key"]
+TARGETS += ["add_k_proj", "add_v_proj", "to_value", "out_layer", "in_layer"]
+SIZES = {"wan": "tiny-i2v", "ltxvideo": "tiny", "sanavideo": "tiny", "kandinsky5_video": "tiny"}
+
+
+class Foreign:
+    """An adapter of every Linear of a tiny model's blocks, to be written in the ways that programs have.
+
+    Attributes:
+        pairs: diffusers' name -> lora_A, lora_B.
+    """
+
+    def __init__(self, family, size=None):
+        self.family = tiny_family(family, size or SIZES[family])
+        self.layers = {
+            name: module.weight.shape
+            for name, module in self.family.empty_transformer().named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+        inside = [name for name in self.layers if name.startswith(f"{self.family.spec.blocks}.")]
+        self.pairs = {name: self.pair(name) for name in inside}
+
+    def pair(self, name):
+        out, inside = self.layers[name]
+        generator = torch.Generator().manual_seed(len(name) + out)
+        return torch.randn(RANK, inside, generator=generator), torch.randn(out, RANK, generator=generator)
+
+    def named(self, how, ends=("lora_A.weight", "lora_B.weight"), alpha=None, scale=1.0):
+        """The tensors, `how` naming a layer; the scale baked in, or an alpha beside them."""
+        tensors = {}
+        for name, (down, up) in self.pairs.items():
+            tensors[f"{how(name)}.{ends[0]}"], tensors[f"{how(name)}.{ends[1]}"] = down, up * scale
+            if alpha:
+                tensors[f"{how(name)}.alpha"] = torch.tensor(float(alpha))
+        return tensors
+
+    def original(self, name):
+        return f"diffusion_model.{self.family.original_name(name)}"
+
+    def kohya(self, name):
+        return f"lora_unet_{self.family.original_name(name).replace('.', '_')}"
+
+    def exported(self, **more):
+        return self.named(self.family.export_name, **more)
+
+
+def diffusers_name(name):
+    return f"transformer.{name}"
+
+
+def settings(alpha, rank=RANK, prefix="transformer.", **more):
+    told = {"r": rank, "lora_alpha": alpha, "target_modules": TARGETS, **more}
+    return {"lora_adapter_metadata": json.dumps({f"{prefix}{key}": value for key, value in told.items()})}
+
+
+def changed(tensors, end, change):
+    """The first tensor that ends so, changed."""
+    key = next(key for key in tensors if key.endswith(end))
+    return tensors | {key: change(tensors[key])}
+
+
+def without(tensors, end):
+    key = next(key for key in tensors if key.endswith(end))
+    return {name: tensor for name, tensor in tensors.items() if name != key}
+
+
+def poisoned(tensor):
+    tensor = tensor.clone()
+    tensor[0, 0] = float("nan")
+    return tensor
+
+
+def first(tensors, end):
+    return next(key for key in tensors if key.endswith(end)).removesuffix(end)
+
+
+def outside(adapter, layer, name, alpha=None):
+    """The tensors of one layer that no block holds."""
+    down, up = adapter.pair(layer)
+    scale = {f"{name}.alpha": torch.tensor(float(alpha))} if alpha else {}
+    return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up} | scale
+
+
+# What is done to an adapter of a family, its header, and what verify says of it.
+WRONG = {
+    # prefixes and names
+    "wan with diffusers' names": (
+        "wan",
+        lambda f: (f.named(diffusers_name), {}),
+        r"ComfyUI ignores 120 of 120 layers.*begin with transformer\.",
+    ),
+    "ltx with diffusers' prefix": (
+        "ltxvideo",
+        lambda f: (f.named(diffusers_name), {}),
+        r"ComfyUI ignores 100 of 100 layers.*begin with transformer\.",
+    ),
+    "wan with diffusers' names behind diffusion_model.": (
+        "wan",
+        lambda f: (f.named(lambda n: f"diffusion_model.{n}"), {}),
+        r"diffusers refuses the file: ValueError, as diffusers' own names stand behind diffusion_model\.",
+    ),
+    "wan with diffusers' names behind diffusion_model., ComfyUI": (
+        "wan",
+        lambda f: (f.named(lambda n: f"diffusion_model.{n}"), {}),
+        r"ComfyUI ignores 120 .*behind diffusion_model\. it reads the original's names, and these are diffusers'",
+    ),
+    "wan with the original's names behind transformer.": (
+        "wan",
+        lambda f: (f.named(lambda n: f"transformer.{f.family.original_name(n)}"), {}),
+        r"diffusers refuses .*, as behind transformer\. it reads diffusers' names, and these are the original's",
+    ),
+    "kandinsky behind diffusion_model.": (
+        "kandinsky5_video",
+        lambda f: (f.named(f.original), {}),
+        r"diffusers ignores 110 .*begin with diffusion_model\.",
+    ),
+    "sana behind diffusion_model.": (
+        "sanavideo",
+        lambda f: (f.named(lambda n: f"diffusion_model.{n}"), {}),
+        r"diffusers ignores 96 .*begin with diffusion_model\.",
+    ),
+    "wan without a prefix": ("wan", lambda f: (f.named(f.family.original_name), {}), r"ComfyUI ignores 120 .*have no prefix"),
+    "wan without a prefix, diffusers": ("wan", lambda f: (f.named(lambda n: n), {}), r"diffusers ignores 120 .*have no prefix"),
+    "peft's own file": (
+        "wan",
+        lambda f: (f.named(lambda n: f"base_model.model.{n}"), {}),
+        r"diffusers ignores 120 .*begin with base_model\.model\.",
+    ),
+    "lycoris": (
+        "wan",
+        lambda f: (f.named(lambda n: f.kohya(n).replace("lora_unet_", "lycoris_")), {}),
+        r"ComfyUI ignores 120 .*begin with lycoris_",
+    ),
+    "the second expert's prefix": (
+        "wan",
+        lambda f: (f.named(lambda n: f"transformer_2.{n}"), {}),
+        r"diffusers ignores 120 .*begin with transformer_2\.",
+    ),
+    "a block that is not there": (
+        "ltxvideo",
+        lambda f: ({key.replace(".9.", ".99."): tensor for key, tensor in f.exported().items()}, {}),
+        r"diffusers ignores 10 of 100 layers, such as diffusion_model\.transformer_blocks\.99\.\S+: \S+ has no such layer",
+    ),
+    # .alpha, lora_down and kohya's names
+    "ltx with alpha": (
+        "ltxvideo",
+        lambda f: (f.exported(alpha=8), {}),
+        r"refuses.*ValueError.*as it takes \.alpha of no LTX-Video",
+    ),
+    "kandinsky with alpha": (
+        "kandinsky5_video",
+        lambda f: (f.exported(alpha=8), {}),
+        r"refuses.*Invalid LoRA checkpoint.*\.alpha of no Kandinsky",
+    ),
+    "sana with alpha": (
+        "sanavideo",
+        lambda f: (f.exported(alpha=8), {}),
+        r"refuses.*Invalid LoRA checkpoint.*\.alpha of no SANA",
+    ),
+    "ltx with lora_down": (
+        "ltxvideo",
+        lambda f: (f.exported(ends=("lora_down.weight", "lora_up.weight")), {}),
+        r"refuses the file: IndexError, as it finds no lora_B\.weight to take a rank from",
+    ),
+    "kandinsky with lora_down": (
+        "kandinsky5_video",
+        lambda f: (f.exported(ends=("lora_down.weight", "lora_up.weight")), {}),
+        r"refuses the file: IndexError",
+    ),
+    "kohya without alpha": (
+        "wan",
+        lambda f: (f.named(f.kohya, ends=("lora_down.weight", "lora_up.weight")), {}),
+        r"diffusers refuses the file: KeyError, as it takes lora_unet_ keys only with \.alpha",
+    ),
+    "kohya of a part of the layers": (
+        "wan",
+        lambda f: (
+            {k: t for k, t in f.named(f.kohya, ends=("lora_down.weight", "lora_up.weight"), alpha=8).items() if "self" in k},
+            {},
+        ),
+        r"diffusers refuses the file: .*for every layer of every block",
+    ),
+    "ltx kohya": (
+        "ltxvideo",
+        lambda f: (f.named(f.kohya, ends=("lora_down.weight", "lora_up.weight")), {}),
+        r"diffusers ignores 100 .*begin with lora_unet_",
+    ),
+    "wan with alpha behind transformer.": (
+        "wan",
+        lambda f: (f.named(diffusers_name, alpha=8), {}),
+        r"Invalid LoRA checkpoint\), as it takes no \.alpha behind transformer\.",
+    ),
+    "wan with alpha outside the blocks": (
+        "wan",
+        lambda f: (f.exported(alpha=8) | outside(f, "proj_out", "diffusion_model.head.head", alpha=8), {}),
+        r"as it takes \.alpha only inside the blocks",
+    ),
+    "wan without .weight": (
+        "wan",
+        lambda f: (f.exported(ends=("lora_A", "lora_B")), {}),
+        r"^diffusers refuses the file: ValueError, as it takes no keys that end without \.weight\n[^\n]*$",
+    ),
+    "wan with lora.down and lora.up": (
+        "wan",
+        lambda f: (f.exported(ends=("lora.down.weight", "lora.up.weight")), {}),
+        r"refuses the file: ValueError, as it takes \.lora\.down and \.lora\.up only behind transformer\.",
+    ),
+    "wan with a layer that is not there": (
+        "wan",
+        lambda f: ({key.replace("blocks.0.self_attn.q.", "blocks.0.self_attn.qq."): t for key, t in f.exported().items()}, {}),
+        r"refuses the file: ValueError, as diffusion_model\.blocks\.0\.self_attn\.qq is no layer of wan-tiny-i2v",
+    ),
+    "sana without .weight": (
+        "sanavideo",
+        lambda f: (f.exported(ends=("lora_A", "lora_B")), {}),
+        r"diffusers ignores 96 .*the keys end without \.weight",
+    ),
+    # strength
+    "an alpha that no reader sees": (
+        "wan",
+        lambda f: (f.exported(), {"ss_network_alpha": "8", "ss_network_dim": "4"}),
+        r"wrong strength: ss_network_alpha=8 of ss_network_dim=4.*applied at 1 instead of 2",
+    ),
+    "baked and told to scale again": (
+        "wan",
+        lambda f: (f.exported(), settings(8) | {"crepatrain.scale": "baked"}),
+        r"the scale is inside lora_B already, and would be applied again: diffusers at 2, ComfyUI at 1",
+    ),
+    "an alpha that diffusers alone sees": (
+        "kandinsky5_video",
+        lambda f: (f.exported(), settings(8)),
+        r"at different strengths: diffusers at 2, ComfyUI at 1",
+    ),
+    "a rank that is not told": (
+        "wan",
+        lambda f: (f.exported(), settings(8, rank=8)),
+        r"diffusers refuses .*blocks\.0\.attn1\.to_q\.lora_A\.weight is \[4, 48\], and lora_adapter_metadata makes it \[8, 48\]",
+    ),
+    "metadata without a prefix": (
+        "wan",
+        lambda f: (f.exported(), settings(4, prefix="")),
+        r"no key of lora_adapter_metadata begins",
+    ),
+    "no target_modules": (
+        "wan",
+        lambda f: (f.exported(), {"lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 4}'}),
+        "diffusers refuses the file: KeyError, as lora_adapter_metadata names no target_modules",
+    ),
+    "wan with peft's adapter name": (
+        "wan",
+        lambda f: (f.exported(ends=("lora_A.default.weight", "lora_B.default.weight")), {}),
+        r"diffusers refuses the file: ValueError, as it takes no adapter's name \(default\)",
+    ),
+    "sana with peft's adapter name": (
+        "sanavideo",
+        lambda f: (f.exported(ends=("lora_A.default.weight", "lora_B.default.weight")), {}),
+        r"diffusers ignores 96 .*the keys hold an adapter's name \(default\)",
+    ),
+    "a setting of a newer peft": (
+        "wan",
+        lambda f: (f.exported(), settings(4, of_tomorrow=1)),
+        r"peft does not know: of_tomorrow",
+    ),
+    "a target that is a number": (
+        "wan",
+        lambda f: (f.exported(), settings(4, target_modules=5)),
+        r"diffusers refuses the file: TypeError, by lora_adapter_metadata: 'int' object is not iterable\n.*leave it out",
+    ),
+    "a target that is no regex": (
+        "wan",
+        lambda f: (f.exported(), settings(4, target_modules="((")),
+        r"diffusers refuses the file: error, by lora_adapter_metadata: missing \), unterminated",
+    ),
+    "a pattern that is no regex": (
+        "sanavideo",
+        lambda f: (f.exported(), settings(4, rank_pattern={"((": 4})),
+        r"diffusers refuses the file: error, by lora_adapter_metadata: missing \), unterminated",
+    ),
+    "a pattern that is a list": (
+        "sanavideo",
+        lambda f: (f.exported(), settings(4, alpha_pattern=[1])),
+        r"diffusers refuses the file: AttributeError, by lora_adapter_metadata: ",
+    ),
+    "a rank in words": (
+        "sanavideo",
+        lambda f: (f.exported(), settings(4, rank="four")),
+        r"diffusers refuses the file: TypeError, by lora_adapter_metadata: ",
+    ),
+    "settings that are a list": (
+        "sanavideo",
+        lambda f: (f.exported(), {"lora_adapter_metadata": "[4]"}),
+        r"is no JSON object",
+    ),
+    "DoRA by the settings alone": (
+        "sanavideo",
+        lambda f: (f.exported(), settings(4, use_dora=True)),
+        r"diffusers ignores 96 .*it asks for lora_magnitude_vector\.weight in each, and the file has none",
+    ),
+    "metadata that is no JSON": ("wan", lambda f: (f.exported(), {"lora_adapter_metadata": "{"}), r"is no JSON object"),
+    # what is no plain LoRA, and damaged ones
+    "DoRA of ComfyUI": (
+        "wan",
+        lambda f: (f.exported() | {f"{first(f.exported(), '.lora_A.weight')}.dora_scale": torch.ones(48, 1)}, {}),
+        r"dora_scale are DoRA's magnitudes, which diffusers drops",
+    ),
+    "DoRA of peft": (
+        "sanavideo",
+        lambda f: (f.exported() | {f"{first(f.exported(), '.lora_A.weight')}.lora_magnitude_vector": torch.ones(48)}, {}),
+        r"lora_magnitude_vector are DoRA's magnitudes",
+    ),
+    "biases": (
+        "wan",
+        lambda f: (
+            f.exported()
+            | {key.replace("lora_B.weight", "diff_b"): t[:, 0].clone() for key, t in f.exported().items() if "_B" in key},
+            {},
+        ),
+        r"^120 keys such as \S+\.diff_b are a bias[^\n]*\n[^\n]*$",
+    ),
+    "a bias of one layer": (
+        "wan",
+        lambda f: (f.exported() | {f"{first(f.exported(), '.lora_A.weight')}.diff_b": torch.ones(48)}, {}),
+        r"diffusers ignores 119 of 120 layers.*it asks for lora_B\.bias in each, and the file has none",
+    ),
+    "a whole difference": (
+        "wan",
+        lambda f: (f.exported() | {f"{first(f.exported(), '.lora_A.weight')}.diff": torch.ones(48, 48)}, {}),
+        r"\.diff are a whole difference of weights",
+    ),
+    "CREPA's projector": (
+        "ltxvideo",
+        lambda f: (f.exported() | {"crepa.projector.weight": torch.ones(4, 4)}, {}),
+        r"CREPA's projector",
+    ),
+    "LoKr": ("wan", lambda f: (f.exported() | {"diffusion_model.blocks.0.self_attn.q.lokr_w1": torch.ones(4, 4)}, {}), r"LoKr's"),
+    "nothing learned": ("wan", lambda f: (f.exported(scale=0.0), {}), r"every lora_B is zero: the adapter does nothing"),
+    "not finite": ("wan", lambda f: (changed(f.exported(), "lora_B.weight", poisoned), {}), r"1 tensors such as .* not finite"),
+    "half of a pair": ("wan", lambda f: (without(f.exported(), "lora_B.weight"), {}), r"1 layers such as .* lack lora_B"),
+    "two ranks in a pair": (
+        "wan",
+        lambda f: (changed(f.exported(), "lora_B.weight", lambda t: t[:, :3].contiguous()), {}),
+        r"lora_A is of rank 4 and lora_B of rank 3",
+    ),
+    "two ranks in a pair, diffusers": (
+        "wan",
+        lambda f: (changed(f.exported(), "lora_B.weight", lambda t: t[:, :3].contiguous()), {}),
+        r"diffusers refuses the file: RuntimeError, as \S+ is \[4, 48\], where it expects \[3, 48\]",
+    ),
+    "lora_B of one dimension": (
+        "wan",
+        lambda f: (changed(f.exported(), "lora_B.weight", lambda t: t[:, 0].contiguous()), {}),
+        r"lora_A is of rank 4 and lora_B of no rank",
+    ),
+    "a number for lora_A": (
+        "ltxvideo",
+        lambda f: (changed(f.exported(), "lora_A.weight", lambda t: t[0, 0]), {}),
+        r"1 layers don't fit.*lora_A \[\]",
+    ),
+    "rank 0": (
+        "wan",
+        lambda f: (changed(changed(f.exported(), "lora_A.weight", lambda t: t[:0]), "lora_B.weight", lambda t: t[:, :0]), {}),
+        r"self_attn\.q is of rank 0",
+    ),
+    "whole numbers": (
+        "ltxvideo",
+        lambda f: ({key: tensor.to(torch.int8) for key, tensor in f.exported().items()}, {}),
+        r"200 tensors such as \S+ are int8, and a LoRA is of floating-point numbers",
+    ),
+    "whole numbers, diffusers": (
+        "wan",
+        lambda f: ({key: tensor.to(torch.int8) for key, tensor in f.exported().items()}, {}),
+        r"diffusers refuses the file: RuntimeError, in its words: Only Tensors of floating point",
+    ),
+    "no LoRA": ("wan", lambda f: ({"blocks.0.attn1.to_q.weight": torch.ones(48, 48)}, {}), r"^it holds no layer of a LoRA"),
+    "nothing": ("wan", lambda f: ({}, {}), r"^it holds no layer of a LoRA"),
+    "an alpha of several numbers, diffusers": (
+        "wan",
+        lambda f: (changed(f.exported(alpha=8), ".alpha", lambda t: torch.tensor([8.0, 8.0])), {}),
+        r"diffusers refuses the file: RuntimeError, as an alpha is not one number",
+    ),
+    "an alpha of several numbers": (
+        "wan",
+        lambda f: (changed(f.exported(alpha=8), ".alpha", lambda t: torch.tensor([8.0, 8.0])), {}),
+        r"the alpha of \S+ is not one finite number",
+    ),
+    "a wrong shape": (
+        "wan",
+        lambda f: (changed(f.exported(), "lora_A.weight", lambda t: t[:, :40].contiguous()), {}),
+        r"1 layers don't fit.*lora_A \[4, 40\], lora_B \[48, 4\] on a weight \[48, 48\]",
+    ),
+    "a layer twice": (
+        "kandinsky5_video",
+        lambda f: (f.exported() | {k: t.clone() for k, t in list(f.named(f.original).items())[:2]}, {}),
+        r"1 layers .* are there twice",
+    ),
+    "outside the blocks, for LTX": (
+        "ltxvideo",
+        lambda f: (f.exported() | outside(f, "proj_in", "diffusion_model.patchify_proj"), {}),
+        r"diffusers ignores 1 of 101 layers, such as diffusion_model\.patchify_proj: .*these are the original's",
+    ),
+    "outside the blocks alone, for Wan": (
+        "wan",
+        lambda f: (outside(f, "proj_out", "diffusion_model.head.head"), {}),
+        r"diffusers refuses the file: ValueError, as it looks for blocks, and the file has none",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def foreign():
+    made = {}
+
+    def of(family, size=None):
+        return made.setdefault((family, size), Foreign(family, size))
+
+    return of
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_would_be_ignored_or_is_wrong_is_told_with_its_reason(case, foreign, tiny_checkpoint, tmp_path):
+    family, make, reason = WRONG[case]
+    tensors, metadata = make(foreign(family))
+    path = tmp_path / "lora.safetensors"
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    with pytest.raises(UserError) as error:
+        verify(path, tiny_checkpoint(family, SIZES[family]), Screen(quiet=True))
+    assert re.search(reason, str(error.value)), str(error.value)
+
+
+# Files of other programs that both programs read whole, or the one that knows the family.
+GOOD = {
+    "wan, baked": ("wan", lambda f: (f.exported(), {}), "at 1 x"),
+    "wan with alpha": ("wan", lambda f: (f.exported(alpha=8), {}), "at 2 x"),
+    "wan of kohya": ("wan", lambda f: (f.named(f.kohya, ends=("lora_down.weight", "lora_up.weight"), alpha=2), {}), "at 0.5 x"),
+    "ltx, baked": ("ltxvideo", lambda f: (f.exported(), {}), "at 1 x"),
+    "ltx, rank and alpha told": ("ltxvideo", lambda f: (f.exported(), settings(4)), "at 1 x"),
+    "kandinsky, baked": ("kandinsky5_video", lambda f: (f.exported(), {}), "at 1 x"),
+    "sana, of save_lora_weights": ("sanavideo", lambda f: (f.exported(), settings(8)), "at 2 x"),
+    "sana, rsLoRA": ("sanavideo", lambda f: (f.exported(), settings(8, use_rslora=True)), "at 4 x"),
+    "sana, ranks by pattern": (
+        "sanavideo",
+        lambda f: (f.exported(), settings(8, rank=2, rank_pattern={"to_q": 4, "to_k": 4, "to_v": 4, "to_out.0": 4})),
+        "at 2 x",
+    ),
+    "sana, fewer targets told than there are": (
+        "sanavideo",
+        lambda f: (f.exported(), settings(8, target_modules=["to_q", "to_k", "to_v"])),
+        "at 2 x",
+    ),
+    "sana, every target told": ("sanavideo", lambda f: (f.exported(), settings(8, target_modules="all-linear")), "at 2 x"),
+    "ltx, another target told": ("ltxvideo", lambda f: (f.exported(), settings(4, target_modules=["proj_in"])), "at 1 x"),
+    "kandinsky, alphas by pattern": (
+        "kandinsky5_video",
+        lambda f: (f.exported(), settings(8, alpha_pattern={".*": 4, "to_query": 8})),
+        "at 1 x",
+    ),
+    "ltx, lora.down and lora.up": (
+        "ltxvideo",
+        lambda f: (f.exported(ends=("lora.down.weight", "lora.up.weight")), {}),
+        "at 1 x",
+    ),
+    "kandinsky, lora.down and lora.up": (
+        "kandinsky5_video",
+        lambda f: (f.exported(ends=("lora.down.weight", "lora.up.weight")), {}),
+        "at 1 x",
+    ),
+    "sana, lora.down and lora.up": (
+        "sanavideo",
+        lambda f: (f.exported(ends=("lora.down.weight", "lora.up.weight")), {}),
+        "at 1 x",
+    ),
+    "wan in 8 bits": (
+        "wan",
+        lambda f: ({key: tensor.to(torch.float8_e4m3fn) for key, tensor in f.exported().items()}, {}),
+        "at 1 x",
+    ),
+    "a recipe of another trainer's family": (
+        "wan",
+        lambda f: (f.exported(), {"crepatrain.recipe": '{"family": "hunyuan"}'}),
+        "at 1 x",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_what_is_read_whole_is_read_as_told(case, foreign, tiny_checkpoint, tmp_path, capsys):
+    family, make, strength = GOOD[case]
+    adapter = foreign(family)
+    tensors, metadata = make(adapter)
+    path = tmp_path / "lora.safetensors"
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    verify(path, tiny_checkpoint(family, SIZES[family]), Screen())
+    told = capsys.readouterr().out
+    assert f"{len(adapter.pairs)} layers, {strength}" in told
+    assert 'weight_name="lora.safetensors"' in told
+    assert ("models/loras" in told) == (family != "sanavideo")
+
+
+class Loaded:
+    """A tiny pipeline with nothing but its transformer, into which files are really loaded."""
+
+    def __init__(self, family, folder):
+        self.family, spec = family, family.spec
+        index = json.loads((folder / "model_index.json").read_text())
+        absent = {name: None for name in index if name.startswith(("text_enc", "tokenizer", "image_"))}
+        self.pipeline = getattr(diffusers, spec.pipelines[family.task]).from_pretrained(folder, **absent)
+
+    def deltas(self, path):
+        """By layer what the file adds to its weight; of a layer that is not filled None. Raises what diffusers raises."""
+        fresh = self.family.transformer_class.from_config(dict(self.family.checkpoint.transformer))
+        self.pipeline.register_modules(transformer=fresh)
+        self.pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="loaded")
+        return {
+            name: None if any(part.is_meta for part in module.parameters()) else module.get_delta_weight("loaded")
+            for name, module in fresh.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint):
+    made = {}
+
+    def of(family):
+        if family not in made:
+            made[family] = Loaded(tiny_family(family, SIZES[family]), tiny_checkpoint(family, SIZES[family]))
+        return made[family]
+
+    return of
+
+
+@pytest.mark.parametrize("case", {**WRONG, **GOOD})
+def test_diffusers_does_what_the_reading_tells(case, foreign, loaded, tmp_path):
+    """Every file is really loaded: refused with the told exception, or into the told layers at the told strengths."""
+    family, make, _ = (WRONG | GOOD)[case]
+    adapter = foreign(family)
+    tensors, metadata = make(adapter)
+    path = tmp_path / "lora.safetensors"
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    file, model = read_adapter(path), Model(adapter.family, adapter.family.empty_transformer(), family)
+    told = read_as_diffusers(file, model)
+    if told.refusal:
+        with pytest.raises(Exception) as error:  # noqa: PT011 - whichever the reading tells
+            loaded(family).deltas(path)
+        assert told.refusal.startswith(type(error.value).__name__)
+        return
+    deltas = loaded(family).deltas(path)
+    # To an image-to-video model diffusers adds zeros for what a file does not have.
+    filled = {layer for layer, delta in deltas.items() if delta is not None and (delta.any() or layer in told.strengths)}
+    assert filled == told.strengths.keys()
+    for pair in file.pairs.values():
+        layer = model.find(pair)
+        if layer in filled and pair.whole:
+            expected = told.strengths[layer] * pair.up.float() @ pair.down.float()
+            torch.testing.assert_close(deltas[layer], expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", ["wan", "kandinsky5_video"])
+def test_a_family_is_recognised_by_its_names(family, foreign, tmp_path, capsys):
+    adapter = foreign(family)
+    path = tmp_path / "lora.safetensors"
+    save_file(adapter.exported(), path)
+    verify(path, None, Screen())
+    assert adapter.family.spec.title in capsys.readouterr().out
+
+
+def test_a_damaged_layer_does_not_hide_whose_shapes_the_others_are(foreign, tmp_path, capsys):
+    path = tmp_path / "lora.safetensors"
+    save_file(changed(foreign("ltxvideo").exported(), "lora_A.weight", lambda t: t[:, :-1].contiguous()), path)
+    with pytest.raises(UserError, match=r"1 layers don't fit.*\n.*\n.*diffusers refuses the file: RuntimeError"):
+        verify(path, None, Screen())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "refuses it: RuntimeError" in told
+    assert "ComfyUI 99 layers, at 1 x lora_B lora_A; ignores 1" in told
+
+
+def test_families_of_the_same_names_are_told_apart_by_shapes_or_not_at_all(foreign, tmp_path, capsys):
+    path = tmp_path / "lora.safetensors"
+    for title, width, prefix in (("LTX-Video", 2048, "diffusion_model"), ("SANA-Video", 2240, "transformer")):
+        halves = {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.ones(width, 2)}
+        save_file({f"{prefix}.transformer_blocks.0.attn1.to_q.{end}": tensor for end, tensor in halves.items()}, path)
+        verify(path, None, Screen())
+        assert title in capsys.readouterr().out
+    halves = {"lora_A.weight": torch.ones(2, 77), "lora_B.weight": torch.ones(77, 2)}
+    save_file({f"transformer.transformer_blocks.0.attn1.to_q.{end}": tensor for end, tensor in halves.items()}, path)
+    with pytest.raises(UserError, match=r"could be those of ltxvideo or sanavideo\n.*--base"):
+        verify(path, None, Screen(quiet=True))
+
+
+def test_one_of_two_experts_is_named_alike_everywhere(foreign, tiny_checkpoint, tmp_path):
+    adapter = foreign("wan", "tiny-a14b")
+    path = tmp_path / "style_low_noise.safetensors"
+    save_file(adapter.exported(), path, metadata={"crepatrain.expert": "high"})
+    with pytest.raises(UserError, match="named after the low-noise expert, and was trained for the high-noise one"):
+        verify(path, None, Screen(quiet=True))
+    save_file(adapter.exported(), path, metadata={"crepatrain.expert": "low"})
+    with pytest.raises(UserError, match="low-noise expert of two, and wan-tiny has one transformer"):
+        verify(path, tiny_checkpoint("wan", "tiny"), Screen(quiet=True))
+
+
+def test_the_low_noise_expert_is_loaded_into_the_second_transformer(foreign, tiny_checkpoint, tmp_path, capsys):
+    path = tmp_path / "style_low_noise.safetensors"
+    save_file(foreign("wan", "tiny-a14b").exported(), path, metadata={"crepatrain.expert": "low"})
+    verify(path, tiny_checkpoint("wan", "tiny-a14b"), Screen())
+    assert "load_into_transformer_2=True" in capsys.readouterr().out
+
+
+def test_what_is_worth_knowing_is_noted(foreign, tiny_checkpoint, tmp_path, capsys):
+    adapter = foreign("wan", "tiny-a14b")
+    path = tmp_path / "my-checkpoint.safetensors"
+    tensors = adapter.exported()
+    save_file(changed(tensors, "lora_B.weight", torch.zeros_like), path)
+    verify(path, tiny_checkpoint("wan", "tiny-a14b"), Screen())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "has two experts, and nothing in the header says for which one" in told
+    assert "passes over files named after a checkpoint" in told
+    assert f"lora_B is zero in 1 of {len(adapter.pairs)} layers" in told
+
+
+def test_what_is_no_adapter_is_told(wan, tmp_path):
+    with pytest.raises(UserError, match="can't be read"):
+        verify(wan / "model_index.json", None, Screen(quiet=True))
+    with pytest.raises(UserError, match="can't be read"):
+        verify(tmp_path / "none.safetensors", None, Screen(quiet=True))
+    path = tmp_path / "other.safetensors"
+    save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 4)}, path)
+    with pytest.raises(UserError, match="no layer of wan, ltxvideo, sanavideo, kandinsky5_video has a name as in its keys"):
+        verify(path, None, Screen(quiet=True))
+    save_file({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 4)}, path)
+    with pytest.raises(UserError, match="its transformer is a AutoencoderKLWan"):
+        verify(path, wan / "vae", Screen(quiet=True))
+
+
+def test_the_command_exits_with_2_and_says_why(foreign, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "lora.safetensors"
+    save_file(foreign("wan").named(diffusers_name), path)
+    monkeypatch.setattr("sys.argv", ["crepatrain", "verify", str(path)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    assert "sha256" in said.out
+    assert "name the keys as in diffusion_model.blocks." in said.err

@@ -1,0 +1,221 @@
+"""What is found out of a dataset before anything is computed."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import render_image, tiny_family
+
+from crepatrain.config.plan import Plan, read_plan
+from crepatrain.console import Screen
+from crepatrain.errors import UserError
+from crepatrain.preparing.preflight import Dataset, build_sampler, image_bytes, latents_bytes, look_at_clips
+from crepatrain.stopping import StopSignal
+
+
+class Listening(Screen):
+    """A quiet screen that keeps its notes."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def look(config_file, clips_and_images, tiny_checkpoint) -> Callable[..., tuple[Plan, Dataset, list[str]]]:
+    """Looks at the clips and images with a tiny checkpoint: the plan, what was found, and what was said."""
+
+    def command(family: str = "wan", size: str = "tiny", **changes: Any) -> tuple[Plan, Dataset, list[str]]:
+        of = {"model_family": family, "pretrained_model_name_or_path": str(tiny_checkpoint(family, size))}
+        plan, screen = read_plan(config_file(**{"train_data": str(clips_and_images), **of, **changes})), Listening()
+        return plan, look_at_clips(plan, screen, StopSignal()), screen.notes
+
+    return command
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Three captioned images alone."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(3):
+        render_image(folder / f"{index}.png", seed=index)
+        (folder / f"{index}.txt").write_text(f"blocks {index}", encoding="utf-8")
+    return folder
+
+
+# Images
+
+
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [("wan", "tiny"), ("wan", "tiny-ti2v"), ("ltxvideo", "tiny"), ("sanavideo", "tiny"), ("kandinsky5_video", "tiny")],
+)
+def test_images_are_buckets_of_one_frame_beside_the_clips(look, family, size):
+    plan, dataset, _ = look(family, size, fps=16)
+    counts = {bucket.frames: count for bucket, count in dataset.cut.buckets.items()}
+    assert counts == {9: 6, 1: 2}
+    assert {bucket.frames: grid.t for bucket, grid in dataset.grids.items()} == {9: plan.grid.t, 1: 1}
+    assert not dataset.refused
+    sampler = build_sampler(plan, dataset, world=3)
+    for step in range(2 * sampler.steps_per_epoch):
+        assert len({dataset.cut.windows[sample].bucket for sample in sampler.samples(step)}) == 1
+
+
+@pytest.mark.parametrize(("size", "title"), [("tiny-i2v", "Wan 2.1 image-to-video"), ("tiny-i2v-a14b", "Wan 2.2 image-to-video")])
+def test_images_are_refused_where_the_channels_have_no_place_for_them(look, size, title):
+    expert = {"wan_expert": "high"} if "a14b" in size else {}
+    with pytest.raises(UserError) as caught:
+        look(size=size, **expert)
+    problems = caught.value.problems
+    assert [Path(problem.what.partition(": ")[0]).name for problem in problems] == ["image-0.png", "image-1.jpg"]
+    for problem in problems:
+        assert problem.what.endswith(f"it is an image, and {title} is trained on clips alone")
+        assert "remove it" in problem.fix
+        assert "unusable_clips" in problem.fix
+    _, dataset, notes = look(size=size, unusable_clips="skip", **expert)
+    assert {window.bucket.frames for window in dataset.cut.windows} == {9}
+    assert sum("image-0.png is left out: it is an image" in note for note in notes) == 1
+    assert len(dataset.refused) == 2
+
+
+def test_a_dataset_of_images_alone_can_be_trained_on(look, images):
+    _, dataset, _ = look(train_data=str(images))
+    assert {bucket.frames: count for bucket, count in dataset.cut.buckets.items()} == {1: 3}
+
+
+def test_a_dataset_of_images_alone_is_none_for_image_to_video_channels(look, images):
+    with pytest.raises(UserError, match="no clip of it can be used"):
+        look(size="tiny-i2v", train_data=str(images), unusable_clips="skip")
+
+
+def test_a_broken_image_is_refused_in_one_message(look, images):
+    (images / "1.png").write_bytes((images / "1.png").read_bytes()[:200])
+    with pytest.raises(UserError) as caught:
+        look(train_data=str(images))
+    (problem,) = caught.value.problems
+    assert problem.what == f"{images / '1.png'}: it is no image, or is cut off"
+    _, dataset, notes = look(train_data=str(images), unusable_clips="skip")
+    assert len(dataset.cut.windows) == 2
+    assert len(notes) == 1
+
+
+def test_an_image_without_a_caption_is_told_as_a_clip_is(look, images):
+    (images / "1.txt").unlink()
+    with pytest.raises(UserError, match=r"1\.png: no caption"):
+        look(train_data=str(images))
+    _, dataset, _ = look(train_data=str(images), missing_captions="filename")
+    assert "1" in {window.clip.caption for window in dataset.cut.windows}
+
+
+def test_first_frames_take_disk_of_their_own(look):
+    plan, dataset, _ = look("ltxvideo", task="i2v")
+    by_frames = {bucket.frames: bucket for bucket in dataset.grids}
+    assert image_bytes(plan, by_frames[1]) == 0
+    assert 0 < image_bytes(plan, by_frames[9]) <= latents_bytes(plan, by_frames[9])
+    plan, dataset, _ = look("ltxvideo")
+    assert {image_bytes(plan, bucket) for bucket in dataset.grids} == {0}
+
+
+# The threshold: 9 frames are 3 token frames, whose score reaches 1.491
+
+
+def test_a_threshold_that_images_can_not_reach_is_refused(look, images):
+    with pytest.raises(UserError) as caught:
+        look(train_data=str(images), crepa_similarity_threshold=1.2)
+    (problem,) = caught.value.problems
+    assert problem.what.startswith("crepa_similarity_threshold=1.2: ")
+    assert "images can't exceed 1" in problem.what
+    assert problem.fix == "use 1 or less"
+    _, _, notes = look(train_data=str(images), crepa_similarity_threshold=1.0)
+    assert notes == []
+    look(train_data=str(images), crepa_similarity_threshold=1.2, crepa_enabled=False)
+
+
+def test_a_threshold_over_images_and_clips_is_said_to_depend_on_their_mix(look):
+    _, _, notes = look(crepa_similarity_threshold=1.2)
+    (note,) = notes
+    assert "images score at most 1" in note
+    assert "crepa_threshold_metric to self" in note
+    assert len(look(crepa_similarity_threshold=0.8)[2]) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"crepa_similarity_threshold": 0.9, "crepa_threshold_metric": "self"},
+        {"crepa_similarity_threshold": 0.9, "crepa_enabled": False},
+        {"crepa_similarity_threshold": 0.9, "crepa_adjacent_distance": 0},
+        {"crepa_similarity_threshold": 0.9, "crepa_normalize_neighbour_sum": True},
+    ],
+    ids=lambda changes: ",".join(changes) or "no threshold",
+)
+def test_where_images_score_as_clips_do_nothing_is_said(look, changes):
+    assert look(**changes)[2] == []
+
+
+def test_a_threshold_over_clips_alone_is_no_matter(look, clips):
+    assert look(train_data=str(clips), crepa_similarity_threshold=1.2)[2] == []
+
+
+# Captions of one length in a batch
+
+CAPTIONS = ("a", "bb", "a square moves", "a square moves, and it is told at length" * 20)
+
+
+@pytest.fixture
+def spoken(clips, tmp_path) -> Path:
+    """The clips, with captions of other lengths, and an image with one of the same length as a clip's."""
+    folder = Path(shutil.copytree(clips, tmp_path / "spoken"))
+    render_image(folder / "image.png")
+    for name, caption in {"clip-0": CAPTIONS[0], "clip-1": CAPTIONS[1], "clip-2": CAPTIONS[3], "image": "cc"}.items():
+        (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+def test_batches_of_kandinsky_hold_captions_of_one_length(look, spoken, tiny_checkpoint):
+    plan, dataset, _ = look("kandinsky5_video", train_data=str(spoken), train_batch_size=2, fps=16)
+    family, folder = tiny_family("kandinsky5_video"), str(tiny_checkpoint("kandinsky5_video"))
+    encoder = family.load_text_encoder(folder, torch.float32)
+    found: dict[str, set[int | None]] = {}
+    for window in dataset.cut.windows:
+        found.setdefault(window.clip.caption, set()).add(window.bucket.caption_tokens)
+    assert len(found) == 4
+    with torch.no_grad():
+        encoded = family.encode_text(encoder, list(found))
+    lengths = {caption: text["prompt_embeds"].shape[0] for caption, text in zip(found, encoded, strict=True)}
+    assert found == {caption: {length} for caption, length in lengths.items()}
+    assert lengths[CAPTIONS[3]] == 512
+    assert lengths[CAPTIONS[0]] < lengths[CAPTIONS[1]] == lengths["cc"]
+    assert {(bucket.frames, bucket.caption_tokens) for bucket in dataset.grids} == {
+        (9, lengths[CAPTIONS[0]]),
+        (9, lengths[CAPTIONS[1]]),
+        (9, lengths[CAPTIONS[3]]),
+        (1, lengths["cc"]),
+    }
+    sampler = build_sampler(plan, dataset, world=1)
+    for step in range(2 * sampler.steps_per_epoch):
+        assert len({lengths[dataset.cut.windows[sample].clip.caption] for sample in sampler.samples(step)}) == 1
+
+
+def test_captions_are_not_counted_where_it_does_not_matter(look, spoken):
+    for family, batch in (("kandinsky5_video", 1), ("wan", 2), ("ltxvideo", 2), ("sanavideo", 2)):
+        _, dataset, _ = look(family, train_data=str(spoken), train_batch_size=batch, fps=16)
+        assert {bucket.caption_tokens for bucket in dataset.grids} == {None}
+
+
+@pytest.mark.parametrize(
+    "caption", ["", "a", "é ü 🙂 日本", "a  b\n c", "a &amp; b", "<|im_start|> x", "x" * 510, "x" * 511, "x" * 512, "y z" * 300]
+)
+def test_a_counted_caption_is_as_long_as_the_encoded_one(tiny_checkpoint, caption):
+    family, folder = tiny_family("kandinsky5_video"), str(tiny_checkpoint("kandinsky5_video"))
+    with torch.no_grad():
+        (text,) = family.encode_text(family.load_text_encoder(folder, torch.float32), [caption])
+    assert family.count_tokens(folder, [caption]) == [text["prompt_embeds"].shape[0]]
