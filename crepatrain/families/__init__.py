@@ -1,4 +1,4 @@
-"""The DiT families: their tensors and names, nothing of alignment. One file each, named like the family in config/specs.py."""
+"""The DiT families: their tensors and names, nothing of alignment. One file each, named like the family in specs/."""
 
 from importlib import import_module
 

@@ -27,7 +27,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         body.append(f"<h2>{title}</h2>{_figures(found, charts)}")
     body += [_samples(runs, charts), *(map_section(run.root) for run in runs), _dataset(runs), _config(runs)]
     numbers = json.dumps([chart.plain() for chart in charts], allow_nan=False).replace("<", "\\u003c")
-    own = files("crepatrain.commands.reporting")
+    own = files("crepatrain.reporting")
     css, script = ((own / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
