@@ -92,18 +92,9 @@ def cache(context: typer.Context, config: ConfigFile) -> None:
     plan = _plan(config, context.args)
 
     def work() -> None:
-        import torch
+        from crepatrain.commands.cache import fill_caches
 
-        from crepatrain.preparing import precompute, preflight
-        from crepatrain.stopping import StopSignal
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with StopSignal() as stop:
-            found = preflight.hold_out(plan, preflight.look_at_clips(plan, _screen, stop), _screen, stop)
-            for dataset in filter(None, found):
-                caches = precompute.plan_caches(plan, dataset, _screen, device, teacher=plan.config.crepa_enabled)
-                precompute.fill_caches(plan, dataset, caches, _screen, device, stop)
-                _screen.say(f"the caches of {len(caches.samples)} windows are full, in {caches.store.root}")
+        fill_caches(plan, _screen)
 
     _stoppable(work)
 

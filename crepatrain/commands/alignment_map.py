@@ -20,14 +20,15 @@ from crepatrain.data.loader import Draw
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.preparing.precompute import fill_caches, plan_caches
-from crepatrain.preparing.preflight import look_at_clips
+from crepatrain.preparing.preflight import read_dataset
 from crepatrain.reporting.heatmap import MAP_FILE
-from crepatrain.running.session import build_training_set, restore
+from crepatrain.running.session import build_training_set, restore_modules
 from crepatrain.screen import Screen
 from crepatrain.stopping import StopSignal
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.checkpoint import EMA_FILE, checkpoints, read_tensors, replace_json, step_of
+from crepatrain.training.context import Context
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.lora import load_trained_state
 
@@ -51,15 +52,16 @@ def write_alignment_map(root: Path, screen: Screen) -> None:
         raise UserError(f"{root}: it has no checkpoint yet", "wait for the first one, or leave out --map")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with StopSignal() as stop:
-        dataset = look_at_clips(plan, screen, stop)
+        context = Context(plan, screen, device, stop)
+        dataset = read_dataset(context)
         firsts = {window.clip: window for window in reversed(dataset.cut.windows)}
         windows = tuple(reversed(firsts.values()))[:_CLIPS]
         dataset = replace(dataset, cut=replace(dataset.cut, windows=windows))
-        caches = plan_caches(plan, dataset, screen, device, teacher=True)
-        fill_caches(plan, dataset, caches, screen, device, stop)
+        caches = plan_caches(context, dataset, teacher=True)
+        fill_caches(context, caches)
     screen.say(f"measuring {found[-1]}")
     probe = _Probe.load(plan, found[-1], device)
-    samples = build_training_set(probe.plan, probe.family, probe.process, dataset, caches, lambda _step: True)
+    samples = build_training_set(plan, probe.family, probe.process, caches, lambda _step: True, drops=False)
     clips = []
     for index, window in enumerate(dataset.cut.windows):
         batch = samples.read([Draw(index, step=0, slot=index)])
@@ -82,11 +84,9 @@ class _Probe:
 
     @classmethod
     def load(cls, plan: Plan, checkpoint: Path, device: torch.device) -> "_Probe":
-        # Every sample with its own caption and first frame.
-        plan = replace(plan, config=plan.config.model_copy(update={"caption_dropout": 0.0, "i2v_dropout": 0.0}))
         family = build.build_family(plan)
         transformer, crepa = build.build_transformer(plan, family, device), build.build_crepa(plan).to(device)
-        restore(checkpoint, plan.config, transformer, crepa, {})
+        restore_modules(checkpoint, plan.config, transformer, crepa)
         if plan.config.use_ema:  # what the run hands out
             load_trained_state(transformer, read_tensors(checkpoint, EMA_FILE))
         process, teacher = build.build_process(plan), build.build_teacher(plan, family, device)

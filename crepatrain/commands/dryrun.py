@@ -10,6 +10,7 @@ from crepatrain.preparing.preflight import Dataset
 from crepatrain.screen import Screen
 from crepatrain.stopping import StopSignal
 from crepatrain.training import build
+from crepatrain.training.context import Context
 from crepatrain.training.lora import trainable_parameters
 
 # GiB that are free to use on a card of so many GB.
@@ -22,7 +23,8 @@ def dry_run(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
     Raises:
         UserError: what `fit` would refuse before it loads weights.
     """
-    dataset, _ = preflight.hold_out(plan, preflight.look_at_clips(plan, screen, stop), screen, stop)
+    context = Context(plan, screen, torch.device("cpu"), stop)
+    dataset, _ = preflight.read_datasets(context)
     family = build.build_family(plan)
     transformer = family.empty_transformer()
     build.adapt(plan, family, transformer)
@@ -33,7 +35,7 @@ def dry_run(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
     }
     if plan.config.crepa_enabled:
         trainable["projector"] = sum(p.numel() for p in build.build_crepa(plan).parameters())
-    preflight.describe(plan, dataset, screen, trainable)
+    preflight.describe(context, dataset, trainable)
     return dataset
 
 

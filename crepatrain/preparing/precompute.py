@@ -20,8 +20,6 @@ from crepatrain.data.loader import Sample
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.preparing.preflight import Dataset, image_bytes, in_words, latents_bytes, teacher_bytes
-from crepatrain.screen import Screen
-from crepatrain.stopping import StopSignal
 from crepatrain.training.build import (
     build_encoder,
     build_family,
@@ -32,6 +30,7 @@ from crepatrain.training.build import (
     loading,
     model_folder,
 )
+from crepatrain.training.context import Context
 
 _CAPTIONS_AT_ONCE = 8
 _DECODED_AHEAD = 2
@@ -44,6 +43,7 @@ class Caches:
     """Where everything of a dataset is, or will be, in the store.
 
     Attributes:
+        dataset: whose entries these are.
         text, latents, image, teacher: keys, of text by caption; image holds the windows that are conditioned on their first
             frame, teacher is empty where features are not cached.
         negative: key of what validation's videos shall not show; None where there are none.
@@ -52,6 +52,7 @@ class Caches:
         teacher_grids: (rows, columns) of the teacher's patches, per bucket.
     """
 
+    dataset: Dataset
     store: CacheStore
     text: Mapping[str, str]
     latents: Mapping[Window, str]
@@ -72,15 +73,16 @@ class Caches:
         return self.text[""]
 
 
-def plan_caches(plan: Plan, dataset: Dataset, screen: Screen, device: torch.device, *, teacher: bool) -> Caches:
+def plan_caches(context: Context, dataset: Dataset, *, teacher: bool) -> Caches:
     """Name every entry by all that its content depends on. Reads the models' files, and computes nothing.
 
     Args:
         teacher: whether CREPA's teacher will be asked.
     """
+    plan, device = context.plan, context.device
     assert plan.config.cache_dir is not None
     source = plan.config.crepa_feature_source if teacher else None
-    models = _digests(plan, dataset, screen, encoder=source == "cached")
+    models = _digests(context, dataset, encoder=source == "cached")
     windows = dataset.cut.windows
     text, negative = _text_keys(plan, dataset, models, device)
     latents = _latents_keys(plan, windows, models)
@@ -100,15 +102,16 @@ def plan_caches(plan: Plan, dataset: Dataset, screen: Screen, device: torch.devi
     )
     grids = {bucket: plan.teacher_grid(grid) for bucket, grid in dataset.grids.items()}
     store = CacheStore(Path(plan.config.cache_dir))
-    return Caches(store, text, latents, image, features, negative, models, samples, grids)
+    return Caches(dataset, store, text, latents, image, features, negative, models, samples, grids)
 
 
-def _digests(plan: Plan, dataset: Dataset, screen: Screen, *, encoder: bool) -> dict[str, str]:
+def _digests(context: Context, dataset: Dataset, *, encoder: bool) -> dict[str, str]:
+    plan = context.plan
     folders = {part: model_folder(plan) / part for part in plan.variant.parts}
     if encoder:
         folders["encoder"] = encoder_folder(plan)
     models = {}
-    with screen.progress("identifying the models' files", len(folders)) as advance:
+    with context.screen.progress("identifying the models' files", len(folders)) as advance:
         for part, folder in folders.items():
             models[part] = dataset.digests.folder(folder)
             advance()
@@ -116,7 +119,7 @@ def _digests(plan: Plan, dataset: Dataset, screen: Screen, *, encoder: bool) -> 
     return models
 
 
-def fill_caches(plan: Plan, dataset: Dataset, caches: Caches, screen: Screen, device: torch.device, stop: StopSignal) -> None:
+def fill_caches(context: Context, caches: Caches) -> None:
     """Compute what is missing; what is there is never written again.
 
     Raises:
@@ -124,8 +127,8 @@ def fill_caches(plan: Plan, dataset: Dataset, caches: Caches, screen: Screen, de
         Stopped: a signal came; every entry written so far stays.
     """
     try:
-        _fill_text(plan, caches, screen, device, stop)
-        _fill_video(plan, dataset, caches, screen, device, stop)
+        _fill_text(context, caches)
+        _fill_video(context, caches)
     except torch.OutOfMemoryError as error:
         raise UserError(
             "out of GPU memory while filling the caches; what was written is kept",
@@ -201,8 +204,8 @@ def _teacher_frames(dataset: Dataset, window: Window) -> tuple[int, ...]:
     return tuple(window.frames[frame] for frame in dataset.grids[window.bucket].teacher_frames)
 
 
-def _fill_text(plan: Plan, caches: Caches, screen: Screen, device: torch.device, stop: StopSignal) -> None:
-    store = caches.store
+def _fill_text(context: Context, caches: Caches) -> None:
+    plan, screen, device, store = context.plan, context.screen, context.device, caches.store
     missing = [caption for caption, key in caches.text.items() if not store.has("text", key)]
     negative = caches.negative if caches.negative and not store.has("text", caches.negative) else None
     if not missing and not negative:
@@ -214,7 +217,7 @@ def _fill_text(plan: Plan, caches: Caches, screen: Screen, device: torch.device,
         encoder = family.load_text_encoder(str(folder), encoding_dtype(device)).to(device)
     with screen.progress("encoding captions", len(missing)) as advance, torch.no_grad():
         for start in range(0, len(missing), _CAPTIONS_AT_ONCE):
-            stop.check(_KEPT)
+            context.stop.check(_KEPT)
             captions = missing[start : start + _CAPTIONS_AT_ONCE]
             for caption, text in zip(captions, family.encode_text(encoder, captions), strict=True):
                 store.write("text", caches.text[caption], text)
@@ -225,18 +228,19 @@ def _fill_text(plan: Plan, caches: Caches, screen: Screen, device: torch.device,
     free_memory()
 
 
-def _fill_video(plan: Plan, dataset: Dataset, caches: Caches, screen: Screen, device: torch.device, stop: StopSignal) -> None:
+def _fill_video(context: Context, caches: Caches) -> None:
     """One pass over the clips: each is decoded once for all that is made of it."""
-    store = caches.store
+    stop, dataset, store = context.stop, caches.dataset, caches.store
     missing: dict[Kind, set[Window]] = {
         kind: {window for window, key in keys.items() if not store.has(kind, key)} for kind, keys in caches.of_windows.items()
     }
     windows = [window for window in dataset.cut.windows if any(window in without for without in missing.values())]
     if not windows:
         return
-    _check_disk(plan, dataset, store.root, missing, screen)
-    encode = _Encoders.load(plan, dataset, device, missing)
-    with ThreadPoolExecutor(max_workers=_DECODED_AHEAD) as pool, screen.progress("encoding clips", len(windows)) as advance:
+    _check_disk(context, caches, missing)
+    encode = _Encoders.load(context, dataset, missing)
+    progress = context.screen.progress("encoding clips", len(windows))
+    with ThreadPoolExecutor(max_workers=_DECODED_AHEAD) as pool, progress as advance:
         ahead = [pool.submit(_read_window, window) for window in windows[:_DECODED_AHEAD]]
         for number, window in enumerate(windows):
             if stop.requested:
@@ -269,7 +273,8 @@ class _Encoders:
     vision: VisionEncoder | None
 
     @classmethod
-    def load(cls, plan: Plan, dataset: Dataset, device: torch.device, missing: Mapping[Kind, Collection[Window]]) -> "_Encoders":
+    def load(cls, context: Context, dataset: Dataset, missing: Mapping[Kind, Collection[Window]]) -> "_Encoders":
+        plan, device = context.plan, context.device
         family = build_family(plan)
         return cls(
             plan,
@@ -306,12 +311,13 @@ def _read_window(window: Window) -> Tensor:
         raise UserError(f"{window.path}: {error}", "mend or remove it") from error
 
 
-def _check_disk(plan: Plan, dataset: Dataset, root: Path, missing: Mapping[Kind, Collection[Window]], screen: Screen) -> None:
+def _check_disk(context: Context, caches: Caches, missing: Mapping[Kind, Collection[Window]]) -> None:
+    plan, dataset, root = context.plan, caches.dataset, caches.store.root
     latents = sum(latents_bytes(plan, window.bucket) for window in missing["latents"])
     image = sum(image_bytes(plan, window.bucket) for window in missing["image"])
     teacher = sum(teacher_bytes(plan, dataset.grids[window.bucket]) for window in missing["teacher"])
     first = f", first frames {in_words(image)}" if image else ""
-    screen.say(f"caching in {root}: latents {in_words(latents)}{first}, teacher features {in_words(teacher)}")
+    context.screen.say(f"caching in {root}: latents {in_words(latents)}{first}, teacher features {in_words(teacher)}")
     root.mkdir(parents=True, exist_ok=True)
     needed, free = latents + image + teacher, shutil.disk_usage(root).free
     if needed > free:

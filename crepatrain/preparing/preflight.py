@@ -1,4 +1,4 @@
-"""Looks at every clip before anything is computed: what the dataset holds, what of it is used, what it will cost."""
+"""Reads every clip before anything is computed: what the dataset holds, what of it is used, what it will cost."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from crepatrain.config.checks import maximum_score
 from crepatrain.config.plan import Plan
@@ -17,8 +17,8 @@ from crepatrain.data.loader import StepSampler
 from crepatrain.errors import UserError
 from crepatrain.geometry import TokenGrid
 from crepatrain.screen import Screen
-from crepatrain.stopping import StopSignal
 from crepatrain.training.build import count_caption_tokens
+from crepatrain.training.context import Context
 
 _FP16_BYTES = 2
 _FP32_BYTES = 4
@@ -39,29 +39,28 @@ class Dataset:
     digests: FileDigests
 
 
-def look_at_clips(plan: Plan, screen: Screen, stop: StopSignal, *, key: str = "train_data") -> Dataset:
-    """Find, caption, decode and cut the clips of a plan.
-
-    Args:
-        key: of the config, that names them.
+def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "train_data") -> Dataset:
+    """Find, caption, decode and cut the clips that a key of the config names.
 
     Raises:
         UserError: clips that can't be used, all of them at once; or none that can.
         Stopped: a signal came; what was learnt of the clips is kept.
     """
-    config = plan.config
+    plan, screen, config = context.plan, context.screen, context.plan.config
+    source = config.train_data if key == "train_data" else config.eval_data
+    assert source is not None
     assert config.cache_dir is not None
     assert config.fps is not None
-    captioned, refused = choose_captions(list_clips(Path(config.train_data), key), config.missing_captions)
+    captioned, refused = choose_captions(list_clips(Path(source), key), config.missing_captions)
     root = Path(config.cache_dir)
     digests = FileDigests(root / "digests.json")
     with screen.progress("looking at clips", len(captioned)) as advance:
 
-        def looked() -> None:
+        def after_each() -> None:
             advance()
-            stop.check("what was learnt of the clips is kept")
+            context.stop.check("what was learnt of the clips is kept")
 
-        clips, unreadable = ClipIndex(root / "index", digests).read(captioned, advance=looked)
+        clips, unreadable = ClipIndex(root / "index", digests).read(captioned, advance=after_each)
     cut = cut_clips(
         clips,
         size=plan.size,
@@ -80,26 +79,26 @@ def look_at_clips(plan: Plan, screen: Screen, stop: StopSignal, *, key: str = "t
     for path, factor in cut.slower:
         screen.note(f"{path} is slower than fps={config.fps:g}: taken frame by frame, so it runs {factor:.2g} times as fast")
     if not cut.windows:
-        raise UserError(f"{key}={config.train_data}: no clip of it can be used", "add clips, or lower num_frames")
+        raise UserError(f"{key}={source}: no clip of it can be used", "add clips, or lower num_frames")
     if config.train_batch_size > 1 and not plan.spec.text_is_padded:
         cut = _one_caption_length_per_bucket(plan, cut)
-    _look_at_threshold(plan, cut, screen)
+    _check_threshold(plan, cut, screen)
     grids = {bucket: plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width) for bucket in cut.buckets}
     return Dataset(cut, grids, tuple(refused), digests)
 
 
-def hold_out(plan: Plan, dataset: Dataset, screen: Screen, stop: StopSignal) -> tuple[Dataset, Dataset | None]:
+def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
     """What is trained on, and what is held out; None where nothing is.
 
     A clip is held out by its content, so that it stays so whatever else joins the dataset.
 
     Raises:
-        UserError: nothing would be left of one of the two.
+        UserError: clips that can't be used; or nothing would be left of one of the two.
+        Stopped: a signal came; what was learnt of the clips is kept.
     """
-    config = plan.config
+    config, dataset = context.plan.config, read_dataset(context)
     if config.eval_data:
-        elsewhere = replace(plan, config=config.model_copy(update={"train_data": config.eval_data}))
-        held_out = look_at_clips(elsewhere, screen, stop, key="eval_data")
+        held_out = read_dataset(context, "eval_data")
         trained = {window.clip.digest for window in dataset.cut.windows}
         both = sorted({str(window.path) for window in held_out.cut.windows if window.clip.digest in trained})
         if both:
@@ -118,7 +117,7 @@ def hold_out(plan: Plan, dataset: Dataset, screen: Screen, stop: StopSignal) -> 
         raise UserError(
             f"eval_share={config.eval_share:g}: {which} of the clips would be held out", "change it, or give eval_data"
         )
-    screen.note(f"{len(held)} of {len(windows)} windows are held out, of {len({window.path for window in held})} clips")
+    context.screen.note(f"{len(held)} of {len(windows)} windows are held out, of {len({window.path for window in held})} clips")
     trained, measured = (replace(dataset, cut=replace(dataset.cut, windows=tuple(part))) for part in (kept, held))
     return trained, measured
 
@@ -140,7 +139,7 @@ def _one_caption_length_per_bucket(plan: Plan, cut: Cut) -> Cut:
     return replace(cut, windows=tuple(windows))
 
 
-def _look_at_threshold(plan: Plan, cut: Cut, screen: Screen) -> None:
+def _check_threshold(plan: Plan, cut: Cut, screen: Screen) -> None:
     """Images have no neighbours, so their alignment score ends at 1."""
     config, threshold = plan.config, plan.config.crepa_similarity_threshold
     frames = {bucket.frames for bucket in cut.buckets}
@@ -200,13 +199,13 @@ def teacher_bytes(plan: Plan, grid: TokenGrid) -> int:
     return patches * plan.encoder.width * _FP16_BYTES
 
 
-def describe(plan: Plan, dataset: Dataset, screen: Screen, trainable: Mapping[str, int]) -> None:
+def describe(context: Context, dataset: Dataset, trainable: Mapping[str, int]) -> None:
     """The table of a dry run.
 
     Args:
         trainable: parameters that will be trained, by part.
     """
-    cut = dataset.cut
+    plan, screen, cut = context.plan, context.screen, dataset.cut
     sampler = build_sampler(plan, dataset, world=1)
     used = sum(len(window.frames) for window in cut.windows)
     buckets = cut.buckets

@@ -1,33 +1,11 @@
-"""What happens in a run, for whoever subscribes: the screen, trackers, the report, a test. Plain values, no tensors."""
+"""What happens in a run, for whoever subscribes: the screen, trackers, the report, a test."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-
-
-@dataclass(frozen=True)
-class StepBegins:
-    """An optimizer step is about to be launched.
-
-    Attributes:
-        step: its number, from 0.
-    """
-
-    step: int
-
-
-@dataclass(frozen=True)
-class StepLaunched:
-    """All work of an optimizer step is queued; the device may still be at it.
-
-    Attributes:
-        step: its number, from 0.
-    """
-
-    step: int
 
 
 @dataclass(frozen=True)
@@ -85,5 +63,19 @@ class Ended:
     reason: str = ""
 
 
-Event = StepBegins | StepLaunched | StepDone | Logged | CheckpointSaved | VideosMade | Ended
-Subscriber = Callable[[Event], None]
+Subscriber = Callable[[object], None]
+
+
+class Events:
+    """Passes what happens on to every subscriber, in the order in which they came."""
+
+    def __init__(self, subscribers: Iterable[Subscriber] = ()) -> None:
+        self._subscribers = list(subscribers)
+
+    def subscribe(self, subscriber: Subscriber) -> None:
+        self._subscribers.append(subscriber)
+
+    def emit(self, event: object) -> None:
+        """Tell every subscriber. What one raises ends the run as an error of the run's own would."""
+        for subscriber in self._subscribers:
+            subscriber(event)

@@ -12,6 +12,7 @@ from crepatrain.config.sections import RunConfig
 from crepatrain.data.encode import as_jpeg, film_strip
 from crepatrain.errors import UserError
 from crepatrain.records.event_files import EventFile
+from crepatrain.records.events import Logged, Subscriber, VideosMade
 from crepatrain.records.runfolder import RunFolder
 
 # What a line's numbers are shown under, by the beginning or the end of their name; the rest under train.
@@ -81,23 +82,35 @@ class WandB:
         self._tracker.finish()
 
 
+class _Tracker:
+    def __init__(self, tracker: Any) -> None:
+        self._tracker = tracker
+
+    def __call__(self, event: object) -> None:
+        match event:
+            case Logged(line):
+                self._tracker.log(line)
+            case VideosMade(step, videos, file):
+                self._tracker.show(step, videos, file)
+
+
 @contextmanager
-def tracking(folder: RunFolder, config: RunConfig, step: int) -> Iterator[None]:
+def tracking(folder: RunFolder, config: RunConfig, step: int) -> Iterator[list[Subscriber]]:
     """Within the context what is logged in the folder goes to the places of `report_to` too.
 
     Args:
         step: where this part of the run begins.
     """
+    trackers: list[Any] = []
     try:
         if folder.writes and "tensorboard" in config.report_to:
-            folder.trackers.append(TensorBoard(folder.root / "tensorboard", step))
+            trackers.append(TensorBoard(folder.root / "tensorboard", step))
         if folder.writes and "wandb" in config.report_to:
-            folder.trackers.append(WandB(config, folder.root))
-        yield
+            trackers.append(WandB(config, folder.root))
+        yield [_Tracker(tracker) for tracker in trackers]
     finally:
-        for tracker in folder.trackers:
+        for tracker in trackers:
             tracker.close()
-        folder.trackers.clear()
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:

@@ -1,10 +1,12 @@
 """A run, or several beside each other, as one HTML file."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from crepatrain.errors import UserError
 from crepatrain.files import written_aside
+from crepatrain.records.events import Ended, VideosMade
 from crepatrain.records.reading import read_run, told_apart
 from crepatrain.reporting.page import page
 from crepatrain.screen import Screen
@@ -35,6 +37,18 @@ def refresh_report(root: Path) -> None:
     """Bring a run's own report up to date; nothing is done for a run that has logged nothing yet."""
     if (root / "metrics.jsonl").is_file():
         write_report([root], root / REPORT_FILE)
+
+
+class LiveReport:
+    """Keeps a run's own report up to date while it trains; that it can't be written ends nothing."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def __call__(self, event: object) -> None:
+        if isinstance(event, (VideosMade, Ended)):
+            with contextlib.suppress(UserError):
+                refresh_report(self._root)
 
 
 def write_report(roots: Sequence[Path], path: Path) -> None:

@@ -6,11 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from crepatrain.config.plan import Plan
 from crepatrain.data.loader import Draw, TrainingSet
 from crepatrain.errors import DivergedError
 from crepatrain.preparing.precompute import Caches
-from crepatrain.preparing.preflight import Dataset
 from crepatrain.running.session import Run, build_training_set
 from crepatrain.tensors import Batch
 from crepatrain.training import build
@@ -32,32 +30,30 @@ class Evaluation:
     samples: TrainingSet
 
     @classmethod
-    def of(cls, run: Run, plan: Plan, held: Dataset, caches: Caches) -> "Evaluation":
-        """For the held-out part of a dataset, and the caches of that."""
-        given = plan.config.model_copy(update={"caption_dropout": 0.0, "i2v_dropout": 0.0})
-        plain = replace(plan, config=given)
+    def of(cls, run: Run, held: Caches) -> "Evaluation":
+        """For the caches of the held-out clips."""
 
         def asks(_step: int) -> bool:
             return run.teacher is not None
 
-        return cls(run, build_training_set(plain, run.family, run.process, held, caches, asks))
+        return cls(run, build_training_set(run.context.plan, run.family, run.process, held, asks, drops=False))
 
-    def make(self) -> None:
+    def evaluate(self) -> None:
         """Log eval_loss, eval_alignment and the loss at each noise level, and mark the checkpoint where the loss is smallest.
 
-        The first process does it with the bare module, which waits for no other. No random number of the training is touched.
+        Every process measures the same with the bare module, and the first one writes. No random number of the training is
+        touched.
 
         Raises:
             DivergedError: a loss or score is not finite.
         """
-        run = self.run
-        if not run.accelerator.is_main_process:
-            return
-        run.adapted.eval()
-        try:
-            losses, scores = self._measure()
-        finally:
-            run.adapted.train()
+        run, module = self.run, self.run.transformer.module
+        with run.apart_from_training():
+            module.eval()
+            try:
+                losses, scores = self._measure()
+            finally:
+                module.train()
         loss = losses.mean().item()
         if not math.isfinite(loss) or not scores.isfinite().all():
             alignment = f", alignment {scores.mean():g}" if len(scores) else ""
@@ -65,7 +61,7 @@ class Evaluation:
                 f"step {run.state.step}: loss {loss:g}{alignment} on the held-out clips",
                 f"this step was not saved; {run.last_good()}. Lower learning_rate, or look at those clips",
             )
-        run.folder.log(
+        run.log(
             {
                 "step": run.state.step,
                 "eval_loss": loss,
@@ -75,7 +71,8 @@ class Evaluation:
                 },
             }
         )
-        run.folder.mark_best()
+        if run.folder.writes:
+            run.folder.mark_best()
 
     @property
     def _sigmas(self) -> list[float]:
@@ -85,14 +82,14 @@ class Evaluation:
     @torch.no_grad()
     def _measure(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses [windows, noise levels], and alignment scores of as many, or none without CREPA."""
-        run, config, device = self.run, self.run.config, self.run.accelerator.device
+        run, config, device = self.run, self.run.config, self.run.context.device
         crepa = None
         if run.projector is not None and run.teacher is not None:
             crepa = build.crepa_term(config, run.projector, run.teacher, 0.0)
         losses, scores = [], []
         for batch in self._batches():
             with build.autocast(config, device):
-                found = training_loss(run.family, run.process, run.adapted, run.blocks, batch.to(device), crepa)
+                found = training_loss(run.family, run.process, run.transformer.module, run.blocks, batch.to(device), crepa)
             losses.append(found.diffusion)
             if found.crepa:
                 scores.append(found.crepa.alignment)

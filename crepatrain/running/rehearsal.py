@@ -1,5 +1,7 @@
 """Is the GPU large enough? Tried before the first step, and compared with the estimate after the last."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,23 +12,24 @@ from crepatrain.memory import estimate as vram
 from crepatrain.memory.estimate import GIB
 from crepatrain.preparing.precompute import free_memory
 from crepatrain.running.session import Run
-from crepatrain.screen import Screen
 from crepatrain.training import build
+from crepatrain.training.context import Context
 from crepatrain.training.step import training_loss
 
 # Bytes of state that an optimizer keeps for each parameter.
 _STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0}
 
 
-def rehearse(run: Run, plan: Plan, buckets: list[Bucket], screen: Screen) -> None:
+def rehearse(run: Run, buckets: Sequence[Bucket]) -> None:
     """One forward and backward on the largest clips. No weight, no optimizer and no random number of the run is touched.
 
     Raises:
         UserError: it does not fit; with what would.
     """
+    plan = run.context.plan
     largest = vram.largest_bucket(plan, buckets)
-    screen.say(f"rehearsing a step on the largest clips, {largest}")
-    devices = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
+    run.context.screen.say(f"rehearsing a step on the largest clips, {largest}")
+    devices = [run.context.device] if run.context.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
             _step(run, largest)
@@ -37,15 +40,15 @@ def rehearse(run: Run, plan: Plan, buckets: list[Bucket], screen: Screen) -> Non
 
 
 def _step(run: Run, bucket: Bucket) -> None:
-    config, schedule, device = run.config, run.state.schedule, run.accelerator.device
+    config, schedule, device = run.config, run.state.schedule, run.context.device
     step = _step_of(run, bucket)
     states = [] if run.state.step else _room_for_states(run)
     batch = next(run.open_batches(step)).to(device)
     crepa = None
-    if run.crepa is not None and run.teacher is not None and schedule is not None and schedule.needs_score(step):
-        crepa = build.crepa_term(config, run.crepa, run.teacher, config.crepa_lambda)
+    if run.teacher is not None and schedule is not None and schedule.needs_score(step):
+        crepa = build.crepa_term(config, run.models["projector"].wrapper, run.teacher, config.crepa_lambda)
     with build.autocast(config, device):
-        losses = training_loss(run.family, run.process, run.transformer, run.blocks, batch, crepa, run.layersync)
+        losses = training_loss(run.family, run.process, run.transformer.wrapper, run.blocks, batch, crepa, run.layersync)
     run.accelerator.backward(losses.total)
     del states
 
@@ -60,14 +63,14 @@ def _step_of(run: Run, bucket: Bucket) -> int:
 
 def _room_for_states(run: Run) -> list[Tensor]:
     """As much memory as the optimizers will take when they first move."""
-    parameters = [parameter for learner in run.learners.values() for parameter in learner.parameters]
+    parameters = [parameter for model in run.models.values() for parameter in model.optimizer.parameters]
     size = _STATES[run.config.optimizer]
     return [torch.empty(parameter.numel() * size, dtype=torch.uint8, device=parameter.device) for parameter in parameters]
 
 
 def _give_back(run: Run) -> None:
-    for learner in run.learners.values():
-        learner.optimizer.zero_grad(set_to_none=True)
+    for model in run.models.values():
+        model.optimizer.optimizer.zero_grad(set_to_none=True)
     free_memory()
 
 
@@ -85,8 +88,9 @@ def _does_not_fit(plan: Plan, bucket: Bucket) -> UserError:
     )
 
 
-def compare_memory(plan: Plan, buckets: list[Bucket], measured: int, screen: Screen) -> None:
-    """The estimate beside what was measured, in bytes."""
+def compare_memory(context: Context, buckets: Sequence[Bucket], measured: int) -> None:
+    """Say the estimate beside what was measured, in bytes."""
+    plan, screen = context.plan, context.screen
     try:
         estimated = vram.training_stage(plan, vram.largest_bucket(plan, buckets)).allocated
     except UserError as error:

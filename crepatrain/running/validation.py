@@ -20,12 +20,11 @@ from crepatrain.config.sections import RunConfig
 from crepatrain.data.encode import grid_video, write_video
 from crepatrain.errors import UserError
 from crepatrain.preparing.precompute import Caches, free_memory
+from crepatrain.records.events import VideosMade
 from crepatrain.records.runfolder import RunFolder
-from crepatrain.reporting.report import refresh_report
 from crepatrain.running.session import Run
 from crepatrain.sampling.pipeline import call, first_frame
-from crepatrain.screen import Screen
-from crepatrain.stopping import Stopped, StopSignal
+from crepatrain.stopping import Stopped
 from crepatrain.training import build
 
 _PROMPT_SHOWN = 60
@@ -36,10 +35,7 @@ class Validation:
     """Makes the videos of a run. Only the VAE is loaded for them, and the teacher's encoder for the figures."""
 
     run: Run
-    plan: Plan
     caches: Caches
-    screen: Screen
-    stop: StopSignal
 
     @staticmethod
     def wanted(config: RunConfig, step: int, total: int) -> bool:
@@ -51,11 +47,7 @@ class Validation:
         """Whether videos are due before a run goes on: the base's, or those that a kill behind a checkpoint has cost."""
         return cls.wanted(config, step, total) and (step == 0 or not _video(folder, step).is_file())
 
-    def due(self) -> bool:
-        """Whether videos are wanted at the step that the run has reached."""
-        return self.wanted(self.run.config, self.run.state.step, self.run.total)
-
-    def make(self) -> bool:
+    def validate(self) -> bool:
         """A grid of all prompts in RUN/samples, and a line of figures for each.
 
         Every process makes the same forwards. Random numbers of the training are untouched, and memory is given back.
@@ -63,48 +55,52 @@ class Validation:
         Returns:
             Whether it was made: a signal to stop ends it early where there is one process.
         """
-        run, config, device = self.run, self.plan.config, self.run.accelerator.device
-        prompts = config.validation_prompts or []
-        self.screen.say(f"validating at step {run.state.step}: {len(prompts)} videos")
-        devices = [device] if device.type == "cuda" else []
-        run.adapted.eval()
+        with self.run.apart_from_training():
+            videos = self._make()
+            if videos is not None and self.run.folder.writes:
+                self._keep(videos)
+        return videos is not None
+
+    def _make(self) -> list[np.ndarray] | None:
+        """A video [F, H, W, 3] uint8 of each prompt; None where a signal came."""
+        run, context = self.run, self.run.context
+        context.screen.say(f"validating at step {run.state.step}: {len(run.config.validation_prompts or ())} videos")
+        devices = [context.device] if context.device.type == "cuda" else []
+        run.transformer.module.eval()
         try:
             with _fitting(), torch.random.fork_rng(devices=devices), torch.no_grad():
-                videos = self._videos(prompts, device)
+                return self._videos()
         except Stopped:
-            return False
+            return None
         finally:
-            run.adapted.train()
+            run.transformer.module.train()
             free_memory()
-        if not run.accelerator.is_main_process:
-            return True
-        fps = config.fps
+
+    def _keep(self, videos: list[np.ndarray]) -> None:
+        run, config, step = self.run, self.run.config, self.run.state.step
+        prompts, fps = config.validation_prompts or [], config.fps
         assert fps is not None
-        name = f"step-{run.state.step:06d}"
-        labelled = [(f"{name} {prompt[:_PROMPT_SHOWN]}", video) for prompt, video in zip(prompts, videos, strict=True)]
+        labelled = [(f"step-{step:06d} {prompt[:_PROMPT_SHOWN]}", video) for prompt, video in zip(prompts, videos, strict=True)]
         facts = {
             "prompts": prompts,
             "seed": config.validation_seed,
             "steps": config.validation_sampling_steps,
-            "step": run.state.step,
+            "step": step,
         }
-        path, by_prompt = _video(run.folder, run.state.step), dict(zip(_told_apart(prompts), videos, strict=True))
+        path, by_prompt = _video(run.folder, step), dict(zip(_numbered(prompts), videos, strict=True))
         write_video(path, grid_video([labelled]), fps=fps, facts=facts)
-        run.folder.show(run.state.step, by_prompt, path)
-        if self.plan.encoder is not None:
-            self._measure(by_prompt, device)
-        with contextlib.suppress(UserError):  # the training goes on without it
-            refresh_report(run.folder.root)
-        return True
+        if run.context.plan.encoder is not None:
+            self._measure(by_prompt)
+        run.events.emit(VideosMade(step, by_prompt, path))
 
-    def _videos(self, prompts: list[str], device: torch.device) -> list[np.ndarray]:
-        run, config = self.run, self.plan.config
+    def _videos(self) -> list[np.ndarray]:
+        run, config, device = self.run, self.run.config, self.run.context.device
         settings = sample_defaults(config, run.family) | {"steps": config.validation_sampling_steps}
-        pipeline, arguments = self._pipeline(device), run.family.ask(settings)
+        pipeline, arguments = self._pipeline(), run.family.ask(settings)
         videos = []
-        for number, prompt in enumerate(prompts):
-            asked = arguments | {"prompt": None, "negative_prompt": None} | self._text(prompt, device)
-            if config.validation_images and self.plan.task == "i2v":
+        for number, prompt in enumerate(config.validation_prompts or ()):
+            asked = arguments | {"prompt": None, "negative_prompt": None} | self._text(prompt)
+            if config.validation_images and run.context.plan.task == "i2v":
                 asked["image"] = first_frame(Path(config.validation_images[number]), (settings["height"], settings["width"]))
             generator = torch.Generator().manual_seed(config.validation_seed)
             with build.autocast(config, device):
@@ -113,34 +109,35 @@ class Validation:
 
     def _denoised(self) -> None:
         """Behind every denoising step. Several processes go on together."""
-        if self.run.accelerator.num_processes == 1:
-            self.stop.check("while a video was made")
+        if not self.run.several:
+            self.run.context.stop.check("while a video was made")
 
-    def _pipeline(self, device: torch.device) -> Any:
+    def _pipeline(self) -> Any:
         """The family's pipeline around the transformer in training; prompts come encoded, so it needs no text encoder."""
-        family = self.run.family
-        texts = [part for part in self.plan.variant.parts if part.startswith(("text_encoder", "tokenizer"))]
-        parts = {"transformer": self.run.adapted, "vae": build.build_vae(self.plan, family, device), **dict.fromkeys(texts)}
-        kind = getattr(diffusers, family.spec.pipelines[self.plan.task])
-        pipeline = kind.from_pretrained(build.model_folder(self.plan), **parts).to(device)
+        plan, device, family = self.run.context.plan, self.run.context.device, self.run.family
+        texts = [part for part in plan.variant.parts if part.startswith(("text_encoder", "tokenizer"))]
+        parts = {"transformer": self.run.transformer.module, "vae": build.build_vae(plan, family, device), **dict.fromkeys(texts)}
+        kind = getattr(diffusers, family.spec.pipelines[plan.task])
+        pipeline = kind.from_pretrained(build.model_folder(plan), **parts).to(device)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _text(self, prompt: str, device: torch.device) -> dict[str, Tensor]:
+    def _text(self, prompt: str) -> dict[str, Tensor]:
         """The prompt and the negative one of `sample`, encoded."""
         family, store = self.run.family, self.caches.store
         assert self.caches.negative is not None
         text, negative = (
             family.collate_text([store.read("text", key)]) for key in (self.caches.text[prompt], self.caches.negative)
         )
-        return {name: tensor.to(device) for name, tensor in family.ask_text(text, negative).items()}
+        return {name: tensor.to(self.run.context.device) for name, tensor in family.ask_text(text, negative).items()}
 
-    def _measure(self, videos: Mapping[str, np.ndarray], device: torch.device) -> None:
-        encoder = build.build_encoder(self.plan, device)
+    def _measure(self, videos: Mapping[str, np.ndarray]) -> None:
+        plan, device = self.run.context.plan, self.run.context.device
+        encoder = build.build_encoder(plan, device)
         with (self.run.folder.root / "samples" / "figures.jsonl").open("a", encoding="utf-8") as file:
             for prompt, video in videos.items():
                 frames = torch.from_numpy(video).permute(0, 3, 1, 2)
-                line = {"step": self.run.state.step, "prompt": prompt} | steadiness(encoder, frames.to(device), self.plan)
+                line = {"step": self.run.state.step, "prompt": prompt} | steadiness(encoder, frames.to(device), plan)
                 file.write(json.dumps(line) + "\n")
         del encoder
         free_memory()
@@ -150,7 +147,7 @@ def _video(folder: RunFolder, step: int) -> Path:
     return folder.root / "samples" / f"step-{step:06d}.mp4"
 
 
-def _told_apart(prompts: list[str]) -> list[str]:
+def _numbered(prompts: list[str]) -> list[str]:
     """The same prompt may stand there twice, for two images."""
     return [f"{prompt} ({number})" if prompts.count(prompt) > 1 else prompt for number, prompt in enumerate(prompts, start=1)]
 

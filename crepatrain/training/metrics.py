@@ -1,5 +1,6 @@
 """From micro-batches to one line of metrics.jsonl: what is logged is what was optimised."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,15 +9,21 @@ from torch import Tensor
 
 from crepatrain.training.step import StepLosses
 
-# One optimizer step's numbers, in the order in which they travel packed; behind them a sum and a count per range of sigma.
-_PACKED = ("diffusion_loss", "crepa_raw", "alignment", "self_similarity", "layersync_raw")
-
-# Ranges of sigma [low, high) over which the diffusion loss is told apart: what it is depends on the noise level most of all.
+# Ranges of sigma [low, high) for each of which the diffusion loss is logged: it depends on the noise level most of all.
 SIGMA_RANGES = ("0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0")
+
+_SCORES = ("diffusion_loss", "crepa_raw", "alignment", "self_similarity", "layersync_raw")
+_SUM_OF, _COUNT_OF = "sum of ", "count of "  # the diffusion losses of the samples in a range of sigma
 
 
 class StepSums:
-    """Adds up the micro-batches of one optimizer step on the device, without waiting for it."""
+    """Adds up the micro-batches of one optimizer step on the device, without waiting for it.
+
+    Attributes:
+        names: of its numbers, in the order in which they travel packed.
+    """
+
+    names = (*_SCORES, *(_SUM_OF + sigmas for sigmas in SIGMA_RANGES), *(_COUNT_OF + sigmas for sigmas in SIGMA_RANGES))
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -34,8 +41,9 @@ class StepSums:
         self._count += 1
 
     def packed(self) -> Tensor:
-        """[15], means over the micro-batches: five numbers, 0 for what was not measured; a sum and a count per range of sigma."""
+        """Means over the micro-batches, [len(names)]; 0 for what was not measured."""
         assert self._sum is not None
+        assert len(self._sum) == len(self.names)
         return self._sum / self._count
 
 
@@ -48,9 +56,16 @@ def _by_sigma(losses: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class HostCopy:
-    """Numbers on their way from the device. Reading them waits for what was queued before this, and for nothing after it."""
+    """Numbers on their way from the device. Reading them waits for what was queued before this, and for nothing after it.
 
-    def __init__(self, values: Tensor) -> None:
+    Args:
+        names: of the numbers.
+        values: as many, on whatever device.
+    """
+
+    def __init__(self, names: Sequence[str], values: Tensor) -> None:
+        assert values.shape == (len(names),), (names, values.shape)
+        self._names = tuple(names)
         self._event: torch.cuda.Event | None = None
         self._values = values
         if values.is_cuda:
@@ -58,11 +73,11 @@ class HostCopy:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def read(self) -> list[float]:
-        """The numbers."""
+    def read(self) -> dict[str, float]:
+        """The numbers by name."""
         if self._event is not None:
             self._event.synchronize()
-        return self._values.tolist()
+        return dict(zip(self._names, self._values.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -78,17 +93,23 @@ class StepNumbers:
     alignment: float | None
     self_similarity: float | None
     layersync_raw: float | None
-    by_sigma: tuple[tuple[float, float], ...]
+    by_sigma: Mapping[str, tuple[float, float]]
 
     @classmethod
-    def of(cls, packed: list[float], *, crepa: bool, layersync: bool) -> "StepNumbers":
-        scores, ranges = packed[: len(_PACKED)], packed[len(_PACKED) :]
-        values = dict(zip(_PACKED, scores, strict=True))
-        by_sigma = tuple(zip(ranges[: len(SIGMA_RANGES)], ranges[len(SIGMA_RANGES) :], strict=True))
-        measured = {"diffusion_loss"} | ({"crepa_raw", "alignment", "self_similarity"} if crepa else set())
-        measured |= {"layersync_raw"} if layersync else set()
-        told = {name: value if name in measured else None for name, value in values.items()}
-        return cls(**told, by_sigma=by_sigma)  # type: ignore[arg-type]
+    def of(cls, numbers: Mapping[str, float], *, crepa: bool, layersync: bool) -> "StepNumbers":
+        """Of what `StepSums` has packed, by name.
+
+        Args:
+            crepa, layersync: whether they were measured.
+        """
+        return cls(
+            diffusion_loss=numbers["diffusion_loss"],
+            crepa_raw=numbers["crepa_raw"] if crepa else None,
+            alignment=numbers["alignment"] if crepa else None,
+            self_similarity=numbers["self_similarity"] if crepa else None,
+            layersync_raw=numbers["layersync_raw"] if layersync else None,
+            by_sigma={sigmas: (numbers[_SUM_OF + sigmas], numbers[_COUNT_OF + sigmas]) for sigmas in SIGMA_RANGES},
+        )
 
     def total(self, crepa_weight: float, layersync_weight: float) -> float:
         """The loss that was optimised."""

@@ -1,0 +1,26 @@
+"""The caches of a plan's clips, filled ahead of training."""
+
+import torch
+
+from crepatrain.config.plan import Plan
+from crepatrain.preparing import precompute
+from crepatrain.preparing.preflight import read_datasets
+from crepatrain.screen import Screen
+from crepatrain.stopping import StopSignal
+from crepatrain.training.context import Context
+
+
+def fill_caches(plan: Plan, screen: Screen) -> None:
+    """Compute what `fit` would: latents, captions and teacher features of the clips that are trained on and of those held out.
+
+    Raises:
+        UserError: a model or a clip that can't be read, or a full disk or GPU.
+        Stopped: a signal came; every entry written so far stays.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with StopSignal() as stop:
+        context = Context(plan, screen, device, stop)
+        for dataset in filter(None, read_datasets(context)):
+            caches = precompute.plan_caches(context, dataset, teacher=plan.config.crepa_enabled)
+            precompute.fill_caches(context, caches)
+            screen.say(f"the caches of {len(caches.samples)} windows are full, in {caches.store.root}")
