@@ -14,7 +14,10 @@ import torch
 from PIL import Image
 
 if TYPE_CHECKING:
+    from crepatrain.config.plan import Plan
     from crepatrain.families.base import Family
+    from crepatrain.screen import Screen
+    from crepatrain.training.context import Context
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -61,6 +64,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 def wan(tiny_checkpoint: Callable[..., Path]) -> Path:
     """A tiny random Wan pipeline folder with `encoder/` beside its parts."""
     return tiny_checkpoint("wan", "tiny")
+
+
+def context_of(plan: "Plan", screen: "Screen | None" = None, device: str = "cpu") -> "Context":
+    """What a command works with, on a quiet screen."""
+    from crepatrain.console import Screen
+    from crepatrain.stopping import StopSignal
+    from crepatrain.training.context import Context
+
+    return Context(plan, screen or Screen(quiet=True), torch.device(device), StopSignal())
 
 
 def render_clip(path: Path, *, frames: int = 20, height: int = 96, width: int = 160, fps: int = 16, seed: int = 0) -> None:

@@ -6,15 +6,15 @@ import math
 import os
 import shutil
 import signal
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from conftest import render_clip, tiny_values
+from conftest import context_of, render_clip, tiny_values
+from diffusers import AutoencoderKLWan, WanPipeline
+from transformers import Dinov2Model
 
 from crepatrain.commands import sample as module
 from crepatrain.commands.fit import fit
@@ -24,11 +24,12 @@ from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.data.encode import film_strip, grid_video, video_facts, write_video
 from crepatrain.errors import DivergedError, UserError
-from crepatrain.preparing.preflight import hold_out, look_at_clips
+from crepatrain.preparing.preflight import read_dataset, read_datasets
+from crepatrain.records.events import StepDone
 from crepatrain.records.runfolder import asked_step
 from crepatrain.running import validation
 from crepatrain.running.validation import steadiness
-from crepatrain.stopping import Stopped, StopSignal
+from crepatrain.stopping import Stopped
 
 PROMPTS = ["a square", "another square moves"]
 
@@ -309,19 +310,15 @@ def test_looking_changes_nothing_of_the_training(trained, wan, clips, config_fil
     assert losses(tmp_path / "plain") == losses(trained)
 
 
-def test_a_share_is_held_out_by_content(config_file, clips):
-    plan = read_plan(config_file(eval_share=0.5))
-    with StopSignal() as stop:
-        dataset = look_at_clips(plan, Screen(quiet=True), stop)
-        digests = {window.clip.digest for window in dataset.cut.windows}
-        shares = sorted(int(digest[:8], 16) / 2**32 for digest in digests)
-        between = replace(plan, config=plan.config.model_copy(update={"eval_share": (shares[0] + shares[1]) / 2}))
-        trained, held = hold_out(between, dataset, Screen(quiet=True), stop)
-        assert {window.clip.digest for window in held.cut.windows} == {min(digests, key=lambda d: int(d[:8], 16))}
-        assert len(trained.cut.windows) + len(held.cut.windows) == len(dataset.cut.windows)
-        none = replace(plan, config=plan.config.model_copy(update={"eval_share": shares[0] / 2}))
-        with pytest.raises(UserError, match="none of the clips would be held out"):
-            hold_out(none, dataset, Screen(quiet=True), stop)
+def test_a_share_is_held_out_by_content(config_file):
+    whole = read_dataset(context_of(read_plan(config_file())))
+    digests = {window.clip.digest for window in whole.cut.windows}
+    shares = sorted(int(digest[:8], 16) / 2**32 for digest in digests)
+    trained, held = read_datasets(context_of(read_plan(config_file(eval_share=(shares[0] + shares[1]) / 2))))
+    assert {window.clip.digest for window in held.cut.windows} == {min(digests, key=lambda d: int(d[:8], 16))}
+    assert len(trained.cut.windows) + len(held.cut.windows) == len(whole.cut.windows)
+    with pytest.raises(UserError, match="none of the clips would be held out"):
+        read_datasets(context_of(read_plan(config_file(eval_share=shares[0] / 2))))
 
 
 @pytest.mark.parametrize(
@@ -381,32 +378,23 @@ def test_memory_is_given_back_after_a_validation(trained, tmp_path):
     """What lives in the steps behind the videos is what lived in those before them; models of the videos are gone."""
     seen = {}
 
-    class Counting(Screen):
-        @contextmanager
-        def training(self, done, total):
-            with super().training(done, total) as view:
-                shown = view.step
-
-                def step(done, seconds):
-                    shown(done, seconds)
-                    gc.collect()
-                    things = gc.get_objects()
-                    kinds = {type(thing).__name__ for thing in things} & {"AutoencoderKLWan", "Dinov2Model", "WanPipeline"}
-                    tensors = [thing for thing in things if type(thing) in {torch.Tensor, torch.nn.Parameter}]
-                    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-                    seen[done] = (kinds - held, sum(sizes.values()))
-
-                view.step = step
-                yield view
+    def count(event):
+        if isinstance(event, StepDone):
+            gc.collect()
+            things = gc.get_objects()
+            models = [thing for thing in things if isinstance(thing, (AutoencoderKLWan, Dinov2Model, WanPipeline))]
+            tensors = [thing for thing in things if type(thing) in {torch.Tensor, torch.nn.Parameter}]
+            sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+            seen[event.done] = ([model for model in models if id(model) not in held], sum(sizes.values()))
 
     gc.collect()
-    held = {type(thing).__name__ for thing in gc.get_objects()}  # by other tests of this process
+    held = set(map(id, gc.get_objects()))  # by other tests of this process
     config = json.loads((trained / "config.json").read_text())
     changes = {"output_dir": str(tmp_path / "run"), "max_train_steps": 6, "validation_steps": 3, "checkpointing_steps": 6}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config | changes | {"eval_data": None}), encoding="utf-8")
-    fit(read_plan(path), Counting(quiet=True))
+    fit(read_plan(path), Screen(quiet=True), subscribers=[count])
     assert (tmp_path / "run" / "samples" / "step-000003.mp4").is_file()
-    assert all(not kinds for kinds, _ in seen.values())
+    assert all(not models for models, _ in seen.values())
     before, after = seen[3][1], seen[5][1]  # of the third step the optimizer's state is there, and its videos are not yet made
     assert abs(after - before) < 0.01 * before

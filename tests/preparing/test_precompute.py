@@ -5,29 +5,26 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import context_of
 
 from crepatrain.config.plan import Plan, read_plan
-from crepatrain.console import Screen
 from crepatrain.data.decode import read_frames
 from crepatrain.preparing.precompute import Caches, fill_caches, plan_caches
-from crepatrain.preparing.preflight import Dataset, look_at_clips
-from crepatrain.stopping import StopSignal
+from crepatrain.preparing.preflight import Dataset, read_dataset
 from crepatrain.training.build import build_family, build_image_encoder, build_vae
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-QUIET = Screen(quiet=True)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def planned(config_file, clips_and_images, tiny_checkpoint) -> Callable[..., tuple[Plan, Dataset, Caches]]:
-    def command(
-        family: str = "wan", size: str = "tiny", *, device: torch.device = CPU, **changes: Any
-    ) -> tuple[Plan, Dataset, Caches]:
+    def command(family: str = "wan", size: str = "tiny", *, device: str = "cpu", **changes: Any) -> tuple[Plan, Dataset, Caches]:
         of = {"model_family": family, "pretrained_model_name_or_path": str(tiny_checkpoint(family, size))}
         common = {"train_data": str(clips_and_images), "crepa_enabled": False, "unusable_clips": "skip"}
         plan = read_plan(config_file(**{**common, **of, **changes}))
-        dataset = look_at_clips(plan, QUIET, StopSignal())
-        return plan, dataset, plan_caches(plan, dataset, QUIET, device, teacher=False)
+        context = context_of(plan, device=device)
+        dataset = read_dataset(context)
+        return plan, dataset, plan_caches(context, dataset, teacher=False)
 
     return command
 
@@ -79,14 +76,14 @@ def test_other_models_precisions_and_lengths_have_other_entries(planned):
 def test_what_an_image_encoder_saw_in_another_precision_is_another_entry(planned):
     """As captions are: encoders run in bf16 on a GPU and in fp32 on a CPU."""
     *_, here = planned("wan", "tiny-i2v")
-    *_, there = planned("wan", "tiny-i2v", device=CUDA)
+    *_, there = planned("wan", "tiny-i2v", device="cuda")
     assert set(here.text.values()).isdisjoint(there.text.values())
     assert set(here.image.values()).isdisjoint(there.image.values())
 
 
 def test_a_vaes_entries_are_the_same_on_every_device(planned):
     *_, here = planned("ltxvideo", task="i2v")
-    *_, there = planned("ltxvideo", task="i2v", device=CUDA)
+    *_, there = planned("ltxvideo", task="i2v", device="cuda")
     assert list(here.latents.values()) == list(there.latents.values())
     assert list(here.image.values()) == list(there.image.values())
 
@@ -100,8 +97,8 @@ def test_a_vaes_entries_are_the_same_on_every_device(planned):
     ],
 )
 def test_an_entry_holds_what_the_family_makes_of_the_first_frame(planned, tmp_path, family, size, names):
-    plan, dataset, caches = planned(family, size, task="i2v", cache_dir=str(tmp_path / "cache"), max_windows_per_clip=1, fps=16)
-    fill_caches(plan, dataset, caches, QUIET, CPU, StopSignal())
+    plan, _, caches = planned(family, size, task="i2v", cache_dir=str(tmp_path / "cache"), max_windows_per_clip=1, fps=16)
+    fill_caches(context_of(plan), caches)
     family_ = build_family(plan)
     vae, encoder = build_vae(plan, family_, CPU), build_image_encoder(plan, family_, CPU)
     assert len(caches.image) == 3

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import render_image, tiny_family
+from conftest import context_of, render_image, tiny_family
 
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
-from crepatrain.preparing.preflight import Dataset, build_sampler, image_bytes, latents_bytes, look_at_clips
-from crepatrain.stopping import StopSignal
+from crepatrain.preparing.preflight import Dataset, build_sampler, image_bytes, latents_bytes, read_dataset
 
 
 class Listening(Screen):
@@ -34,7 +33,7 @@ def look(config_file, clips_and_images, tiny_checkpoint) -> Callable[..., tuple[
     def command(family: str = "wan", size: str = "tiny", **changes: Any) -> tuple[Plan, Dataset, list[str]]:
         of = {"model_family": family, "pretrained_model_name_or_path": str(tiny_checkpoint(family, size))}
         plan, screen = read_plan(config_file(**{"train_data": str(clips_and_images), **of, **changes})), Listening()
-        return plan, look_at_clips(plan, screen, StopSignal()), screen.notes
+        return plan, read_dataset(context_of(plan, screen)), screen.notes
 
     return command
 

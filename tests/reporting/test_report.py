@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import render_clip
+from conftest import context_of, render_clip
 
 from crepatrain import cli
 from crepatrain.alignment.crepa import Crepa
-from crepatrain.commands import fit as command
+from crepatrain.commands.fit import fit
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.data.cache import CacheStore, unpack_features
 from crepatrain.data.loader import keyed_generator
 from crepatrain.errors import UserError
 from crepatrain.geometry import TokenGrid
+from crepatrain.records.events import Subscriber
 from crepatrain.records.reading import read_run
 from crepatrain.reporting import page
 from crepatrain.reporting.charts import Curve, curve_chart, smoothed, thinned
 from crepatrain.reporting.report import refresh_report, report
-from crepatrain.tensors import PatchFeatures
+from crepatrain.running import loop
+from crepatrain.running.events import BatchReady
+from crepatrain.tensors import Batch, PatchFeatures
 from crepatrain.training import build
 from crepatrain.training.checkpoint import read_tensors
 from crepatrain.training.lora import load_trained_state
@@ -50,7 +53,7 @@ def train(wan: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     """Trains the tiny Wan in a folder of that name, or goes on there."""
     root = tmp_path_factory.mktemp("runs")
 
-    def fit(name: str, **changes: Any) -> Path:
+    def trained(name: str, subscribers: Sequence[Subscriber] = (), **changes: Any) -> Path:
         config = {
             "model_family": "wan",
             "pretrained_model_name_or_path": str(wan),
@@ -75,11 +78,11 @@ def train(wan: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> C
         file.write_text(json.dumps(config | changes), encoding="utf-8")
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        command.fit(read_plan(file), Screen(quiet=True))
+        fit(read_plan(file), Screen(quiet=True), subscribers=subscribers)
         torch.set_num_threads(threads)
         return root / name
 
-    return fit
+    return trained
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +97,19 @@ def first(train: Callable[..., Path], recorded: list[Any]) -> Path:
 
     def training_loss(*args: Any) -> Any:
         losses = true_loss(*args)
-        recorded.append((losses.diffusion.tolist(), args[4].sigma.tolist()))
+        recorded.append((losses.diffusion.tolist(), batches[-1].sigma.tolist()))
         return losses
 
+    def note(event: object) -> None:
+        if isinstance(event, BatchReady):
+            batches.append(event.batch)
+
+    batches: list[Batch] = []
     with pytest.MonkeyPatch.context() as patch:
-        true_loss = command.training_loss
-        patch.setattr(command, "training_loss", training_loss)
-        train("first")
-        return train("first", max_train_steps=WHOLE)
+        true_loss = loop.training_loss
+        patch.setattr(loop, "training_loss", training_loss)
+        train("first", subscribers=[note])
+        return train("first", subscribers=[note], max_train_steps=WHOLE)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +175,7 @@ def test_timing_changes_no_number(train: Callable[..., Path], first: Path, monke
         def seconds(self) -> dict[str, float]:
             return dict.fromkeys(("data", "forward", "crepa", "backward", "optimizer"), 0.0)
 
-    monkeypatch.setattr(command, "StepClock", NoClock)
+    monkeypatch.setattr(loop, "StepClock", NoClock)
     assert timeless(lines_of(train("untimed", max_train_steps=2))) == timeless(lines_of(first)[:2])
 
 
@@ -466,11 +474,10 @@ def test_the_map_holds_the_cosine_of_every_patch(request, tmp_path, monkeypatch:
 def entries_of(plan: Any, caption: str, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A window's latents, its caption as a batch of one, and its features, out of the cache."""
     from crepatrain.preparing.precompute import plan_caches
-    from crepatrain.preparing.preflight import look_at_clips
-    from crepatrain.stopping import StopSignal
+    from crepatrain.preparing.preflight import read_dataset
 
-    screen = Screen(quiet=True)
-    caches = plan_caches(plan, look_at_clips(plan, screen, StopSignal()), screen, torch.device("cpu"), teacher=True)
+    context = context_of(plan)
+    caches = plan_caches(context, read_dataset(context), teacher=True)
     sample = [one for one in caches.samples if one.name.endswith("frames 0-8")][index]
     store = CacheStore(Path(plan.config.cache_dir))
     text = build.build_family(plan).collate_text([store.read("text", caches.text[caption])])["prompt_embeds"]

@@ -1,5 +1,6 @@
 """The loop never waits for the device, and CREPA costs next to nothing."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -9,54 +10,69 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import CachedTeacher
-from crepatrain.commands import fit as command
+from crepatrain.commands.fit import fit
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.families import get_family
+from crepatrain.running.events import StepBegins, StepLaunched
 from crepatrain.specs import WAN
 from crepatrain.tensors import Batch, PatchFeatures
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.lora import add_lora, target_modules
+from crepatrain.training.metrics import HostCopy
 from crepatrain.training.step import CrepaTerm, training_loss
 
 
 class Reads(TorchDispatchMode):
-    """Counts what would make a host wait for a GPU."""
+    """Counts what would make a host wait for a GPU, into the last of some counts."""
 
-    count = 0
+    def __init__(self, counts: list[int]) -> None:
+        super().__init__()
+        self.counts = counts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+        self.counts[-1] += func in {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("source", ["cached", "pixels", "latents", "backbone"])
-def test_a_step_is_launched_without_reading_a_number(config_file, monkeypatch, source: str):
-    counts = []
-    launch = command._launch
+def test_a_step_is_launched_without_reading_a_number(config_file, source: str):
+    counts: list[int] = []
 
-    def watched(*args: Any) -> Any:
-        with Reads() as reads:
-            launched = launch(*args)
-        counts.append(reads.count)
-        return launched
+    def watch(event: object) -> None:
+        match event:
+            case StepBegins():
+                counts.append(0)
+                watching.enter_context(Reads(counts))
+            case StepLaunched():
+                watching.close()
 
-    monkeypatch.setattr(command, "_launch", watched)
     block = {"crepa_teacher_block_index": 9} if source == "backbone" else {}
     changes = {"gradient_accumulation_steps": 2, "crepa_feature_source": source, "dataloader_num_workers": 1, **block}
-    command.fit(read_plan(config_file(**changes)), Screen(quiet=True))
+    with contextlib.ExitStack() as watching:
+        fit(read_plan(config_file(**changes)), Screen(quiet=True), subscribers=[watch])
     assert counts[1:] == [0, 0]  # the first step also starts the readers
 
 
 def test_an_optimizer_without_a_guard_is_asked_for_one_read(config_file, monkeypatch):
-    reads = []
-    read = command.HostCopy.read
-    monkeypatch.setattr(command.HostCopy, "read", lambda copy: reads.append(copy) or read(copy))
-    monkeypatch.setattr(command, "_settle", lambda *args, **kwargs: None)
-    monkeypatch.setattr(command, "_observe", lambda *args: False)
-    monkeypatch.setattr(command, "_closing_table", lambda *args: None)
-    command.fit(read_plan(config_file(optimizer="adafactor")), Screen(quiet=True))
-    assert len(reads) == 3
+    reads: list[int] = []
+    launching = False
+    read = HostCopy.read
+
+    def counted(copy: HostCopy) -> dict[str, float]:
+        reads[-1] += launching
+        return read(copy)
+
+    def watch(event: object) -> None:
+        nonlocal launching
+        if isinstance(event, StepBegins):
+            reads.append(0)
+        if isinstance(event, (StepBegins, StepLaunched)):
+            launching = isinstance(event, StepBegins)
+
+    monkeypatch.setattr(HostCopy, "read", counted)
+    fit(read_plan(config_file(optimizer="adafactor")), Screen(quiet=True), subscribers=[watch])
+    assert reads == [1, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["wan2.1-1.3b"])

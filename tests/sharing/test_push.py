@@ -14,14 +14,13 @@ from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from crepatrain.commands import fit as command
 from crepatrain.commands.fit import fit
 from crepatrain.commands.sample import Wish, sample
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
+from crepatrain.records.events import CheckpointSaved
 from crepatrain.running import validation
-from crepatrain.running.session import save
 from crepatrain.sharing.push import push
 from crepatrain.stopping import Stopped
 
@@ -238,17 +237,19 @@ def test_a_run_that_is_asked_to_stop_is_not_uploaded(hub, config_file, tmp_path,
         os.kill(os.getpid(), signal.SIGINT)
         return made(*_given)
 
+    def interrupt_behind_a_checkpoint(event):
+        if isinstance(event, CheckpointSaved):
+            os.kill(os.getpid(), signal.SIGINT)
+
     made = validation.call
     monkeypatch.setattr(validation, "call", interrupted)
     plan = read_plan(config_file(max_train_steps=1, push_to_hub=True, validation_prompts=["a"], validation_sampling_steps=2))
     with pytest.raises(Stopped):
         fit(plan, Screen(quiet=True))  # its base's video
     monkeypatch.setattr(validation, "call", made)
-    monkeypatch.setattr(command, "save", lambda run: (save(run), os.kill(os.getpid(), signal.SIGINT)))
-    fit(plan, Screen())
+    fit(plan, Screen(), subscribers=[interrupt_behind_a_checkpoint])
     assert "not uploaded, as a stop was asked for" in capsys.readouterr().out
     assert hub.repos == {}
-    monkeypatch.setattr(command, "save", save)
     fit(plan, Screen(quiet=True))  # makes the video that the stop has cost
     assert "samples/step-000001.mp4" in hub.repos["me/run"]
     fit(plan, Screen())
