@@ -54,16 +54,16 @@ def write_alignment_map(root: Path, screen: Screen) -> None:
     with StopSignal() as stop:
         context = Context(plan, screen, device, stop)
         dataset = read_dataset(context)
-        firsts = {window.clip: window for window in reversed(dataset.cut.windows)}
+        firsts = {window.clip: window for window in reversed(dataset.clips.windows)}
         windows = tuple(reversed(firsts.values()))[:_CLIPS]
-        dataset = replace(dataset, cut=replace(dataset.cut, windows=windows))
+        dataset = replace(dataset, clips=replace(dataset.clips, windows=windows))
         caches = plan_caches(context, dataset, teacher=True)
         fill_caches(context, caches)
     screen.say(f"measuring {found[-1]}")
     probe = _Probe.load(plan, found[-1], device)
     samples = build_training_set(plan, probe.family, probe.process, caches, lambda _step: True, drops=False)
     clips = []
-    for index, window in enumerate(dataset.cut.windows):
+    for index, window in enumerate(dataset.clips.windows):
         batch = samples.read([Draw(index, step=0, slot=index)])
         fixed = replace(batch, sigma=torch.full_like(batch.sigma, probe.sigma))
         clips.append(_clip(window, probe.cosines(fixed.to(device)), fixed))

@@ -46,7 +46,7 @@ def estimate_vram(plan: Plan, dataset: Dataset, screen: Screen) -> Estimate:
         UserError: the model's step can't run on fake tensors.
     """
     screen.say("estimating GPU memory: the step itself, on tensors without values")
-    estimate = vram.estimate(plan, list(dataset.cut.buckets))
+    estimate = vram.estimate(plan, list(dataset.clips.buckets))
     owners = dict.fromkeys(owner for stage in estimate.stages.values() for owner in stage.by_owner)
     stages = estimate.stages.values()
     rows = [(owner, *(_gib(stage.by_owner[owner]) if owner in stage.by_owner else "-" for stage in stages)) for owner in owners]

@@ -70,7 +70,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
         expect_one_start(start, accelerator)
         folder.claim(start.state.step)
         folder.describe(dataset_facts(plan, start.caches.dataset, start.sampler))
-        first, buckets = start.state.step, list(start.caches.dataset.cut.buckets)
+        first, buckets = start.state.step, list(start.caches.dataset.clips.buckets)
         with _status(folder, start, events), tracking(folder, plan.config, first) as trackers:
             for tracker in trackers:
                 events.subscribe(tracker)

@@ -48,7 +48,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Cut:
+class ClipWindows:
     """A dataset cut into windows.
 
     Attributes:
@@ -79,7 +79,7 @@ def cut_clips(
     aspect_buckets: bool,
     max_windows_per_clip: int,
     no_images: str | None = None,
-) -> Cut:
+) -> ClipWindows:
     """Consecutive windows of every clip; an image is a window of one frame.
 
     Args:
@@ -115,7 +115,7 @@ def cut_clips(
         )
         bucket = Bucket(frames, *sides)
         windows += [Window(clip, tuple(chosen[start : start + frames]), bucket) for start in starts]
-    return Cut(tuple(windows), tuple(refused), dropped, tuple(slower))
+    return ClipWindows(tuple(windows), tuple(refused), dropped, tuple(slower))
 
 
 def _spread(count: int, limit: int) -> list[int]:

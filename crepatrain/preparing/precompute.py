@@ -83,7 +83,7 @@ def plan_caches(context: Context, dataset: Dataset, *, teacher: bool) -> Caches:
     assert plan.config.cache_dir is not None
     source = plan.config.crepa_feature_source if teacher else None
     models = _digests(context, dataset, encoder=source == "cached")
-    windows = dataset.cut.windows
+    windows = dataset.clips.windows
     text, negative = _text_keys(plan, dataset, models, device)
     latents = _latents_keys(plan, windows, models)
     image = _image_keys(plan, windows, models, device)
@@ -147,7 +147,7 @@ def _text_keys(
         "models": {part: digest for part, digest in models.items() if part.startswith(("text_encoder", "tokenizer"))},
         "dtype": str(encoding_dtype(device)),
     }
-    captions = sorted({window.clip.caption for window in dataset.cut.windows} | {"", *prompts})
+    captions = sorted({window.clip.caption for window in dataset.clips.windows} | {"", *prompts})
     negative = entry_key(kind="text", negative=plan.variant.sampling.negative_prompt, **facts) if prompts else None
     return {caption: entry_key(kind="text", caption=caption, **facts) for caption in captions}, negative
 
@@ -185,7 +185,7 @@ def _teacher_keys(plan: Plan, dataset: Dataset, models: Mapping[str, str], devic
             computed=str(encoding_dtype(device)),
             stored=plan.config.crepa_cache_dtype,
         )
-        for window in dataset.cut.windows
+        for window in dataset.clips.windows
     }
 
 
@@ -234,7 +234,7 @@ def _fill_video(context: Context, caches: Caches) -> None:
     missing: dict[Kind, set[Window]] = {
         kind: {window for window, key in keys.items() if not store.has(kind, key)} for kind, keys in caches.of_windows.items()
     }
-    windows = [window for window in dataset.cut.windows if any(window in without for without in missing.values())]
+    windows = [window for window in dataset.clips.windows if any(window in without for without in missing.values())]
     if not windows:
         return
     _check_disk(context, caches, missing)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from crepatrain.config.checks import maximum_score
 from crepatrain.config.plan import Plan
-from crepatrain.data.buckets import Bucket, Cut, cut_clips
+from crepatrain.data.buckets import Bucket, ClipWindows, cut_clips
 from crepatrain.data.digests import FileDigests
 from crepatrain.data.index import ClipIndex, Refusal, choose_captions, list_clips, refusal_error
 from crepatrain.data.loader import StepSampler
@@ -29,11 +29,12 @@ class Dataset:
     """A dataset that can be trained on.
 
     Attributes:
+        clips: cut into windows.
         grids: the token grid of every bucket.
         refused: files that are left out, and why.
     """
 
-    cut: Cut
+    clips: ClipWindows
     grids: Mapping[Bucket, TokenGrid]
     refused: tuple[Refusal, ...]
     digests: FileDigests
@@ -44,7 +45,7 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
 
     Raises:
         UserError: clips that can't be used, all of them at once; or none that can.
-        Stopped: a signal came; what was learnt of the clips is kept.
+        Stopped: a signal came; what was read of the clips is kept.
     """
     plan, screen, config = context.plan, context.screen, context.plan.config
     source = config.train_data if key == "train_data" else config.eval_data
@@ -58,11 +59,11 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
 
         def after_each() -> None:
             advance()
-            context.stop.check("what was learnt of the clips is kept")
+            context.stop.check("what was read of the clips is kept")
 
-        clips, unreadable = ClipIndex(root / "index", digests).read(captioned, advance=after_each)
-    cut = cut_clips(
-        clips,
+        probed, unreadable = ClipIndex(root / "index", digests).read(captioned, advance=after_each)
+    clips = cut_clips(
+        probed,
         size=plan.size,
         fps=config.fps,
         multiple=plan.geometry.size_multiple,
@@ -70,21 +71,21 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
         max_windows_per_clip=config.max_windows_per_clip,
         no_images=_no_images(plan),
     )
-    unusable = [*unreadable, *cut.refused]
+    unusable = [*unreadable, *clips.refused]
     if unusable and config.unusable_clips == "error":
         raise refusal_error(unusable)
     refused = [*refused, *unusable]
     for refusal in refused:
         screen.note(f"{refusal.path} is left out: {refusal.reason}")
-    for path, factor in cut.slower:
+    for path, factor in clips.slower:
         screen.note(f"{path} is slower than fps={config.fps:g}: taken frame by frame, so it runs {factor:.2g} times as fast")
-    if not cut.windows:
+    if not clips.windows:
         raise UserError(f"{key}={source}: no clip of it can be used", "add clips, or lower num_frames")
     if config.train_batch_size > 1 and not plan.spec.text_is_padded:
-        cut = _one_caption_length_per_bucket(plan, cut)
-    _check_threshold(plan, cut, screen)
-    grids = {bucket: plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width) for bucket in cut.buckets}
-    return Dataset(cut, grids, tuple(refused), digests)
+        clips = _one_caption_length_per_bucket(plan, clips)
+    _check_threshold(plan, clips, screen)
+    grids = {bucket: plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width) for bucket in clips.buckets}
+    return Dataset(clips, grids, tuple(refused), digests)
 
 
 def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
@@ -94,13 +95,13 @@ def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
 
     Raises:
         UserError: clips that can't be used; or nothing would be left of one of the two.
-        Stopped: a signal came; what was learnt of the clips is kept.
+        Stopped: a signal came; what was read of the clips is kept.
     """
     config, dataset = context.plan.config, read_dataset(context)
     if config.eval_data:
         held_out = read_dataset(context, "eval_data")
-        trained = {window.clip.digest for window in dataset.cut.windows}
-        both = sorted({str(window.path) for window in held_out.cut.windows if window.clip.digest in trained})
+        trained = {window.clip.digest for window in dataset.clips.windows}
+        both = sorted({str(window.path) for window in held_out.clips.windows if window.clip.digest in trained})
         if both:
             raise UserError(
                 f"eval_data: {both[0]} is in train_data too ({len(both)} in all)", "keep them apart, or use eval_share"
@@ -108,7 +109,7 @@ def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
         return dataset, held_out
     if not config.eval_share:
         return dataset, None
-    windows = dataset.cut.windows
+    windows = dataset.clips.windows
     held = [window for window in windows if int(window.clip.digest[:8], 16) / 2**32 < config.eval_share]
     chosen = set(held)
     kept = [window for window in windows if window not in chosen]
@@ -118,7 +119,7 @@ def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
             f"eval_share={config.eval_share:g}: {which} of the clips would be held out", "change it, or give eval_data"
         )
     context.screen.note(f"{len(held)} of {len(windows)} windows are held out, of {len({window.path for window in held})} clips")
-    trained, measured = (replace(dataset, cut=replace(dataset.cut, windows=tuple(part))) for part in (kept, held))
+    trained, measured = (replace(dataset, clips=replace(dataset.clips, windows=tuple(part))) for part in (kept, held))
     return trained, measured
 
 
@@ -129,20 +130,20 @@ def _no_images(plan: Plan) -> str | None:
     return None if plan.geometry.legal_frames(1) else f"{plan.spec.title} takes {plan.geometry.frames_rule} frames"
 
 
-def _one_caption_length_per_bucket(plan: Plan, cut: Cut) -> Cut:
+def _one_caption_length_per_bucket(plan: Plan, clips: ClipWindows) -> ClipWindows:
     """A transformer that knows no padded text takes captions of one length in a batch."""
-    captions = sorted({window.clip.caption for window in cut.windows})
+    captions = sorted({window.clip.caption for window in clips.windows})
     tokens = dict(zip(captions, count_caption_tokens(plan, captions), strict=True))
     windows = [
-        replace(window, bucket=replace(window.bucket, caption_tokens=tokens[window.clip.caption])) for window in cut.windows
+        replace(window, bucket=replace(window.bucket, caption_tokens=tokens[window.clip.caption])) for window in clips.windows
     ]
-    return replace(cut, windows=tuple(windows))
+    return replace(clips, windows=tuple(windows))
 
 
-def _check_threshold(plan: Plan, cut: Cut, screen: Screen) -> None:
+def _check_threshold(plan: Plan, clips: ClipWindows, screen: Screen) -> None:
     """Images have no neighbours, so their alignment score ends at 1."""
     config, threshold = plan.config, plan.config.crepa_similarity_threshold
-    frames = {bucket.frames for bucket in cut.buckets}
+    frames = {bucket.frames for bucket in clips.buckets}
     if not config.crepa_enabled or threshold is None or config.crepa_threshold_metric == "self" or 1 not in frames:
         return
     if frames != {1} and maximum_score(config, plan.grid.t) > 1:
@@ -156,7 +157,7 @@ def _check_threshold(plan: Plan, cut: Cut, screen: Screen) -> None:
 
 def samples_digest(dataset: Dataset) -> str:
     """Of all windows and their captions: with another one it is another dataset."""
-    facts = [[w.clip.digest, w.frames, w.bucket.height, w.bucket.width, w.clip.caption] for w in dataset.cut.windows]
+    facts = [[w.clip.digest, w.frames, w.bucket.height, w.bucket.width, w.clip.caption] for w in dataset.clips.windows]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -164,7 +165,7 @@ def build_sampler(plan: Plan, dataset: Dataset, world: int) -> StepSampler:
     """The data order of a run on that many processes."""
     config = plan.config
     unit = config.train_batch_size * config.gradient_accumulation_steps * world
-    return StepSampler([window.bucket for window in dataset.cut.windows], unit, config.seed)
+    return StepSampler([window.bucket for window in dataset.clips.windows], unit, config.seed)
 
 
 def total_steps(plan: Plan, sampler: StepSampler) -> int:
@@ -205,10 +206,10 @@ def describe(context: Context, dataset: Dataset, trainable: Mapping[str, int]) -
     Args:
         trainable: parameters that will be trained, by part.
     """
-    plan, screen, cut = context.plan, context.screen, dataset.cut
+    plan, screen, clips = context.plan, context.screen, dataset.clips
     sampler = build_sampler(plan, dataset, world=1)
-    used = sum(len(window.frames) for window in cut.windows)
-    buckets = cut.buckets
+    used = sum(len(window.frames) for window in clips.windows)
+    buckets = clips.buckets
     latents = sum((latents_bytes(plan, bucket) + image_bytes(plan, bucket)) * count for bucket, count in buckets.items())
     teacher = sum(teacher_bytes(plan, dataset.grids[bucket]) * count for bucket, count in buckets.items())
     screen.table(
@@ -230,9 +231,9 @@ def describe(context: Context, dataset: Dataset, trainable: Mapping[str, int]) -
     screen.rows(
         "run",
         [
-            ("clips", f"{len({window.path for window in cut.windows})} used, {len(dataset.refused)} left out"),
-            ("frames", f"{used} used, {cut.dropped_frames} dropped (the ends that fill no window)"),
-            ("windows", f"{len(cut.windows)}{repeats}"),
+            ("clips", f"{len({window.path for window in clips.windows})} used, {len(dataset.refused)} left out"),
+            ("frames", f"{used} used, {clips.dropped_frames} dropped (the ends that fill no window)"),
+            ("windows", f"{len(clips.windows)}{repeats}"),
             ("steps per epoch", f"{sampler.steps_per_epoch} of {sampler.unit} windows"),
             ("steps", f"{total}, {total / sampler.steps_per_epoch:.1f} epochs"),
             ("trainable parameters", ", ".join(f"{part} {count:,}" for part, count in trainable.items())),
@@ -243,13 +244,13 @@ def describe(context: Context, dataset: Dataset, trainable: Mapping[str, int]) -
 
 def dataset_facts(plan: Plan, dataset: Dataset, sampler: StepSampler) -> dict[str, Any]:
     """What a run trains on, for its folder: plain values."""
-    cut = dataset.cut
-    windows = Counter(window.clip for window in cut.windows)
+    clips = dataset.clips
+    windows = Counter(window.clip for window in clips.windows)
     teacher_grids = {bucket: "x".join(map(str, plan.teacher_grid(grid))) for bucket, grid in dataset.grids.items()}
     return {
         "train_data": plan.config.train_data,
         "clips": len(windows),
-        "windows": len(cut.windows),
+        "windows": len(clips.windows),
         "left_out": len(dataset.refused),
         "unit": sampler.unit,
         "steps_per_epoch": sampler.steps_per_epoch,
@@ -262,7 +263,7 @@ def dataset_facts(plan: Plan, dataset: Dataset, sampler: StepSampler) -> dict[st
                 "tokens": dataset.grids[bucket].tokens,
                 "teacher_grid": teacher_grids[bucket] if plan.config.crepa_enabled else None,
             }
-            for bucket, count in cut.buckets.items()
+            for bucket, count in clips.buckets.items()
         ],
         "captions": [{"file": clip.path.name, "windows": count, "caption": clip.caption} for clip, count in windows.items()],
     }

@@ -107,7 +107,7 @@ def _fingerprint(caches: Caches, sampler: StepSampler, total: int) -> dict[str, 
         "models": dict(caches.models),
         "samples": samples_digest(caches.dataset),
         "unit": sampler.unit,
-        "windows": len(caches.dataset.cut.windows),
+        "windows": len(caches.dataset.clips.windows),
         "total": total,
         "versions": {"crepatrain": crepatrain.__version__} | {package: version(package) for package in _PACKAGES},
     }

@@ -312,11 +312,11 @@ def test_looking_changes_nothing_of_the_training(trained, wan, clips, config_fil
 
 def test_a_share_is_held_out_by_content(config_file):
     whole = read_dataset(context_of(read_plan(config_file())))
-    digests = {window.clip.digest for window in whole.cut.windows}
+    digests = {window.clip.digest for window in whole.clips.windows}
     shares = sorted(int(digest[:8], 16) / 2**32 for digest in digests)
     trained, held = read_datasets(context_of(read_plan(config_file(eval_share=(shares[0] + shares[1]) / 2))))
-    assert {window.clip.digest for window in held.cut.windows} == {min(digests, key=lambda d: int(d[:8], 16))}
-    assert len(trained.cut.windows) + len(held.cut.windows) == len(whole.cut.windows)
+    assert {window.clip.digest for window in held.clips.windows} == {min(digests, key=lambda d: int(d[:8], 16))}
+    assert len(trained.clips.windows) + len(held.clips.windows) == len(whole.clips.windows)
     with pytest.raises(UserError, match="none of the clips would be held out"):
         read_datasets(context_of(read_plan(config_file(eval_share=shares[0] / 2))))
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crepatrain.data.buckets import Bucket, Cut, cut_clips, nearest_aspect
+from crepatrain.data.buckets import Bucket, ClipWindows, cut_clips, nearest_aspect
 from crepatrain.data.decode import ClipInfo
 from crepatrain.data.index import Clip
 
@@ -29,7 +29,7 @@ def cut(
     aspect_buckets: bool = False,
     limit: int = 0,
     no_images: str | None = None,
-) -> Cut:
+) -> ClipWindows:
     return cut_clips(
         clips,
         size=(frames, 64, 96),

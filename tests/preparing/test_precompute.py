@@ -39,9 +39,9 @@ def test_only_clips_of_an_image_to_video_run_have_first_frames(planned):
     assert caches.image == {}
     assert {sample.image for sample in caches.samples} == {None}
     _, dataset, caches = planned("ltxvideo", task="i2v")
-    assert set(caches.image) == {window for window in dataset.cut.windows if len(window.frames) > 1}
+    assert set(caches.image) == {window for window in dataset.clips.windows if len(window.frames) > 1}
     assert len(set(caches.image.values())) == len(caches.image) > 0
-    for window, sample in zip(dataset.cut.windows, caches.samples, strict=True):
+    for window, sample in zip(dataset.clips.windows, caches.samples, strict=True):
         assert sample.image == caches.image.get(window)
         assert (sample.image is None) == (sample.bucket.frames == 1)
 

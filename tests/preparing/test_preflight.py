@@ -58,13 +58,13 @@ def images(tmp_path) -> Path:
 )
 def test_images_are_buckets_of_one_frame_beside_the_clips(look, family, size):
     plan, dataset, _ = look(family, size, fps=16)
-    counts = {bucket.frames: count for bucket, count in dataset.cut.buckets.items()}
+    counts = {bucket.frames: count for bucket, count in dataset.clips.buckets.items()}
     assert counts == {9: 6, 1: 2}
     assert {bucket.frames: grid.t for bucket, grid in dataset.grids.items()} == {9: plan.grid.t, 1: 1}
     assert not dataset.refused
     sampler = build_sampler(plan, dataset, world=3)
     for step in range(2 * sampler.steps_per_epoch):
-        assert len({dataset.cut.windows[sample].bucket for sample in sampler.samples(step)}) == 1
+        assert len({dataset.clips.windows[sample].bucket for sample in sampler.samples(step)}) == 1
 
 
 @pytest.mark.parametrize(("size", "title"), [("tiny-i2v", "Wan 2.1 image-to-video"), ("tiny-i2v-a14b", "Wan 2.2 image-to-video")])
@@ -79,14 +79,14 @@ def test_images_are_refused_where_the_channels_have_no_place_for_them(look, size
         assert "remove it" in problem.fix
         assert "unusable_clips" in problem.fix
     _, dataset, notes = look(size=size, unusable_clips="skip", **expert)
-    assert {window.bucket.frames for window in dataset.cut.windows} == {9}
+    assert {window.bucket.frames for window in dataset.clips.windows} == {9}
     assert sum("image-0.png is left out: it is an image" in note for note in notes) == 1
     assert len(dataset.refused) == 2
 
 
 def test_a_dataset_of_images_alone_can_be_trained_on(look, images):
     _, dataset, _ = look(train_data=str(images))
-    assert {bucket.frames: count for bucket, count in dataset.cut.buckets.items()} == {1: 3}
+    assert {bucket.frames: count for bucket, count in dataset.clips.buckets.items()} == {1: 3}
 
 
 def test_a_dataset_of_images_alone_is_none_for_image_to_video_channels(look, images):
@@ -101,7 +101,7 @@ def test_a_broken_image_is_refused_in_one_message(look, images):
     (problem,) = caught.value.problems
     assert problem.what == f"{images / '1.png'}: it is no image, or is cut off"
     _, dataset, notes = look(train_data=str(images), unusable_clips="skip")
-    assert len(dataset.cut.windows) == 2
+    assert len(dataset.clips.windows) == 2
     assert len(notes) == 1
 
 
@@ -110,7 +110,7 @@ def test_an_image_without_a_caption_is_told_as_a_clip_is(look, images):
     with pytest.raises(UserError, match=r"1\.png: no caption"):
         look(train_data=str(images))
     _, dataset, _ = look(train_data=str(images), missing_captions="filename")
-    assert "1" in {window.clip.caption for window in dataset.cut.windows}
+    assert "1" in {window.clip.caption for window in dataset.clips.windows}
 
 
 def test_first_frames_take_disk_of_their_own(look):
@@ -184,7 +184,7 @@ def test_batches_of_kandinsky_hold_captions_of_one_length(look, spoken, tiny_che
     family, folder = tiny_family("kandinsky5_video"), str(tiny_checkpoint("kandinsky5_video"))
     encoder = family.load_text_encoder(folder, torch.float32)
     found: dict[str, set[int | None]] = {}
-    for window in dataset.cut.windows:
+    for window in dataset.clips.windows:
         found.setdefault(window.clip.caption, set()).add(window.bucket.caption_tokens)
     assert len(found) == 4
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_batches_of_kandinsky_hold_captions_of_one_length(look, spoken, tiny_che
     }
     sampler = build_sampler(plan, dataset, world=1)
     for step in range(2 * sampler.steps_per_epoch):
-        assert len({lengths[dataset.cut.windows[sample].clip.caption] for sample in sampler.samples(step)}) == 1
+        assert len({lengths[dataset.clips.windows[sample].clip.caption] for sample in sampler.samples(step)}) == 1
 
 
 def test_captions_are_not_counted_where_it_does_not_matter(look, spoken):
