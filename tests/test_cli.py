@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import tiny_family
+from common import tiny_family
 
 import crepatrain
 from crepatrain import cli

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from conftest import tiny_family
+from common import tiny_family
 from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
 from peft import LoraConfig
 from safetensors import safe_open

@@ -6,7 +6,7 @@ import re
 import diffusers
 import pytest
 import torch
-from conftest import tiny_family
+from common import tiny_family
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 

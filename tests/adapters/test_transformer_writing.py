@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_family
+from common import tiny_family
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_family
+from common import tiny_family
 from transformers import (
     ConvNextConfig,
     ConvNextModel,

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from common import SHARED
 from PIL import Image
 from torch import Tensor
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from conftest import SHARED, render_clip, render_image
+from common import SHARED, render_clip, render_image
 
 from crepatrain.data import index
 from crepatrain.data.decode import probe

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_family
+from common import tiny_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

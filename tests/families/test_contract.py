@@ -15,7 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from common import SHARED
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from PIL import Image
 from safetensors import safe_open

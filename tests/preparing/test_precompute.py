@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import context_of
+from common import context_of
 
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.data.decode import read_frames

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import context_of, render_image, tiny_family
+from common import context_of, render_image, tiny_family
 
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.console import Screen

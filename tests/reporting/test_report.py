@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import context_of, render_clip
+from common import context_of, render_clip
 
 from crepatrain import cli
 from crepatrain.alignment.crepa import Crepa

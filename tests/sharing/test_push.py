@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import tiny_values
+from common import tiny_values
 from hub import TOKEN, Hub
 from huggingface_hub import ModelCard, constants
 from safetensors import safe_open

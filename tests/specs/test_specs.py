@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from conftest import tiny_family
+from common import tiny_family
 
 from crepatrain.families import family_class
 from crepatrain.specs import FAMILIES, LTXVIDEO, WAN, Checkpoint

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_family
+from common import tiny_family
 from peft.tuners.lora import LoraLayer
 from torch import nn
 

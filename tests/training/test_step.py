@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_family
+from common import tiny_family
 
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import BackboneTeacher, CachedTeacher

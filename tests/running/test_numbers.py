@@ -1,0 +1,198 @@
+"""The numbers of a run: CREPA's weight and cutoff over it, and different ways to the same losses."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import (
+    CUT,
+    KEYS,
+    MEASURED,
+    Write,
+    adapter,
+    alive,
+    column,
+    expect_same_run,
+    lines,
+    losses_of,
+    names,
+    same_tensors,
+    train,
+)
+from safetensors.torch import load_file
+from transformers import Dinov2Model
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(config_file: Write, tmp_path: Path):
+    changes = {"max_train_steps": 4, "gradient_accumulation_steps": 2, "crepa_cutoff_step": 3, "crepa_warmup_steps": 1}
+    alone = train(config_file, output_dir=str(tmp_path / "alone"), train_batch_size=2, **changes)
+    both = tmp_path / "both"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "crepatrain", "fit"]
+    config = config_file(output_dir=str(both), **changes)
+    done = subprocess.run([*command, str(config)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
+    assert done.stdout.count(b"looking at clips") == 1
+    assert len(lines(both)) == 4
+    assert column(both, "crepa_alignment_score")[0] is None  # the warm-up's first step
+    for key in ("loss", "diffusion_loss", "crepa_alignment_score", "grad_norm"):
+        pairs = zip(column(both, key), column(alone, key), strict=True)
+        assert all(a == b or a == pytest.approx(b, rel=1e-5) for a, b in pairs), key
+
+
+def test_a_run_that_was_cut_off_stays_cut_off(config_file: Write, wan: Path, tmp_path: Path):
+    """And neither features nor encoder are read any more."""
+    encoder, cache = tmp_path / "encoder", tmp_path / "cache"
+    shutil.copytree(wan / "encoder", encoder)
+    common = {"crepa_encoder": str(encoder), "cache_dir": str(cache), "checkpointing_steps": 1, **CUT}
+    folder = train(config_file, max_train_steps=3, **common)
+    assert column(folder, "crepa_cutoff") == [False, True, True]
+    assert column(folder, "crepa_weight") == [0.5, 0.0, 0.0]
+    shutil.rmtree(cache / "teacher")
+    for weights in encoder.glob("*.safetensors"):
+        weights.write_bytes(b"no weights")
+    train(config_file, max_train_steps=5, **common)
+    after = lines(folder)
+    assert column(folder, "step") == [1, 2, 3, 4, 5]
+    assert not (cache / "teacher").exists()
+    for line in after[1:]:
+        assert line["crepa_cutoff"] is True
+        assert line["crepa_weight"] == 0.0
+        assert [line[key] for key in MEASURED] == [None] * 3
+        assert line["loss"] == line["diffusion_loss"]
+        assert line["crepa_alignment_score_ema"] == after[0]["crepa_alignment_score"]
+    saved = [load_file(folder / "checkpoints" / f"step-{step:06d}" / "projector.safetensors") for step in (3, 5)]
+    assert same_tensors(*saved)
+
+
+def test_the_projector_is_frozen_once_crepa_is_cut_off(config_file: Write):
+    folder = train(config_file, max_train_steps=3, checkpointing_steps=1, **CUT)
+    saved = [load_file(folder / "checkpoints" / f"step-{step:06d}" / "projector.safetensors") for step in (1, 2, 3)]
+    assert same_tensors(saved[0], saved[1])
+    assert same_tensors(saved[1], saved[2])
+    adapters = [load_file(folder / "adapters" / f"adapter-{step:06d}.safetensors") for step in (1, 3)]
+    assert not same_tensors(*adapters)
+
+
+def test_a_recoverable_cutoff_probes(config_file: Write):
+    changes = {"crepa_threshold_mode": "recoverable", "crepa_probe_interval": 2, "checkpointing_steps": 1, **CUT}
+    folder = train(config_file, max_train_steps=6, **changes)
+    assert column(folder, "crepa_cutoff") == [False, True, True, True, True, True]
+    assert column(folder, "crepa_weight") == [0.5, 0, 0, 0, 0, 0]
+    measured = [line["crepa_alignment_score"] is not None for line in lines(folder)]
+    assert measured == [True, False, True, False, True, False]
+    for line in lines(folder)[1:]:
+        assert line["loss"] == line["diffusion_loss"]
+        assert not line["crepa_loss"]
+    assert not (folder / "checkpoints" / "step-000001").exists()
+    saved = [load_file(folder / "checkpoints" / f"step-{step:06d}" / "projector.safetensors") for step in (4, 5, 6)]
+    assert same_tensors(saved[0], saved[2])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_recoverable_cutoff_comes_back(config_file: Write, tmp_path: Path, workers: int):
+    for seed in range(10):
+        free = train(config_file, output_dir=str(tmp_path / f"free-{seed}"), seed=seed, max_train_steps=2)
+        first, second = column(free, "crepa_alignment_score")
+        if second < first:
+            break
+    assert second < first
+    folder = train(
+        config_file,
+        seed=seed,
+        crepa_similarity_threshold=(first + second) / 2,
+        crepa_similarity_ema_decay=0.0,
+        crepa_threshold_mode="recoverable",
+        crepa_probe_interval=1,
+        dataloader_num_workers=workers,
+        max_train_steps=3,
+    )
+    assert column(folder, "crepa_alignment_score")[:2] == pytest.approx([first, second])
+    assert column(folder, "crepa_weight") == [0.5, 0.0, 0.5]
+    assert column(folder, "crepa_cutoff") == [False, True, False]
+
+
+def test_the_first_step_of_a_warm_up_measures_nothing(config_file: Write):
+    folder = train(config_file, crepa_warmup_steps=2, max_train_steps=4)
+    assert column(folder, "crepa_weight") == [0.0, 0.25, 0.5, 0.5]
+    first, second = lines(folder)[:2]
+    assert [first[key] for key in (*MEASURED, "crepa_alignment_score_ema")] == [None] * 4
+    assert first["loss"] == first["diffusion_loss"]
+    assert first["crepa_cutoff"] is False
+    assert second["crepa_alignment_score"] == second["crepa_alignment_score_ema"]
+
+
+def test_a_cutoff_step_frees_the_teacher(config_file: Write):
+    before = alive(Dinov2Model)
+    seen: dict[int, int] = {}
+
+    def look(step: int) -> None:
+        seen[step] = len(alive(Dinov2Model, but=before))
+
+    folder = train(config_file, after_step=look, crepa_feature_source="pixels", crepa_cutoff_step=2, max_train_steps=4)
+    assert column(folder, "crepa_cutoff") == [False, False, True, True]
+    assert column(folder, "crepa_weight") == [0.5, 0.5, 0.0, 0.0]
+    assert seen[1] == 1
+    assert seen[3] == 0
+
+
+def test_without_crepa_nothing_of_it_is_said(config_file: Write):
+    folder = train(config_file, crepa_enabled=False, max_train_steps=2)
+    for line in lines(folder):
+        assert all(line.get(key) is None for key in KEYS if key.startswith("crepa"))
+        assert line["loss"] == line["diffusion_loss"]
+    assert "projector.safetensors" not in names(folder / "checkpoints" / "step-000002")
+
+
+def test_crepa_changes_neither_data_nor_noise(config_file: Write, tmp_path: Path):
+    losses = [
+        column(train(config_file, output_dir=str(tmp_path / str(on)), crepa_enabled=on, max_train_steps=2), "diffusion_loss")
+        for on in (True, False)
+    ]
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1] != losses[1][1]
+
+
+def test_accumulation_is_a_larger_batch(config_file: Write, tmp_path: Path):
+    runs = [
+        train(config_file, output_dir=str(tmp_path / name), train_batch_size=batch, gradient_accumulation_steps=accumulation)
+        for name, batch, accumulation in (("batch", 2, 1), ("accumulated", 1, 2))
+    ]
+    assert losses_of(runs[0]) == pytest.approx(losses_of(runs[1]), abs=1e-5)
+    assert column(runs[0], "grad_norm") == pytest.approx(column(runs[1], "grad_norm"), rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(config_file: Write, tmp_path: Path):
+    runs = [
+        train(config_file, output_dir=str(tmp_path / str(on)), gradient_checkpointing=on, lora_dropout=0.2)
+        for on in (True, False)
+    ]
+    assert losses_of(runs[0]) == pytest.approx(losses_of(runs[1]), abs=1e-6)
+    left, right = map(adapter, runs)
+    assert all(torch.allclose(left[name], right[name], atol=1e-5) for name in left)
+
+
+def test_workers_change_nothing(config_file: Write, tmp_path: Path):
+    runs = [train(config_file, output_dir=str(tmp_path / str(count)), dataloader_num_workers=count) for count in (0, 2)]
+    expect_same_run(*runs)
+
+
+def test_features_from_the_cache_are_those_of_the_pixels(config_file: Write, tmp_path: Path):
+    runs = [
+        train(config_file, output_dir=str(tmp_path / source), crepa_feature_source=source, max_train_steps=2)
+        for source in ("cached", "pixels")
+    ]
+    for key in ("crepa_alignment_score", "crepa_similarity_self"):
+        assert column(runs[0], key) == pytest.approx(column(runs[1], key), abs=2e-3)
+        assert column(runs[0], key)[0] == pytest.approx(column(runs[1], key)[0], abs=2e-4)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(config_file: Write, tmp_path: Path):
+    plain = train(config_file, output_dir=str(tmp_path / "plain"))
+    compiled = train(config_file, output_dir=str(tmp_path / "compiled"), compile=True)
+    for key in ("diffusion_loss", "crepa_loss", "crepa_similarity_self", "grad_norm"):
+        assert column(compiled, key) == pytest.approx(column(plain, key), rel=1e-3), key
