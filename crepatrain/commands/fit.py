@@ -16,6 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
 from crepatrain.adapters.compatibility import load_call
+from crepatrain.commands.push import push
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.data.loader import keyed_generator
@@ -24,7 +25,8 @@ from crepatrain.preparing.precompute import fill_caches, free_memory, plan_cache
 from crepatrain.preparing.preflight import dataset_facts, hold_out, look_at_clips
 from crepatrain.records.layout import ADAPTER_FILE
 from crepatrain.records.reading import read_run
-from crepatrain.records.runfolder import RunFolder, expect_same_fingerprint
+from crepatrain.records.runfolder import RunFolder
+from crepatrain.records.same_run import expect_same_fingerprint
 from crepatrain.records.trackers import tracking
 from crepatrain.reporting.report import refresh_report
 from crepatrain.running.evaluation import Evaluation
@@ -32,7 +34,7 @@ from crepatrain.running.rehearsal import compare_memory, rehearse
 from crepatrain.running.session import Run, Start, build_run, prepare_start, save, take_fingerprint
 from crepatrain.running.validation import Validation
 from crepatrain.screen import Screen, TrainingView
-from crepatrain.sharing.push import expect_pushable, push
+from crepatrain.sharing.hub import expect_pushable
 from crepatrain.stopping import Stopped, StopSignal
 from crepatrain.tensors import Batch
 from crepatrain.training import build
@@ -71,7 +73,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False) -> None:
     if plan.config.push_to_hub:
         expect_pushable(plan.config)
     with RunFolder(plan.config, writes=accelerator.is_main_process) as folder, StopSignal() as stop:
-        resume = folder.look()
+        resume = folder.inspect()
         with accelerator.main_process_first():
             dataset, held = hold_out(plan, look_at_clips(plan, screen, stop), screen, stop)
             start = prepare_start(plan, dataset, accelerator.num_processes, device, resume)
@@ -92,7 +94,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False) -> None:
         _expect_one_start(start, accelerator.num_processes)
         folder.claim(start.state.step)
         folder.describe(dataset_facts(plan, dataset, start.sampler))
-        with _reported(folder), _status(folder, start), tracking(folder, plan.config, start.state.step):
+        with _reported(folder), _status(folder, start), tracking(folder, start.state.step) as folder.subscribers:
             run = build_run(plan, screen, accelerator, folder, dataset, caches, start, fingerprint)
             if accelerator.num_processes == 1:  # several leave together, from within the loop
                 stop.check("before its first step")

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
+if TYPE_CHECKING:  # reading a run, which knows events, loads no numpy
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class VideosMade:
     """
 
     step: int
-    videos: Mapping[str, np.ndarray]
+    videos: "Mapping[str, np.ndarray]"
     file: Path
 
 

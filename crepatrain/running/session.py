@@ -23,8 +23,9 @@ from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, read_
 from crepatrain.families.base import Family
 from crepatrain.preparing.precompute import Caches
 from crepatrain.preparing.preflight import Dataset, build_sampler, samples_digest, total_steps
+from crepatrain.records.layout import checkpoints
 from crepatrain.records.reading import read_best
-from crepatrain.records.runfolder import RunFolder
+from crepatrain.records.runfolder import RunFolder, rotate
 from crepatrain.screen import Screen
 from crepatrain.tensors import Batch
 from crepatrain.training import build
@@ -32,12 +33,10 @@ from crepatrain.training.build import Learner
 from crepatrain.training.checkpoint import (
     EMA_FILE,
     TRAINED_FILE,
-    checkpoints,
     read_plain,
     read_tensors,
     read_tree,
     readable,
-    rotate,
     write_checkpoint,
 )
 from crepatrain.training.diffusion import FlowMatching
