@@ -34,7 +34,7 @@ from crepatrain.training.lora import load_trained_state
 
 _CLIPS = 3
 _SIGMA = 0.5
-# Of a picture in the report.
+# The largest width and height of a picture in the report, in pixels.
 _PICTURE_WIDTH = 256
 
 
@@ -89,7 +89,7 @@ class _Probe:
         family = build.build_family(plan)
         transformer, crepa = build.build_transformer(plan, family, device), build.build_crepa(plan).to(device)
         restore(checkpoint, plan.config, transformer, crepa, {})
-        if plan.config.use_ema:  # which are the run's result
+        if plan.config.use_ema:  # the average is the run's result
             load_trained_state(transformer, read_tensors(checkpoint, EMA_FILE))
         process, teacher = build.build_process(plan), build.build_teacher(plan, family, device)
         return cls(plan, family, process, transformer.eval(), crepa, teacher)

@@ -254,7 +254,7 @@ def with_distinct_names(runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """None of nothing."""
+    """The mean; None where there are no values."""
     return sum(values) / len(values) if values else None
 
 

@@ -10,11 +10,11 @@ from crepatrain.records.reading import RunRecord, mean
 _POINTS = 900
 # A smoothed curve follows about this share of the run, and at least so many points.
 _SMOOTH_SHARE, _SMOOTH_POINTS = 1 / 40, 4
-# Of a noisy curve the outermost values may leave the picture, so that a spike does not flatten the rest.
+# The outermost values of a noisy curve may leave the picture, so that a spike does not flatten the rest.
 _SEEN_SHARE = 0.98
 
 _PARTS = ("data", "forward", "crepa", "backward", "optimizer")
-# What a line has whose step was timed part by part.
+# The keys of a line whose step was timed part by part.
 _TIMED = {"step_seconds", "forward_seconds"}
 
 Look = Literal["raw", "line", "dashed", "dots"]
@@ -22,7 +22,7 @@ Look = Literal["raw", "line", "dashed", "dots"]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. Those of one name stand in the legend as one.
+    """One curve. Curves of one name share an entry of the legend.
 
     Attributes:
         color: name of one of the page's colours.
@@ -122,7 +122,7 @@ def _mark_color(index: int, count: int) -> str:
 
 
 def _of_run(run: RunRecord, runs: Sequence[RunRecord]) -> str:
-    """How what belongs to one of several runs is named."""
+    """What a name begins with that belongs to one of several runs."""
     return f"{run.name}: " if len(runs) > 1 else ""
 
 
@@ -155,7 +155,7 @@ def _chart(curve: Curve, series: Sequence[Series], **more: Any) -> Chart:
 
 
 def smoothed(values: Sequence[float], window: float) -> list[float]:
-    """The exponential moving average with the weight that its first values still miss put right."""
+    """The exponential moving average, corrected for the weight that its first values lack."""
     decay = 1 - 1 / window
     total = weight = 0.0
     result = []

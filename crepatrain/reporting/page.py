@@ -11,7 +11,7 @@ from crepatrain.records.reading import RunRecord, duration, mean, read_lines
 from crepatrain.reporting.charts import Chart, figure_charts, sections
 from crepatrain.reporting.heatmap import map_section
 
-# Of all videos in a report together; the newest are kept.
+# The size of all videos in a report together; the newest are kept.
 _VIDEO_BYTES = 24 << 20
 _CLIPS_SHOWN = 40
 

@@ -54,7 +54,7 @@ class Card:
     videos: Sequence[Shown]
 
     def over(self, before: str | None) -> str:
-        """The card's text; of one that is there already everything stays that is not ours.
+        """The card's text; everything in the one before stays that `crepatrain push` did not write.
 
         Raises:
             UserError: that one can't be read.
