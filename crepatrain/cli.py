@@ -17,7 +17,7 @@ from crepatrain.config.sections import RunConfig
 from crepatrain.config.summary import summarize
 from crepatrain.console import Screen
 from crepatrain.errors import DivergedError, UserError, closest
-from crepatrain.specs import FAMILIES, FamilySpec
+from crepatrain.specs import FAMILIES
 
 EXIT_USER_ERROR, EXIT_STOPPED, EXIT_DIVERGED, EXIT_DOES_NOT_FIT = 2, 3, 4, 5
 
@@ -183,16 +183,14 @@ def report(
     """Draw what runs have logged into one HTML file: curves, videos, config, dataset."""
 
     def work() -> None:
-        from crepatrain.commands.alignment_map import write_alignment_map
+        from crepatrain.commands.report import report as command
 
-        for run in runs:
-            write_alignment_map(run, _screen)
+        command(runs, output, _screen, with_map=with_map)
 
     if with_map:
         _stoppable(work)
-    from crepatrain.reporting.report import report as command
-
-    command(runs, output, _screen)
+    else:
+        work()
 
 
 @app.command()
@@ -219,7 +217,7 @@ def export(
 
     def work() -> None:
         from crepatrain.commands.export import export as command
-        from crepatrain.records.runfolder import asked_step
+        from crepatrain.records.opening import asked_step
 
         command(run, asked_step(run, step), dtype, output, _screen, weights=weights)
 
@@ -324,8 +322,8 @@ def push(
     """Upload a run's result to the Hugging Face hub with a model card. Clips, captions and config stay here."""
 
     def work() -> None:
-        from crepatrain.records.runfolder import asked_step
-        from crepatrain.sharing.push import push as command
+        from crepatrain.commands.push import push as command
+        from crepatrain.records.opening import asked_step
 
         command(run, _screen, repo=repo, private=private, step=asked_step(run, step), dry=dry)
 
@@ -358,34 +356,9 @@ def make_clips(folder: Annotated[Path, typer.Argument(help="where to write the c
 @app.command()
 def families() -> None:
     """What is known of each family and its released models."""
-    models = [(spec, name) for spec in FAMILIES.values() for name in spec.released]
-    _screen.table(
-        "families: frames x height x width, and legal ones",
-        ("model", "tasks", "blocks", "size", "legal", "fps", "shift"),
-        [_released(spec, name) for spec, name in models],
-    )
-    _screen.rows(
-        "CREPA block; caption tokens; LoRA targets",
-        [(spec.name, f"{spec.default_block}; {spec.text_length}; {', '.join(spec.lora_targets)}") for spec in FAMILIES.values()],
-    )
-    _screen.rows("on the hub", [(name, str(spec.released[name].repo)) for spec, name in models])
+    from crepatrain.commands.families import families as command
 
-
-def _released(spec: FamilySpec, name: str) -> tuple[str, ...]:
-    """A row of `crepatrain families`."""
-    model = spec.released[name]
-    variant, geometry = spec.variant(model.checkpoint, None), spec.geometry(model.transformer, model.vae)
-    height, width, frames = variant.size
-    shift = model.checkpoint.flow_shift(geometry.token_grid(frames, height, width).tokens)
-    return (
-        name,
-        ", ".join(variant.tasks),
-        f"{geometry.depth} x {geometry.width}",
-        f"{frames}x{height}x{width}",
-        f"{geometry.frames_rule}, {geometry.size_multiple[0]}n",
-        f"{variant.fps:g}",
-        f"{shift:.3g}",
-    )
+    command(_screen)
 
 
 def _plan(config: Path, options: list[str], *, online: bool = True) -> Plan:

@@ -17,8 +17,8 @@ from crepatrain.config.sections import RunConfig
 from crepatrain.errors import Problem, UserError
 from crepatrain.families.base import Family
 from crepatrain.files import share
-from crepatrain.records.layout import ADAPTER_FILE
-from crepatrain.records.runfolder import RunFolder, adapter_name
+from crepatrain.records.opening import adapter_name
+from crepatrain.records.runfolder import RunFolder
 from crepatrain.training.build import compute_dtype
 from crepatrain.training.checkpoint import replace_file
 from crepatrain.training.lora import baked_adapter, live_adapter
@@ -35,12 +35,12 @@ def write_result(
     if config.model_type == "full":
         write_transformer(folder.root / family.variant.transformer, transformer, compute_dtype(config))
         return
-    small = folder.adapters / f"{adapter_name(config, family)}-{step:06d}.safetensors"
+    small = folder.adapter(adapter_name(config, family), step)
     layers = list(live_adapter(transformer))
     metadata = adapter_metadata(
         config, family, fingerprint, step, layers=layers, day=datetime.now(UTC).date(), averaged=config.use_ema
     )
-    write_adapter([small, folder.root / ADAPTER_FILE], family, transformer, metadata)
+    write_adapter([small, folder.result_adapter], family, transformer, metadata)
 
 
 def write_adapter(

@@ -1,4 +1,4 @@
-"""Where in the picture the transformer agrees with the teacher: a cosine per patch, beside the frames."""
+"""Measuring where in the picture the transformer agrees with the teacher: a cosine per patch, beside the frames."""
 
 import base64
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from crepatrain.alignment.capture import capture_blocks
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import Teacher
-from crepatrain.config.plan import Plan, read_plan
+from crepatrain.config.plan import Plan, make_plan
 from crepatrain.data.buckets import Window
 from crepatrain.data.decode import read_frames
 from crepatrain.data.encode import as_jpeg
@@ -21,20 +21,21 @@ from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.preparing.precompute import fill_caches, plan_caches
 from crepatrain.preparing.preflight import read_dataset
-from crepatrain.reporting.heatmap import MAP_FILE
+from crepatrain.records.layout import RunLayout, checkpoints, step_of
+from crepatrain.records.opening import config_of
 from crepatrain.running.session import build_training_set, restore_modules
 from crepatrain.screen import Screen
 from crepatrain.stopping import StopSignal
 from crepatrain.tensors import Batch
 from crepatrain.training import build
-from crepatrain.training.checkpoint import EMA_FILE, checkpoints, read_tensors, replace_json, step_of
+from crepatrain.training.checkpoint import EMA_FILE, read_tensors, replace_json
 from crepatrain.training.context import Context
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.lora import load_trained_state
 
 _CLIPS = 3
 _SIGMA = 0.5
-# Of a picture in the report.
+# The largest width and height of a picture in the report, in pixels.
 _PICTURE_WIDTH = 256
 
 
@@ -44,10 +45,11 @@ def write_alignment_map(root: Path, screen: Screen) -> None:
     Raises:
         UserError: the run has no projector or no checkpoint, or what it was made from is gone.
     """
-    plan = read_plan(root / "config.json", ["--output_dir", str(root)])
+    layout = RunLayout(root)
+    plan = make_plan(config_of(root, screen).model_copy(update={"output_dir": str(root)}))
     if not plan.config.crepa_enabled:
         raise UserError(f"{root}: it was trained without CREPA, so it has no projector", "leave out --map")
-    found = checkpoints(root / "checkpoints")
+    found = checkpoints(layout.checkpoints)
     if not found:
         raise UserError(f"{root}: it has no checkpoint yet", "wait for the first one, or leave out --map")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,12 +70,12 @@ def write_alignment_map(root: Path, screen: Screen) -> None:
         fixed = replace(batch, sigma=torch.full_like(batch.sigma, probe.sigma))
         clips.append(_clip(window, probe.cosines(fixed.to(device)), fixed))
     facts = {"step": step_of(found[-1]), "block": plan.config.crepa_block_index, "sigma": probe.sigma, "clips": clips}
-    replace_json(root / MAP_FILE, facts)
+    replace_json(layout.alignment_map_file, facts)
 
 
 @dataclass(frozen=True, eq=False)
 class _Probe:
-    """A trained run, ready to be asked."""
+    """A trained run, ready to be measured."""
 
     plan: Plan
     family: Family
@@ -87,7 +89,7 @@ class _Probe:
         family = build.build_family(plan)
         transformer, crepa = build.build_transformer(plan, family, device), build.build_crepa(plan).to(device)
         restore_modules(checkpoint, plan.config, transformer, crepa)
-        if plan.config.use_ema:  # what the run hands out
+        if plan.config.use_ema:  # the average is the run's result
             load_trained_state(transformer, read_tensors(checkpoint, EMA_FILE))
         process, teacher = build.build_process(plan), build.build_teacher(plan, family, device)
         return cls(plan, family, process, transformer.eval(), crepa, teacher)

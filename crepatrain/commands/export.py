@@ -15,10 +15,12 @@ from crepatrain.config.sections import RunConfig
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.outputs import expect_nothing_at
-from crepatrain.records.runfolder import RunFolder, adapter_name, config_of, family_of
+from crepatrain.records.layout import checkpoints, step_of
+from crepatrain.records.opening import adapter_name, config_of, family_of
+from crepatrain.records.runfolder import RunFolder
 from crepatrain.screen import Screen
 from crepatrain.training.build import compute_dtype
-from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, checkpoints, read_plain, read_tensors, step_of
+from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, read_plain, read_tensors
 from crepatrain.training.lora import add_lora, live_adapter, load_trained_state, put_on_cpu, target_modules
 
 
@@ -37,7 +39,7 @@ def export(
     Raises:
         UserError: there is no such run or step, its base is gone, or the disk is full.
     """
-    config = config_of(run)
+    config = config_of(run, screen)
     family = family_of(config)
     folder = RunFolder(config.model_copy(update={"output_dir": str(run)}))
     found = {step_of(path): path for path in checkpoints(folder.checkpoints)}

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from crepatrain.adapters.compatibility import load_call
+from crepatrain.commands.push import push
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.errors import UserError
@@ -19,7 +20,7 @@ from crepatrain.records.layout import ADAPTER_FILE
 from crepatrain.records.reading import read_run
 from crepatrain.records.runfolder import RunFolder
 from crepatrain.records.trackers import tracking
-from crepatrain.reporting.report import LiveReport
+from crepatrain.reporting.report import live_report
 from crepatrain.running.evaluation import Evaluation
 from crepatrain.running.loop import Due, train
 from crepatrain.running.rehearsal import compare_memory, rehearse
@@ -27,7 +28,7 @@ from crepatrain.running.session import Run, build_run
 from crepatrain.running.start import RunStart, expect_one_start, fill_all_caches, prepare_start
 from crepatrain.running.validation import Validation
 from crepatrain.screen import Screen, TrainingView
-from crepatrain.sharing.push import expect_pushable, push
+from crepatrain.sharing.hub import expect_pushable
 from crepatrain.stopping import Stopped, StopSignal
 from crepatrain.training.context import Context
 
@@ -55,8 +56,8 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
         expect_pushable(plan.config)
     with RunFolder(plan.config, writes=accelerator.is_main_process) as folder, StopSignal() as stop:
         context = Context(plan, screen, accelerator.device, stop)
-        events = Events([*subscribers, *([LiveReport(folder.root)] if folder.writes else [])])
-        resume = folder.look()
+        events = Events([*subscribers, *([live_report(folder.root)] if folder.writes else [])])
+        resume = folder.inspect()
         with accelerator.main_process_first():
             start = prepare_start(context, accelerator.num_processes, resume)
             # Known before any process can make them.
@@ -71,7 +72,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
         folder.claim(start.state.step)
         folder.describe(dataset_facts(plan, start.caches.dataset, start.sampler))
         first, buckets = start.state.step, list(start.caches.dataset.clips.buckets)
-        with _status(folder, start, events), tracking(folder, plan.config, first) as trackers:
+        with _status(folder, start, events), tracking(folder, first) as trackers:
             for tracker in trackers:
                 events.subscribe(tracker)
             run = build_run(context, accelerator, folder, events, start)
@@ -188,7 +189,7 @@ def _result(run: Run) -> list[tuple[str, str]]:
     if run.config.model_type == "full":
         load = f'{run.family.spec.transformer_class}.from_pretrained("{root}", subfolder="{variant.transformer}")'
         return [("transformer", str(root / variant.transformer)), ("load it", load)]
-    return [("adapter", str(root / ADAPTER_FILE)), ("load it", load_call(root, ADAPTER_FILE, variant.expert))]
+    return [("adapter", str(run.folder.result_adapter)), ("load it", load_call(root, ADAPTER_FILE, variant.expert))]
 
 
 def _mean(lines: Sequence[dict[str, Any]], key: str) -> str:

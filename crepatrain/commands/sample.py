@@ -23,12 +23,11 @@ from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.outputs import expect_writable
-from crepatrain.records.layout import ADAPTER_FILE
-from crepatrain.records.runfolder import adapter_name, config_of
+from crepatrain.records.layout import ADAPTER_FILE, checkpoints, step_of
+from crepatrain.records.opening import adapter_name, config_of
 from crepatrain.sampling.pipeline import call, first_frame
 from crepatrain.screen import Screen
 from crepatrain.specs import FAMILIES, Expert, Task
-from crepatrain.training.checkpoint import checkpoints, step_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def sample(target: Path, wish: Wish, screen: Screen) -> None:
     Raises:
         UserError: no such run or adapter, or something that the model can't be asked for.
     """
-    source = _open_run(target, wish) if target.is_dir() else _open_adapter(target, wish)
+    source = _open_run(target, wish, screen) if target.is_dir() else _open_adapter(target, wish)
     settings = _settings(source, wish, screen)
     prompt = wish.prompt if wish.prompt is not None else source.prompt
     if prompt is None:
@@ -178,8 +177,8 @@ def _family_on(base: str, revision: str | None, name: str, task: Task, expert: E
     return get_family(name, checkpoint, task=task, expert=expert)
 
 
-def _open_run(root: Path, wish: Wish) -> _Source:
-    config = config_of(root)
+def _open_run(root: Path, wish: Wish, screen: Screen) -> _Source:
+    config = config_of(root, screen)
     base, revision = wish.base or config.pretrained_model_name_or_path, None if wish.base else config.revision
     assert config.task is not None
     family = _family_on(base, revision, config.model_family, config.task, config.wan_expert, wished=wish.base is not None)

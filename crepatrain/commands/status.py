@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from crepatrain.records.layout import checkpoints
 from crepatrain.records.reading import RunRecord, duration, mean, read_run
 from crepatrain.screen import Screen
 
@@ -13,7 +14,7 @@ _SILENT_LINES, _SILENT_SECONDS = 10, 600
 
 
 def status(root: Path, screen: Screen) -> None:
-    """Print what a run does.
+    """Print where a run stands.
 
     Raises:
         UserError: the folder holds no run, or a damaged one.
@@ -26,19 +27,19 @@ def status(root: Path, screen: Screen) -> None:
         ("saved", _saved(run)),
         ("validation", _validation(run)),
     ):
-        screen.say(f"{topic:<12}{words.encode(errors='replace').decode()}")  # paths may hold what is no text
+        screen.say(f"{topic:<12}{words.encode(errors='replace').decode()}")  # paths may hold bytes that are no text
 
 
 def _state(run: RunRecord) -> str:
     state, reason = run.status.get("status", "not begun"), run.status.get("reason")
-    told = f"{state}: {reason}" if reason else state
-    written = [path.stat().st_mtime for path in (run.root / "metrics.jsonl", run.root / "status.json") if path.is_file()]
+    words = f"{state}: {reason}" if reason else state
+    written = [path.stat().st_mtime for path in (run.layout.metrics, run.layout.status_file) if path.is_file()]
     if state != "running" or not written:
-        return told
+        return words
     silent = time.time() - max(written)
-    told += f", last heard of {duration(silent)} ago"
+    words += f", last heard of {duration(silent)} ago"
     between = (_step_seconds(run) or 0.0) * run.logging_steps
-    return told + ("; it may have died" if silent > max(_SILENT_LINES * between, _SILENT_SECONDS) else "")
+    return words + ("; it may have died" if silent > max(_SILENT_LINES * between, _SILENT_SECONDS) else "")
 
 
 def _step_seconds(run: RunRecord) -> float | None:
@@ -47,19 +48,19 @@ def _step_seconds(run: RunRecord) -> float | None:
 
 def _progress(run: RunRecord) -> str:
     seconds, total = _step_seconds(run), run.total
-    told = f"step {run.step}" + (f" of {total} ({run.step / total:.0%})" if total else "")
+    words = f"step {run.step}" + (f" of {total} ({run.step / total:.0%})" if total else "")
     if seconds is None:
-        return told
-    told += f", {seconds:.3g} s a step"
+        return words
+    words += f", {seconds:.3g} s a step"
     left = (total or run.step) - run.step
-    return f"{told}, {duration(left * seconds)} to go" if left else told
+    return f"{words}, {duration(left * seconds)} to go" if left else words
 
 
 def _numbers(run: RunRecord) -> str:
     if not run.steps:
         return "none logged yet"
     last = run.steps[-1]
-    told = [
+    numbers = [
         f"{name} {last[key]:.4f}"
         for name, key in (
             ("loss", "loss"),
@@ -71,22 +72,22 @@ def _numbers(run: RunRecord) -> str:
         if key in last
     ]
     cutoff = last.get("crepa_cutoff")
-    return "  ".join([*told, *([] if cutoff is None else [f"CREPA {'cut off' if cutoff else 'on'}"])])
+    return "  ".join([*numbers, *([] if cutoff is None else [f"CREPA {'cut off' if cutoff else 'on'}"])])
 
 
 def _saved(run: RunRecord) -> str:
-    found = (run.newest("checkpoints", "step-*"), run.newest("adapters", "*.safetensors"))
-    return ", ".join(str(path.relative_to(run.root)) for path in found if path) or "no checkpoint yet"
+    newest = [*checkpoints(run.layout.checkpoints)[-1:], *run.layout.all_adapters()[-1:]]
+    return ", ".join(str(path.relative_to(run.root)) for path in newest) or "no checkpoint yet"
 
 
 def _validation(run: RunRecord) -> str:
-    told = []
+    parts = []
     for key in ("eval_loss", "eval_alignment"):
         steps, values = run.column(key)
         if values:
-            told.append(f"{key} {values[-1]:.4f} at step {steps[-1]}")
+            parts.append(f"{key} {values[-1]:.4f} at step {steps[-1]}")
         if values and key == "eval_loss" and run.best:
-            told[-1] += f" (best {run.best['eval_loss']:.4f} at step {run.best['step']})"
+            parts[-1] += f" (best {run.best['eval_loss']:.4f} at step {run.best['step']})"
     if run.videos:
-        told.append(f"samples of step {run.videos[0][0]}")
-    return ", ".join(told) or "none yet"
+        parts.append(f"samples of step {run.videos[0][0]}")
+    return ", ".join(parts) or "none yet"

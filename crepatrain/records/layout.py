@@ -1,3 +1,104 @@
-"""The names of everything in a run's folder, in one place: who writes a name and who reads one ask here. No torch."""
+"""The name of everything in a run's folder, and the step that a name holds: who writes or reads a file asks here. No torch."""
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name under which diffusers looks for an adapter
+CARD_FILE = "README.md"
+REPORT_FILE = "report.html"
+# What ends the name of a video that shows the adapter beside the base.
+BESIDE_BASE = "-beside-base.mp4"
+
+_CHECKPOINT = re.compile(r"step-(\d+)")
+_VIDEO = re.compile(r"step-(\d{6,})(?:-.*)?\.mp4")  # the first version wrote a file for each prompt: step-000500-0.mp4
+_ADAPTER = re.compile(r".+-(\d{6,})\.safetensors")
+
+
+class RunLayout:
+    """Where everything of one run lies.
+
+    Args:
+        root: the run's folder, its output_dir.
+
+    Attributes:
+        metrics: what was logged, a JSON object on each line.
+        figures: what was measured of the validation videos, a JSON object on each line.
+        result_adapter: the run's last adapter.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config_file = root / "config.json"
+        self.status_file = root / "status.json"
+        self.dataset_file = root / "dataset.json"
+        self.best_file = root / "best.json"
+        self.lock_file = root / ".lock"
+        self.wandb_id_file = root / "wandb-id.txt"
+        self.alignment_map_file = root / "alignment_map.json"
+        self.report_file = root / REPORT_FILE
+        self.card_file = root / CARD_FILE
+        self.metrics = root / "metrics.jsonl"
+        self.checkpoints = root / "checkpoints"
+        self.adapters = root / "adapters"
+        self.samples = root / "samples"
+        self.figures = self.samples / "figures.jsonl"
+        self.exports = root / "exports"
+        self.tensorboard = root / "tensorboard"
+        self.result_adapter = root / ADAPTER_FILE
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of a checkpoint."""
+        return self.checkpoints / numbered("step", step)
+
+    def adapter(self, name: str, step: int) -> Path:
+        """The adapter that a checkpoint leaves for good, even when the checkpoint itself is removed."""
+        return self.adapters / f"{numbered(name, step)}.safetensors"
+
+    def video(self, step: int) -> Path:
+        """The validation video of a step; that of step 0 is the base's."""
+        return self.samples / f"{numbered('step', step)}.mp4"
+
+    def all_adapters(self) -> list[Path]:
+        """The adapters that the checkpoints have left, the oldest first."""
+        return _by_step(path for path in self.adapters.glob("*.safetensors") if _ADAPTER.fullmatch(path.name))
+
+    def all_videos(self) -> list[Path]:
+        """The validation videos, the oldest first."""
+        return _by_step(path for path in self.samples.glob("step-*.mp4") if _VIDEO.fullmatch(path.name))
+
+    def unfinished_checkpoints(self) -> list[Path]:
+        """The checkpoints that a kill has left half written."""
+        return sorted(self.checkpoints.glob("step-*.tmp"))
+
+    def after(self, step: int) -> list[Path]:
+        """Checkpoints, adapters and videos of later steps; from step 0 on every adapter and video, as they are made anew."""
+        files = [path for path in (*self.all_adapters(), *self.all_videos()) if step == 0 or step_of(path) > step]
+        return [*(path for path in checkpoints(self.checkpoints) if step_of(path) > step), *files]
+
+
+def numbered(name: str, step: int) -> str:
+    """A name with its step: `step-000500`."""
+    return f"{name}-{step:06d}"
+
+
+def set_aside_name(path: Path) -> Path:
+    """Where something is moved to that is not of this run any more but may be missed."""
+    return path.with_name(f"{path.name}.left")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a run's folder `checkpoints`, the oldest first."""
+    return _by_step(path for path in folder.glob("step-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir())
+
+
+def step_of(path: Path) -> int:
+    """The optimizer steps behind a checkpoint, an adapter or a validation video."""
+    found = (pattern.fullmatch(path.name) for pattern in (_CHECKPOINT, _VIDEO, _ADAPTER))
+    match = next(filter(None, found), None)
+    assert match, path
+    return int(match.group(1))
+
+
+def _by_step(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: (step_of(path), path.name))

@@ -1,21 +1,19 @@
-"""What a run's folder tells, read without torch: its config, where it stands, what it has logged and made."""
+"""What a run's folder holds, read without torch: its config, where it stands, what it has logged and made."""
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from crepatrain.config.sections import RunConfig
 from crepatrain.errors import UserError
+from crepatrain.records.layout import RunLayout, step_of
 
-BEST_FILE = "best.json"
 # Of a number in a run's files: what is drawn of them, sums and products, stays finite.
 _LARGEST = 1e100
-_STEP_AT_THE_END = re.compile(r".*-(\d{6,})")
-_STEP_OF_VIDEO = re.compile(r"step-(\d{6,})")
 
 _Count = Annotated[int, Field(ge=0, le=10**15)]
 _Positive = Annotated[int, Field(ge=1, le=10**15)]
@@ -73,10 +71,10 @@ class _Best(_Expected):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as its folder tells it.
+    """A run, as its folder has it.
 
     Attributes:
-        name: for people; of several runs no two have the same.
+        name: for people; no two of several runs have the same.
         config: with every default filled in; empty where it is gone.
         status: of status.json; empty before the first one.
         dataset: what was trained on; empty for a run from before it was written down.
@@ -91,6 +89,11 @@ class RunRecord:
     dataset: dict[str, Any]
     best: dict[str, Any]
     lines: list[dict[str, Any]]
+
+    @property
+    def layout(self) -> RunLayout:
+        """Where everything of the run lies."""
+        return RunLayout(self.root)
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -117,17 +120,10 @@ class RunRecord:
         found = [(line["step"], line[key]) for line in self.lines if _is_number(line.get(key))]
         return [step for step, _ in found], [value for _, value in found]
 
-    def newest(self, folder: str, pattern: str) -> Path | None:
-        """Of the files `NAME-000500...` or folders `step-000500` in a folder of the run, the one of the last step."""
-        named = [(path, path.name.removesuffix(".safetensors")) for path in (self.root / folder).glob(pattern)]
-        steps = {path: int(match.group(1)) for path, name in named if (match := _STEP_AT_THE_END.fullmatch(name))}
-        return max(steps, key=lambda path: (steps[path], path.name), default=None)
-
     @property
     def videos(self) -> list[tuple[int, Path]]:
         """The validation videos with their steps, those of the last step first."""
-        found = [(_STEP_OF_VIDEO.match(path.name), path) for path in (self.root / "samples").glob("step-*.mp4")]
-        return sorted(((int(match.group(1)), path) for match, path in found if match), key=lambda item: (-item[0], item[1].name))
+        return sorted(((step_of(path), path) for path in self.layout.all_videos()), key=lambda item: (-item[0], item[1].name))
 
 
 def _is_number(value: object) -> bool:
@@ -140,12 +136,24 @@ def read_run(root: Path) -> RunRecord:
     Raises:
         UserError: it holds no run, or a damaged one.
     """
-    if not (root / "config.json").is_file() and not (root / "metrics.jsonl").is_file():
+    layout = RunLayout(root)
+    if not layout.config_file.is_file() and not layout.metrics.is_file():
         what = "it holds no run" if root.is_dir() else "no such folder"
         raise UserError(f"{root}: {what}", "give the output_dir of a run")
-    kinds = {"config": _Config, "status": _Status, "dataset": _Dataset}
-    objects = {name: _read_object(root / f"{name}.json", kind) for name, kind in kinds.items()}
-    return RunRecord(root, root.resolve().name, **objects, best=read_best(root), lines=read_lines(root / "metrics.jsonl"))
+    return RunRecord(
+        root,
+        root.resolve().name,
+        config=_read_object(layout.config_file, _Config),
+        status=_read_object(layout.status_file, _Status),
+        dataset=_read_object(layout.dataset_file, _Dataset),
+        best=read_best(root),
+        lines=read_lines(layout.metrics),
+    )
+
+
+def unknown_keys(config: Mapping[str, Any]) -> list[str]:
+    """The keys of a run's config.json that this version does not know, as a later version may have written them."""
+    return [key for key in config if key not in RunConfig.model_fields]
 
 
 def read_best(root: Path) -> dict[str, Any]:
@@ -154,7 +162,7 @@ def read_best(root: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged.
     """
-    return _read_object(root / BEST_FILE, _Best)
+    return _read_object(RunLayout(root).best_file, _Best)
 
 
 def _read_object(path: Path, kind: type[_Expected]) -> dict[str, Any]:
@@ -166,9 +174,9 @@ def _read_object(path: Path, kind: type[_Expected]) -> dict[str, Any]:
     except ValidationError as error:
         details = error.errors()[0]
         place = ".".join(map(str, details["loc"]))
-        raise UserError(f"{path}: {f'{place}: ' if place else ''}{details['msg']}", "mend or remove it") from error
+        raise UserError(f"{path}: {f'{place}: ' if place else ''}{details['msg']}", "fix or remove it") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read ({error})", "mend or remove it") from error
+        raise UserError(f"{path} can't be read ({error})", "fix or remove it") from error
     return found
 
 
@@ -183,7 +191,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         texts = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error})", "mend its permissions") from error
+        raise UserError(f"{path} can't be read ({error})", "fix its permissions") from error
     lines = []
     for number, text in enumerate(texts, start=1):
         line = _read_line(text)
@@ -195,18 +203,29 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def step_of_line(text: bytes) -> int | None:
+    """The step of a line of a JSON Lines file; None where it is damaged or cut off."""
+    line = _parse_line(text)
+    return None if line is None else line["step"]
+
+
 def _read_line(text: bytes) -> dict[str, Any] | None:
-    """What a line says; None where it is damaged."""
+    """The object of a line; None where it is damaged."""
+    line = _parse_line(text)
+    return line if line is not None and all(_fits(key, value) for key, value in line.items()) else None
+
+
+def _parse_line(text: bytes) -> dict[str, Any] | None:
+    """The object of a line without its nulls, whatever its values are but for the step; None where it has none."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict):
         return None
-    line = {key: value for key, value in found.items() if value is not None}
-    step = line.get("step")
+    step = found.get("step")
     counted = isinstance(step, int) and not isinstance(step, bool) and step >= 0
-    return line if counted and all(_fits(key, value) for key, value in line.items()) else None
+    return {key: value for key, value in found.items() if value is not None} if counted else None
 
 
 def _fits(key: str, value: object) -> bool:
@@ -216,26 +235,26 @@ def _fits(key: str, value: object) -> bool:
     return isinstance(value, str) if key == "prompt" else isinstance(value, bool) or _is_number(value)
 
 
-def told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
+def with_distinct_names(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """The same runs, each with as many of its parent folders in its name as no other one shares.
 
     Raises:
         UserError: two of them are one.
     """
     paths = [run.root.resolve().parts for run in runs]
-    told = []
+    named = []
     for index, (run, own) in enumerate(zip(runs, paths, strict=True)):
         if own in paths[:index]:
             raise UserError(f"{run.root} was given twice", "give each run once")
         others = [path for path in paths if path != own]
         names = (own[-length:] for length in range(1, len(own) + 1))
-        name = next(name for name in names if all(other[-len(name) :] != name for other in others))
-        told.append(replace(run, name=str(Path(*name))))
-    return told
+        distinct = next(name for name in names if all(other[-len(name) :] != name for other in others))
+        named.append(replace(run, name=str(Path(*distinct))))
+    return named
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """None of nothing."""
+    """The mean; None where there are no values."""
     return sum(values) / len(values) if values else None
 
 

@@ -1,11 +1,10 @@
-"""Where logged lines go beside metrics.jsonl, which stays their source."""
+"""TensorBoard and Weights & Biases as subscribers to what happens in a run; metrics.jsonl stays the source of what they show."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate.tracking import WandBTracker
 
 from crepatrain.config.sections import RunConfig
@@ -13,9 +12,10 @@ from crepatrain.data.encode import as_jpeg, film_strip
 from crepatrain.errors import UserError
 from crepatrain.records.event_files import EventFile
 from crepatrain.records.events import Logged, Subscriber, VideosMade
+from crepatrain.records.layout import RunLayout
 from crepatrain.records.runfolder import RunFolder
 
-# What a line's numbers are shown under, by the beginning or the end of their name; the rest under train.
+# The heading over a line's numbers, by the beginning or the end of their name; for the rest it is train.
 _GROUPS = (("crepa_seconds", "time"), ("crepa_", "crepa"), ("eval_", "eval"), ("sigma_loss", "sigma_loss"), ("_seconds", "time"))
 
 
@@ -24,6 +24,9 @@ class TensorBoard:
 
     Args:
         step: where this part of the run begins.
+
+    Raises:
+        UserError: they can't be written, here and when it is called.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -31,15 +34,14 @@ class TensorBoard:
         with self._writable():
             self._events = EventFile(folder, step)
 
-    def log(self, line: Mapping[str, Any]) -> None:
+    def __call__(self, event: object) -> None:
         with self._writable():
-            self._events.add(line["step"], scalars(line))
-
-    def show(self, step: int, videos: Mapping[str, np.ndarray], file: Path) -> None:  # noqa: ARG002
-        """A few frames of each: its pages play no video, and a GIF's few colours flicker by themselves."""
-        strips = {f"samples/{prompt}": film_strip(frames) for prompt, frames in videos.items()}
-        with self._writable():
-            self._events.show(step, {tag: (as_jpeg(strip), strip.size) for tag, strip in strips.items()})
+            if isinstance(event, Logged):
+                self._events.add(event.line["step"], scalars(event.line))
+            elif isinstance(event, VideosMade):
+                # A few frames of each: its pages play no video, and a GIF's few colours flicker by themselves.
+                strips = {f"samples/{prompt}": film_strip(frames) for prompt, frames in event.videos.items()}
+                self._events.show(event.step, {tag: (as_jpeg(strip), strip.size) for tag, strip in strips.items()})
 
     def close(self) -> None:
         self._events.close()
@@ -55,10 +57,10 @@ class TensorBoard:
 class WandB:
     """Weights & Biases, through accelerate. A run that goes on is the same run there; steps that it knows already it drops."""
 
-    def __init__(self, config: RunConfig, root: Path) -> None:
-        from wandb.errors import Error  # pyright: ignore[reportMissingImports] - check_trackers has looked for it
+    def __init__(self, config: RunConfig, layout: RunLayout) -> None:
+        from wandb.errors import Error  # pyright: ignore[reportMissingImports] - check_trackers has made sure of it
 
-        known = root / "wandb-id.txt"
+        known, root = layout.wandb_id_file, layout.root
         same = {"id": known.read_text(encoding="utf-8").strip(), "resume": "allow"} if known.is_file() else {}
         try:
             self._tracker = WandBTracker("crepatrain", name=root.resolve().name, dir=str(root), **same)
@@ -70,44 +72,32 @@ class WandB:
         self._tracker.store_init_configuration(config.model_dump())
         known.write_text(self._tracker.run.id, encoding="utf-8")
 
-    def log(self, line: Mapping[str, Any]) -> None:
-        self._tracker.log(scalars(line), step=line["step"])
+    def __call__(self, event: object) -> None:
+        if isinstance(event, Logged):
+            self._tracker.log(scalars(event.line), step=event.line["step"])
+        elif isinstance(event, VideosMade):
+            import wandb  # pyright: ignore[reportMissingImports]
 
-    def show(self, step: int, videos: Mapping[str, np.ndarray], file: Path) -> None:  # noqa: ARG002
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        self._tracker.log({"samples": wandb.Video(str(file), format="mp4")}, step=step)
+            self._tracker.log({"samples": wandb.Video(str(event.file), format="mp4")}, step=event.step)
 
     def close(self) -> None:
         self._tracker.finish()
 
 
-class _Tracker:
-    def __init__(self, tracker: Any) -> None:
-        self._tracker = tracker
-
-    def __call__(self, event: object) -> None:
-        match event:
-            case Logged(line):
-                self._tracker.log(line)
-            case VideosMade(step, videos, file):
-                self._tracker.show(step, videos, file)
-
-
 @contextmanager
-def tracking(folder: RunFolder, config: RunConfig, step: int) -> Iterator[list[Subscriber]]:
-    """Within the context what is logged in the folder goes to the places of `report_to` too.
+def tracking(folder: RunFolder, step: int) -> Iterator[list[Subscriber]]:
+    """The subscribers that copy what is logged to the places of `report_to`; none in a process that does not write.
 
     Args:
         step: where this part of the run begins.
     """
-    trackers: list[Any] = []
+    trackers: list[TensorBoard | WandB] = []
     try:
-        if folder.writes and "tensorboard" in config.report_to:
-            trackers.append(TensorBoard(folder.root / "tensorboard", step))
-        if folder.writes and "wandb" in config.report_to:
-            trackers.append(WandB(config, folder.root))
-        yield [_Tracker(tracker) for tracker in trackers]
+        if folder.writes and "tensorboard" in folder.config.report_to:
+            trackers.append(TensorBoard(folder.tensorboard, step))
+        if folder.writes and "wandb" in folder.config.report_to:
+            trackers.append(WandB(folder.config, folder))
+        yield [*trackers]
     finally:
         for tracker in trackers:
             tracker.close()

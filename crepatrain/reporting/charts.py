@@ -10,11 +10,11 @@ from crepatrain.records.reading import RunRecord, mean
 _POINTS = 900
 # A smoothed curve follows about this share of the run, and at least so many points.
 _SMOOTH_SHARE, _SMOOTH_POINTS = 1 / 40, 4
-# Of a noisy curve the outermost values may leave the picture, so that a spike does not flatten the rest.
+# The outermost values of a noisy curve may leave the picture, so that a spike does not flatten the rest.
 _SEEN_SHARE = 0.98
 
 _PARTS = ("data", "forward", "crepa", "backward", "optimizer")
-# What a line has of which the parts were told apart.
+# The keys of a line whose step was timed part by part.
 _TIMED = {"step_seconds", "forward_seconds"}
 
 Look = Literal["raw", "line", "dashed", "dots"]
@@ -22,7 +22,7 @@ Look = Literal["raw", "line", "dashed", "dots"]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. Those of one name stand in the legend as one.
+    """One curve. Curves of one name share an entry of the legend.
 
     Attributes:
         color: name of one of the page's colours.
@@ -122,7 +122,7 @@ def _mark_color(index: int, count: int) -> str:
 
 
 def _of_run(run: RunRecord, runs: Sequence[RunRecord]) -> str:
-    """How what belongs to one of several runs is named."""
+    """What a name begins with that belongs to one of several runs."""
     return f"{run.name}: " if len(runs) > 1 else ""
 
 
@@ -155,7 +155,7 @@ def _chart(curve: Curve, series: Sequence[Series], **more: Any) -> Chart:
 
 
 def smoothed(values: Sequence[float], window: float) -> list[float]:
-    """The exponential moving average with the weight that its first values still miss put right."""
+    """The exponential moving average, corrected for the weight that its first values lack."""
     decay = 1 - 1 / window
     total = weight = 0.0
     result = []
@@ -328,15 +328,15 @@ def time_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     ]
     totals = sorted(sum(one.y[index] for one in series) for index in range(len(series[0].x)))
     high = 1.1 * totals[int((len(totals) - 1) * _SEEN_SHARE)]
-    note = "on a GPU the waiting for data may hide behind the device's work; other is the loop and what was not told apart"
+    note = "on a GPU the waiting for data may hide behind the device's work; other is the loop and what is timed in no part"
     return [Chart("step_parts", "Time of a step", note, series, 0.0, high, kind="stack", unit="s")]
 
 
 def _parts(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Seconds of every part of every step, with what is left of the step."""
     parts = {part: [line.get(f"{part}_seconds", 0.0) for line in lines] for part in _PARTS}
-    told = [sum(values) for values in zip(*parts.values(), strict=True)]
-    return parts | {"other": [max(line["step_seconds"] - known, 0.0) for line, known in zip(lines, told, strict=True)]}
+    known = [sum(values) for values in zip(*parts.values(), strict=True)]
+    return parts | {"other": [max(line["step_seconds"] - timed, 0.0) for line, timed in zip(lines, known, strict=True)]}
 
 
 def _step_seconds(runs: Sequence[RunRecord]) -> list[Chart]:
@@ -345,7 +345,7 @@ def _step_seconds(runs: Sequence[RunRecord]) -> list[Chart]:
 
 
 def _strided(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Every so manieth point, so that curves that are stacked keep the same steps."""
+    """Points at a regular distance, so that curves that are stacked keep the same steps."""
     stride = -(-len(steps) // _POINTS)
     return list(steps[::stride]), list(values[::stride])
 

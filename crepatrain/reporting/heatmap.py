@@ -11,8 +11,7 @@ from typing import Any
 from PIL import Image
 
 from crepatrain.errors import UserError
-
-MAP_FILE = "alignment_map.json"
+from crepatrain.records.layout import RunLayout
 
 # Viridis, from dark to bright: as readable to the colour-blind, and in grey.
 _COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -24,7 +23,7 @@ def map_section(root: Path) -> str:
     Raises:
         UserError: its file is damaged.
     """
-    path = root / MAP_FILE
+    path = RunLayout(root).alignment_map_file
     if not path.is_file():
         return ""
     try:
@@ -42,14 +41,14 @@ def _section(found: dict[str, Any]) -> str:
         f"Cosine of every patch of block {found['block']} with the teacher's features of the same frame: where the model sees "
         f"what the teacher sees. Step {found['step']}, noise level {found['sigma']:g}."
     )
-    told = [f"<h2>Alignment map</h2><p>{about} {scale}</p>"]
+    parts = [f"<h2>Alignment map</h2><p>{about} {scale}</p>"]
     for clip in found["clips"]:
         frames = "".join(_frame(frame, low, high) for frame in clip["frames"])
-        told.append(
+        parts.append(
             f'<div class="card" style="margin-top:14px"><b>{html.escape(clip["name"])}</b>'
             f'<p>{html.escape(clip["caption"])}; mean {clip["mean"]:.4f}</p><div class="frames">{frames}</div></div>'
         )
-    return "".join(told)
+    return "".join(parts)
 
 
 def _frame(frame: dict[str, Any], low: float, high: float) -> str:

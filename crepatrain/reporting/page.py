@@ -1,4 +1,4 @@
-"""The report as one HTML file: everything is inside of it, and it asks the network for nothing."""
+"""The report as one HTML file: everything is in it, and it asks the network for nothing."""
 
 import base64
 import html
@@ -11,7 +11,7 @@ from crepatrain.records.reading import RunRecord, duration, mean, read_lines
 from crepatrain.reporting.charts import Chart, figure_charts, sections
 from crepatrain.reporting.heatmap import map_section
 
-# Of all videos in a report together; the newest are kept.
+# The size of all videos in a report together; the newest are kept.
 _VIDEO_BYTES = 24 << 20
 _CLIPS_SHOWN = 40
 
@@ -45,12 +45,12 @@ def _escape(text: object) -> str:
 
 def _figures(found: Sequence[Chart], charts: list[Chart]) -> str:
     """Places for charts, which the script fills in."""
-    told = []
+    figures = []
     for chart in found:
         caption = f"{_escape(chart.title)}<small>{_escape(chart.note)}</small>"
-        told.append(f'<figure data-chart="{len(charts)}"><figcaption>{caption}</figcaption></figure>')
+        figures.append(f'<figure data-chart="{len(charts)}"><figcaption>{caption}</figcaption></figure>')
         charts.append(chart)
-    return f'<div class="charts">{"".join(told)}</div>'
+    return f'<div class="charts">{"".join(figures)}</div>'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
@@ -58,12 +58,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequen
     right = [name.startswith("#") for name in header]
     kind = [' class="number"' if one else "" for one in right]
     head = "".join(f"<th{one}>{_escape(name.lstrip('#'))}</th>" for name, one in zip(header, kind, strict=True))
-    told = []
+    body = []
     for number, row in enumerate(rows):
         cells = "".join(f"<td{one}>{cell}</td>" for cell, one in zip(row, kind, strict=True))
-        told.append(f'<tr class="{classes[number] if classes else ""}">{cells}</tr>')
+        body.append(f'<tr class="{classes[number] if classes else ""}">{cells}</tr>')
     top = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
-    return f'<div class="card scroll"><table>{top}<tbody>{"".join(told)}</tbody></table></div>'
+    return f'<div class="card scroll"><table>{top}<tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _summary(runs: Sequence[RunRecord]) -> str:
@@ -98,17 +98,17 @@ def _first_to_last(run: RunRecord, key: str) -> str:
 
 
 def _samples(runs: Sequence[RunRecord], charts: list[Chart]) -> str:
-    figures = [read_lines(run.root / "samples" / "figures.jsonl") for run in runs]
+    figures = [read_lines(run.layout.figures) for run in runs]
     measured = figure_charts(figures, runs)
     shown, left_out = _videos(runs)
     if not measured and not shown and not left_out:
         return ""
-    told = "<h2>Validation</h2>" + (_figures(measured, charts) if measured else "")
+    text = "<h2>Validation</h2>" + (_figures(measured, charts) if measured else "")
     if shown:
-        told += f'<div class="videos" style="margin-top:14px">{"".join(shown)}</div>'
+        text += f'<div class="videos" style="margin-top:14px">{"".join(shown)}</div>'
     if left_out:
-        told += f"<p>{left_out} older or larger videos are left out to keep this file small; they are in samples/.</p>"
-    return told
+        text += f"<p>{left_out} older or larger videos are left out to keep this file small; they are in samples/.</p>"
+    return text
 
 
 def _videos(runs: Sequence[RunRecord]) -> tuple[list[str], int]:
@@ -133,7 +133,7 @@ def _videos(runs: Sequence[RunRecord]) -> tuple[list[str], int]:
 
 def _dataset(runs: Sequence[RunRecord]) -> str:
     known = [run for run in runs if run.dataset]
-    told = []
+    parts = []
     for run in known:
         facts = run.dataset
         title = f"Dataset of {run.name}" if len(runs) > 1 else "Dataset"
@@ -157,8 +157,8 @@ def _dataset(runs: Sequence[RunRecord]) -> str:
         more = len(clips) - _CLIPS_SHOWN
         listed = _table(("clip", "#windows", "caption"), clips[:_CLIPS_SHOWN]) + (f"<p>and {more} more</p>" if more > 0 else "")
         listed = f"<details><summary>captions</summary>{listed}</details>"
-        told.append(f"<h2>{_escape(title)}</h2>{_table(header, rows)}<p>{words}</p>{listed}")
-    return "".join(told)
+        parts.append(f"<h2>{_escape(title)}</h2>{_table(header, rows)}<p>{words}</p>{listed}")
+    return "".join(parts)
 
 
 def _config(runs: Sequence[RunRecord]) -> str:
@@ -166,11 +166,10 @@ def _config(runs: Sequence[RunRecord]) -> str:
     known = [run for run in runs if run.config]
     if not known:
         return ""
-    defaults = {key: field.default for key, field in RunConfig.model_fields.items() if not field.is_required()}
     keys = list(dict.fromkeys(key for run in known for key in run.config))
     differing = [key for key in keys if len({_value(run, key) for run in known}) > 1]
     same = [key for key in keys if key not in differing]
-    changed = [key for key in same if key not in defaults or _value(known[0], key) != json.dumps(defaults[key])]
+    changed = [key for key in same if _value(known[0], key) != _default(key)]
     rest = [key for key in same if key not in changed]
     header = ("key", *(run.name if len(runs) > 1 else "value" for run in known), "default")
 
@@ -179,7 +178,7 @@ def _config(runs: Sequence[RunRecord]) -> str:
             (
                 f"<code>{_escape(key)}</code>",
                 *(f"<code>{_escape(_value(run, key))}</code>" for run in known),
-                f"<code>{_escape(json.dumps(defaults[key])) if key in defaults else 'required'}</code>",
+                f"<code>{_escape(_default(key))}</code>",
             )
             for key in part
         ]
@@ -190,6 +189,13 @@ def _config(runs: Sequence[RunRecord]) -> str:
         f"<h2>Config</h2>{first}{table(changed, 'changed')}"
         f"<details><summary>{len(rest)} keys at their default</summary>{table(rest, '')}</details>"
     )
+
+
+def _default(key: str) -> str:
+    field = RunConfig.model_fields.get(key)
+    if field is None:
+        return "unknown to this version"
+    return "required" if field.is_required() else json.dumps(field.default)
 
 
 def _value(run: RunRecord, key: str) -> str:

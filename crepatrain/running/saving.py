@@ -9,8 +9,9 @@ from torch import Tensor
 from crepatrain.adapters.writing import write_result
 from crepatrain.records.events import CheckpointSaved
 from crepatrain.records.reading import read_best
+from crepatrain.records.runfolder import rotate
 from crepatrain.running.session import Run
-from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, rotate, write_checkpoint
+from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, write_checkpoint
 from crepatrain.training.lora import trained_state
 
 
@@ -53,7 +54,7 @@ def _write(run: Run, gathered: Gathered) -> None:
     # The result first: a kill in between then leaves no checkpoint without it.
     with run.averaged():
         write_result(folder, run.config, run.family, run.fingerprint, run.transformer.module, step)
-    path = folder.checkpoints / f"step-{step:06d}"
+    path = folder.checkpoint(step)
     write_checkpoint(path, gathered.tensors, gathered.trees, gathered.plain)
     rotate(folder.checkpoints, run.config.checkpoints_total_limit, keep=read_best(folder.root).get("step"))
     folder.status("running", step)

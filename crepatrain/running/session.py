@@ -19,11 +19,12 @@ from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, read_
 from crepatrain.families.base import Family
 from crepatrain.preparing.precompute import Caches
 from crepatrain.records.events import Events, Logged
+from crepatrain.records.layout import checkpoints
 from crepatrain.records.runfolder import RunFolder
 from crepatrain.running.start import RunStart
 from crepatrain.tensors import Batch
 from crepatrain.training import build
-from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, checkpoints, read_tensors, read_tree, readable
+from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, read_tensors, read_tree, readable
 from crepatrain.training.context import Context
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.ema import WeightAverage

@@ -16,7 +16,7 @@ from crepatrain.data.loader import StepSampler
 from crepatrain.errors import UserError
 from crepatrain.preparing.precompute import Caches, fill_caches, plan_caches
 from crepatrain.preparing.preflight import Dataset, build_sampler, read_datasets, samples_digest, total_steps
-from crepatrain.records.runfolder import expect_same_fingerprint
+from crepatrain.records.same_run import expect_same_fingerprint
 from crepatrain.training import build
 from crepatrain.training.checkpoint import read_plain, readable
 from crepatrain.training.context import Context

@@ -45,7 +45,7 @@ class Validation:
     @classmethod
     def owed(cls, config: RunConfig, folder: RunFolder, step: int, total: int) -> bool:
         """Whether videos are due before a run goes on: the base's, or those that a kill behind a checkpoint has cost."""
-        return cls.wanted(config, step, total) and (step == 0 or not _video(folder, step).is_file())
+        return cls.wanted(config, step, total) and (step == 0 or not folder.video(step).is_file())
 
     def validate(self) -> bool:
         """A grid of all prompts in RUN/samples, and a line of figures for each.
@@ -80,14 +80,14 @@ class Validation:
         run, config, step = self.run, self.run.config, self.run.state.step
         prompts, fps = config.validation_prompts or [], config.fps
         assert fps is not None
-        labelled = [(f"step-{step:06d} {prompt[:_PROMPT_SHOWN]}", video) for prompt, video in zip(prompts, videos, strict=True)]
+        path, by_prompt = run.folder.video(step), dict(zip(_numbered(prompts), videos, strict=True))
+        labelled = [(f"{path.stem} {prompt[:_PROMPT_SHOWN]}", video) for prompt, video in zip(prompts, videos, strict=True)]
         facts = {
             "prompts": prompts,
             "seed": config.validation_seed,
             "steps": config.validation_sampling_steps,
             "step": step,
         }
-        path, by_prompt = _video(run.folder, step), dict(zip(_numbered(prompts), videos, strict=True))
         write_video(path, grid_video([labelled]), fps=fps, facts=facts)
         if run.context.plan.encoder is not None:
             self._measure(by_prompt)
@@ -134,17 +134,13 @@ class Validation:
     def _measure(self, videos: Mapping[str, np.ndarray]) -> None:
         plan, device = self.run.context.plan, self.run.context.device
         encoder = build.build_encoder(plan, device)
-        with (self.run.folder.root / "samples" / "figures.jsonl").open("a", encoding="utf-8") as file:
+        with (self.run.folder.figures).open("a", encoding="utf-8") as file:
             for prompt, video in videos.items():
                 frames = torch.from_numpy(video).permute(0, 3, 1, 2)
                 line = {"step": self.run.state.step, "prompt": prompt} | steadiness(encoder, frames.to(device), plan)
                 file.write(json.dumps(line) + "\n")
         del encoder
         free_memory()
-
-
-def _video(folder: RunFolder, step: int) -> Path:
-    return folder.root / "samples" / f"step-{step:06d}.mp4"
 
 
 def _numbered(prompts: list[str]) -> list[str]:

@@ -1,1 +1,1 @@
-"""What is uploaded to the hub, and its model card."""
+"""Sharing a run: what of it is uploaded, its model card, and the hub."""

@@ -13,7 +13,7 @@ from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.records.reading import RunRecord, mean
 
-# What stands between these is written anew each time; the rest of a card is its owner's.
+# What is between these is written anew each time; the rest of a card is its owner's.
 _BEGIN, _END = "<!-- crepatrain: begin, written anew by `crepatrain push` -->", "<!-- crepatrain: end -->"
 _TASKS = {"t2v": ("text-to-video", "text"), "i2v": ("image-to-video", "text and a first frame")}
 _NUMBERS = (
@@ -25,7 +25,7 @@ _NUMBERS = (
 
 @dataclass(frozen=True)
 class Shown:
-    """A video of the card: its place in the repository, the prompts behind it, and whether the base alone has made it."""
+    """A video of the card: its place in the repository, its prompts, and whether the base alone has made it."""
 
     place: str
     prompts: Sequence[str]
@@ -54,7 +54,7 @@ class Card:
     videos: Sequence[Shown]
 
     def over(self, before: str | None) -> str:
-        """The card's text; of one that is there already everything stays that is not ours.
+        """The card's text; everything in the one before stays that `crepatrain push` did not write.
 
         Raises:
             UserError: that one can't be read.
@@ -64,7 +64,7 @@ class Card:
             kept = card.data.to_dict()
         except (ValueError, TypeError, YAMLError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"the card's metadata can't be read ({reason})", "mend what is between its --- lines") from error
+            raise UserError(f"the card's metadata can't be read ({reason})", "fix what is between its --- lines") from error
         head, begun, rest = card.text.partition(_BEGIN)
         _, ended, tail = rest.partition(_END)
         if begun and not ended:
@@ -82,7 +82,7 @@ class Card:
 
     @property
     def base(self) -> str:
-        """A hub id, or the name that a folder had."""
+        """A hub id, or the name of a local folder."""
         return self.recipe["base"]["repo"]
 
     @property
@@ -93,42 +93,42 @@ class Card:
     def _metadata(self) -> dict[str, Any]:
         tag = _TASKS[self.family.task][0]
         own = ["lora", "template:diffusion-lora"] if self._lora else []
-        told: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "library_name": "diffusers",
             "pipeline_tag": tag,
             "tags": [tag, "diffusers", *own, self.family.variant.architecture, *(["crepa"] if self.recipe["crepa"] else [])],
             "widget": [{"text": video.words, "output": {"url": video.place}} for video in self.videos],
         }
         if self.links_base:
-            told |= {"base_model": self.base, "base_model_relation": "adapter" if self._lora else "finetune"}
+            metadata |= {"base_model": self.base, "base_model_relation": "adapter" if self._lora else "finetune"}
         if self.recipe["train"]["trigger"]:
-            told["instance_prompt"] = self.recipe["train"]["trigger"]
-        return {key: value for key, value in told.items() if value}
+            metadata["instance_prompt"] = self.recipe["train"]["trigger"]
+        return {key: value for key, value in metadata.items() if value}
 
     def _text(self) -> str:
         recipe, spec = self.recipe, self.family.spec
         what = f"A LoRA of rank {recipe['rank']}" if self._lora else "A whole transformer"
         base = f"[{self.base}](https://huggingface.co/{self.base})" if self.links_base else f"`{self.base}`"
-        told = [
+        parts = [
             f"# {self.repo.rpartition('/')[2]}",
             f"{what} for {base} ({recipe['variant']}, from {_TASKS[self.family.task][1]}), after {recipe['step']} steps.",
         ]
         if recipe["expert"]:
-            told.append(
+            parts.append(
                 f"It belongs to the {recipe['expert']}-noise transformer of two; the other one's adapter is a file of its own."
             )
         if self.videos:
-            told.append("<Gallery />")
+            parts.append("<Gallery />")
         if recipe["train"]["trigger"]:
-            told.append(f"Trigger word: `{recipe['train']['trigger']}`")
-        told += ["## Use it", f"```python\n{self._snippet()}\n```"]
+            parts.append(f"Trigger word: `{recipe['train']['trigger']}`")
+        parts += ["## Use it", f"```python\n{self._snippet()}\n```"]
         if self._lora and spec.comfyui:
-            told.append(f"In ComfyUI put `{self.weights}` into `models/loras` and load it at strength 1{comfyui_hint(spec)}.")
-        told += ["## How it is sampled", _table(self._sampling()), "## How it was trained", _table(self._training())]
+            parts.append(f"In ComfyUI put `{self.weights}` into `models/loras` and load it at strength 1{comfyui_hint(spec)}.")
+        parts += ["## How it is sampled", _table(self._sampling()), "## How it was trained", _table(self._training())]
         if numbers := self._numbers():
-            told.append("Means over the first and the last tenth of these steps; of held-out clips the first and the last:")
-            told.append(_table(numbers, ("", "first", "last")))
-        return "\n\n".join(told)
+            parts.append("Means over the first and the last tenth of these steps; of held-out clips the first and the last:")
+            parts.append(_table(numbers, ("", "first", "last")))
+        return "\n\n".join(parts)
 
     def _snippet(self) -> str:
         family, recipe = self.family, self.recipe
@@ -174,7 +174,7 @@ class Card:
     def _training(self) -> list[tuple[str, str]]:
         recipe, config, facts = self.recipe, self.run.config, self.run.dataset
         crepa, sizes = recipe["crepa"], recipe["train"]
-        told = [
+        rows = [
             ("steps", f"{recipe['step']}, batch {facts['unit']}" if facts else str(recipe["step"])),
             ("clips", f"{facts['clips']}, {facts['windows']} windows" if facts else ""),
             (
@@ -186,16 +186,16 @@ class Card:
         ]
         if self._lora:
             scale = " (rsLoRA)" if recipe["rslora"] else ""
-            told.append(
+            rows.append(
                 ("adapter", f"rank {recipe['rank']}, alpha {recipe['alpha_trained']:g}{scale}, on {', '.join(recipe['targets'])}")
             )
         if crepa:
             teacher = crepa["encoder"] or "a deeper block"
-            told.append(("CREPA", f"{crepa['lambda']:g} ({crepa['scheduler']}), block {crepa['block']}, toward {teacher}"))
+            rows.append(("CREPA", f"{crepa['lambda']:g} ({crepa['scheduler']}), block {crepa['block']}, toward {teacher}"))
         if recipe["ema"]["used"]:
-            told.append(("weights", f"an average over the steps, decay {recipe['ema']['decay']:g}"))
-        told.append(("made with", ", ".join(f"{name} {version}" for name, version in recipe["versions"].items())))
-        return [(topic, words) for topic, words in told if words]
+            rows.append(("weights", f"an average over the steps, decay {recipe['ema']['decay']:g}"))
+        rows.append(("made with", ", ".join(f"{name} {version}" for name, version in recipe["versions"].items())))
+        return [(topic, words) for topic, words in rows if words]
 
     def _numbers(self) -> list[tuple[str, str, str]]:
         """Of the steps behind these weights."""

@@ -1,7 +1,6 @@
 """A run's checkpoints: written aside, renamed when whole, read back to the bit."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from crepatrain.files import flush, written_aside
 TRAINED_FILE = {"lora": "adapter", "full": "transformer"}
 EMA_FILE = "ema"
 
-_NAME = re.compile(r"step-(\d+)")
 _TENSOR = "__tensor__"
 _PAIRS = "__pairs__"
 
@@ -117,29 +115,6 @@ def read_plain(folder: Path, name: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _cannot_read(path, error) from error
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, the oldest first."""
-    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimizer steps behind a checkpoint."""
-    match = _NAME.fullmatch(checkpoint.name)
-    assert match
-    return int(match.group(1))
-
-
-def rotate(folder: Path, limit: int | None, keep: int | None = None) -> None:
-    """Keep the newest `limit` checkpoints, None keeps all, and the one of step `keep`."""
-    for old in checkpoints(folder)[: -limit if limit else 0]:
-        if step_of(old) == keep:
-            continue
-        doomed = old.with_name(old.name + ".tmp")
-        old.rename(doomed)  # first out of sight: a half removed folder is never taken for a checkpoint
-        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def replace_file(

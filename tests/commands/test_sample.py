@@ -26,7 +26,7 @@ from crepatrain.data.encode import film_strip, grid_video, video_facts, write_vi
 from crepatrain.errors import DivergedError, UserError
 from crepatrain.preparing.preflight import read_dataset, read_datasets
 from crepatrain.records.events import StepDone
-from crepatrain.records.runfolder import asked_step
+from crepatrain.records.opening import asked_step
 from crepatrain.running import validation
 from crepatrain.running.validation import steadiness
 from crepatrain.stopping import Stopped
@@ -265,7 +265,7 @@ def test_the_best_step_can_be_asked_for(trained, config_file, tmp_path):
     assert asked_step(trained, "best") == best
     assert asked_step(trained, "2") == 2
     assert asked_step(trained, None) is None
-    with pytest.raises(UserError, match="--step last: no step"):
+    with pytest.raises(UserError, match="--step last: not a step"):
         asked_step(trained, "last")
     with pytest.raises(UserError, match=r"has no best.json, as it held out no clips"):
         asked_step(tmp_path, "best")

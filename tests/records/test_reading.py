@@ -1,4 +1,4 @@
-"""A run's files as somebody or something has left them: status and report either show them or say in one message what to mend."""
+"""A run's files as somebody or something has left them: status and report either show them or say in one message what to fix."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return first, second
 
 
-def look(runs: tuple[Path, Path]) -> None:
+def read_everything(runs: tuple[Path, Path]) -> None:
     """Everything that is read of a run."""
     status(runs[0], Screen())
     for roots in (runs[:1], runs):
@@ -85,7 +85,7 @@ def mangled(draw: st.DrawFn) -> dict[str, list[Any]]:
 
 def test_whole_files_are_shown(runs):
     write(runs[0], {})
-    look(runs)
+    read_everything(runs)
 
 
 def test_names_that_are_no_text_are_shown(runs, capsys):
@@ -94,7 +94,7 @@ def test_names_that_are_no_text_are_shown(runs, capsys):
     config = FILES["config.json"][0] | {"train_data": "\udcff"}
     status_file = {"status": "failed", "step": 2, "reason": "\udcff can't be read"}
     write(runs[0], {"dataset.json": [DATASET | {"captions": clips}], "config.json": [config], "status.json": [status_file]})
-    look(runs)
+    read_everything(runs)
     assert "failed: ? can't be read" in capsys.readouterr().out
     assert "clip-?.mp4" in (runs[0] / "report.html").read_text(encoding="utf-8")
 
@@ -104,7 +104,7 @@ def test_names_that_are_no_text_are_shown(runs, capsys):
 def test_any_content_is_shown_or_refused_in_one_message(runs, files):
     write(runs[0], files)
     try:
-        look(runs)
+        read_everything(runs)
     except UserError as error:
         [name] = files
         [problem] = error.problems
@@ -132,14 +132,14 @@ def test_a_line_of_wrong_kinds_is_named(runs, name, change):
     lines[1] = lines[1] | change
     write(runs[0], {name: lines})
     with pytest.raises(UserError) as caught:
-        look(runs)
+        read_everything(runs)
     [problem] = caught.value.problems
     assert problem.what.startswith(f"{runs[0] / name}, line 2: it is damaged (")
     assert problem.fix == "remove that line"
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("status.json", {"step": "2"}, "step: Input should be a valid integer"),
         ("dataset.json", {}, "train_data: Field required"),
@@ -150,13 +150,13 @@ def test_a_line_of_wrong_kinds_is_named(runs, name, change):
         ("config.json", [], "Input should be a valid dictionary"),
     ],
 )
-def test_a_file_of_wrong_kinds_is_named_with_its_key(runs, name, content, told):
+def test_a_file_of_wrong_kinds_is_named_with_its_key(runs, name, content, message):
     write(runs[0], {name: [content]})
     with pytest.raises(UserError) as caught:
-        look(runs)
+        read_everything(runs)
     [problem] = caught.value.problems
-    assert problem.what.startswith(f"{runs[0] / name}: {told}")
-    assert problem.fix == "mend or remove it"
+    assert problem.what.startswith(f"{runs[0] / name}: {message}")
+    assert problem.fix == "fix or remove it"
 
 
 @pytest.mark.parametrize("key", ["sigma_loss", "step_seconds", "forward_seconds", "loss", "crepa_cutoff", "eval_sigma_loss"])
@@ -164,7 +164,7 @@ def test_a_file_of_wrong_kinds_is_named_with_its_key(runs, name, content, told):
 def test_a_number_that_is_merely_absent_is_left_out(runs, key, gone):
     lines = [{name: value for name, value in line.items() if name != key} | ({} if gone else {key: None}) for line in LINES]
     write(runs[0], {"metrics.jsonl": [*LINES[:1], *lines[1:]]})
-    look(runs)
+    read_everything(runs)
 
 
 @pytest.mark.parametrize(

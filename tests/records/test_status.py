@@ -15,13 +15,13 @@ from crepatrain.console import Screen
 from crepatrain.errors import UserError
 
 
-def told(root: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+def lines_of(root: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     status(root, Screen())
     return capsys.readouterr().out.splitlines()
 
 
 def test_five_lines_say_it(tmp_path: Path, capsys):
-    state, progress, numbers, saved, validation = told(write_run(tmp_path / "run"), capsys)
+    state, progress, numbers, saved, validation = lines_of(write_run(tmp_path / "run"), capsys)
     assert state.startswith("state       running, last heard of 0:00:0")
     assert progress == "progress    step 40 of 100 (40%), 2 s a step, 0:02:00 to go"
     assert numbers.split(maxsplit=1)[1] == (
@@ -32,9 +32,9 @@ def test_five_lines_say_it(tmp_path: Path, capsys):
 
 
 @pytest.mark.parametrize("state", ["completed", "stopped", "failed"])
-def test_how_it_ended_is_told(tmp_path: Path, capsys, state: str):
+def test_how_it_ended_is_shown(tmp_path: Path, capsys, state: str):
     assert (
-        told(write_run(tmp_path / "run", state=state, reason="saved at step 40"), capsys)[0]
+        lines_of(write_run(tmp_path / "run", state=state, reason="saved at step 40"), capsys)[0]
         == f"state       {state}: saved at step 40"
     )
 
@@ -43,18 +43,18 @@ def test_a_line_that_is_being_written_is_no_harm(tmp_path: Path, capsys):
     root = write_run(tmp_path / "run")
     with (root / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 41, "loss": 0.')
-    assert "step 40 of 100" in told(root, capsys)[1]
+    assert "step 40 of 100" in lines_of(root, capsys)[1]
 
 
-def test_held_out_numbers_are_told(tmp_path: Path, capsys):
+def test_held_out_numbers_are_shown(tmp_path: Path, capsys):
     root = write_run(tmp_path / "run")
     with (root / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 40, "eval_loss": 0.125}\n')
-    lines = told(root, capsys)
+    lines = lines_of(root, capsys)
     assert lines[4] == "validation  eval_loss 0.1250 at step 40, samples of step 20"
     assert "loss 0.2500" in lines[2], "the last training numbers stay"
     (root / "best.json").write_text('{"step": 20, "eval_loss": 0.0625}', encoding="utf-8")
-    assert told(root, capsys)[4] == "validation  eval_loss 0.1250 at step 40 (best 0.0625 at step 20), samples of step 20"
+    assert lines_of(root, capsys)[4] == "validation  eval_loss 0.1250 at step 40 (best 0.0625 at step 20), samples of step 20"
 
 
 def test_a_run_that_fell_silent_may_have_died(tmp_path: Path, capsys):
@@ -62,13 +62,13 @@ def test_a_run_that_fell_silent_may_have_died(tmp_path: Path, capsys):
     long_ago = time.time() - 4000
     for name in ("metrics.jsonl", "status.json"):
         os.utime(root / name, (long_ago, long_ago))
-    assert told(root, capsys)[0] == "state       running, last heard of 1:06:40 ago; it may have died"
+    assert lines_of(root, capsys)[0] == "state       running, last heard of 1:06:40 ago; it may have died"
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path, capsys):
     root = write_run(tmp_path / "run", steps=0, max_train_steps=None)
     (root / "dataset.json").write_text(json.dumps(DATASET), encoding="utf-8")
-    lines = told(root, capsys)
+    lines = lines_of(root, capsys)
     assert lines[1] == "progress    step 0 of 60 (0%)"
     assert lines[2] == "numbers     none logged yet"
 

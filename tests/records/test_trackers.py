@@ -19,7 +19,9 @@ from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
 from crepatrain.records.event_files import EventFile, _masked_crc
-from crepatrain.records.trackers import scalars
+from crepatrain.records.events import Ended, Logged, StepBegins, VideosMade
+from crepatrain.records.runfolder import RunFolder
+from crepatrain.records.trackers import scalars, tracking
 
 
 def fields(message: bytes) -> Iterator[tuple[int, Any]]:
@@ -75,10 +77,10 @@ def shown(folder: Path) -> dict[str, dict[int, Any]]:
                 del values[step]
         for event in rest:
             for _, value in fields(event[5]):
-                told = dict(fields(value))
-                values = found.setdefault(told[1].decode(), {})
+                content = dict(fields(value))
+                values = found.setdefault(content[1].decode(), {})
                 assert event[2] not in values, "a step is there once"
-                values[event[2]] = told[2] if 2 in told else told[4]
+                values[event[2]] = content[2] if 2 in content else content[4]
     return found
 
 
@@ -93,6 +95,35 @@ def test_a_large_step_and_a_long_tag_survive(tmp_path: Path):
     file.add(3_000_000, {"x" * 300: 1.5})
     file.close()
     assert shown(tmp_path) == {"x" * 300: {3_000_000: 1.5}}
+
+
+def test_trackers_are_subscribers_to_what_happens(config_file, tmp_path: Path):
+    plan = read_plan(config_file())
+    file = tmp_path / "step-000000.mp4"
+    for writes in (True, False):
+        folder = RunFolder(plan.config, writes=writes)
+        with tracking(folder, 0) as subscribers:
+            assert len(subscribers) == int(writes)
+            for subscriber in subscribers:
+                subscriber(StepBegins(0))
+                subscriber(VideosMade(0, {"a": np.zeros((3, 8, 8, 3), np.uint8)}, file))
+                subscriber(Logged({"step": 1, "loss": 0.5}))
+                subscriber(Ended("completed", 1))
+    found = shown(folder.tensorboard)
+    assert found["train/loss"] == {1: 0.5}
+    assert list(found["samples/a"]) == [0]
+    assert len(found) == 2
+
+
+def test_event_files_that_cant_be_written_are_reported(config_file, tmp_path: Path):
+    folder = RunFolder(read_plan(config_file()).config)
+    folder.root.mkdir()
+    folder.tensorboard.touch()
+    with (
+        pytest.raises(UserError, match=r"tensorboard can't be written .*\n.*free disk space, or set report_to to \[\]"),
+        tracking(folder, 0),
+    ):
+        pass
 
 
 def test_tensorboard_has_the_lines_of_a_run_in_two_parts_once(config_file, tmp_path: Path):
@@ -166,6 +197,6 @@ def test_the_option_takes_one_name_or_several(config_file):
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
-def test_a_package_that_is_missing_is_told_early(config_file):
+def test_a_package_that_is_missing_is_reported_early(config_file):
     with pytest.raises(UserError, match=r"report_to=wandb: wandb is not installed\n.*crepatrain\[wandb\]"):
         read_plan(config_file(), ["--report_to", "tensorboard,wandb"])

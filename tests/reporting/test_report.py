@@ -18,17 +18,18 @@ from common import context_of, render_clip
 from crepatrain import cli
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.commands.fit import fit
+from crepatrain.commands.report import report
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.data.cache import CacheStore, unpack_features
 from crepatrain.data.loader import keyed_generator
 from crepatrain.errors import UserError
 from crepatrain.geometry import TokenGrid
-from crepatrain.records.events import Subscriber
+from crepatrain.records.events import Ended, Logged, Subscriber, VideosMade
 from crepatrain.records.reading import read_run
 from crepatrain.reporting import page
 from crepatrain.reporting.charts import Curve, curve_chart, smoothed, thinned
-from crepatrain.reporting.report import refresh_report, report
+from crepatrain.reporting.report import live_report, refresh_report
 from crepatrain.running import loop
 from crepatrain.running.events import BatchReady
 from crepatrain.tensors import Batch, PatchFeatures
@@ -212,7 +213,7 @@ def test_the_file_asks_for_nothing_else(first: Path):
     assert set(re.findall(r"https?://[^\s\"'<)]+", text)) == {"http://www.w3.org/2000/svg"}
 
 
-def test_changed_keys_come_first_and_the_dataset_is_told(first: Path):
+def test_changed_keys_come_first_and_the_dataset_is_described(first: Path):
     text = (first / "report.html").read_text(encoding="utf-8")
     assert (
         text.index("<code>crepa_enabled</code>")
@@ -243,7 +244,7 @@ def test_a_run_that_is_given_twice_is_refused(first: Path, second: Path, tmp_pat
         report([first, second, tmp_path / "link"], tmp_path / "out.html", Screen(quiet=True))
 
 
-def test_runs_of_one_name_are_told_apart_by_their_parents(first: Path, tmp_path: Path):
+def test_runs_of_one_name_get_their_parents_names_as_well(first: Path, tmp_path: Path):
     roots = [Path(shutil.copytree(first, tmp_path / name / "run")) for name in ("a/deep", "b/deep", "c")]
     out = tmp_path / "all.html"
     report([*roots, first], out, Screen(quiet=True))
@@ -312,7 +313,7 @@ def test_a_line_that_is_being_written_is_left_out(copied: Path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda file: file.unlink(), "no step is logged there"),
         (lambda file: file.write_text("", encoding="utf-8"), "no step is logged there"),
@@ -322,17 +323,17 @@ def test_a_line_that_is_being_written_is_left_out(copied: Path):
     ],
     ids=["gone", "empty", "cut", "no step", "bytes"],
 )
-def test_damaged_metrics_are_one_message(copied: Path, monkeypatch, capsys, damage: Callable[[Path], Any], told: str):
+def test_damaged_metrics_are_one_message(copied: Path, monkeypatch, capsys, damage: Callable[[Path], Any], message: str):
     damage(copied / "metrics.jsonl")
     before = (copied / "report.html").read_bytes()
     assert run_cli(monkeypatch, "report", copied) == 2
     errors = " ".join(capsys.readouterr().err.split())
     assert errors.count("error:") == 1
-    assert told in errors
+    assert message in errors
     assert (copied / "report.html").read_bytes() == before
 
 
-def test_a_folder_without_a_run_is_told(tmp_path: Path, first: Path):
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, first: Path):
     with pytest.raises(UserError, match="it holds no run"):
         report([tmp_path], None, Screen(quiet=True))
     with pytest.raises(UserError, match="no such folder"):
@@ -367,6 +368,28 @@ def test_a_browser_draws_it_without_a_complaint(first: Path, second: Path, tmp_p
     assert len(figures) == len(charts_in(out))
     assert all(re.search(r"<path d=\"M|<rect [^>]*fill=|<circle", figure) for figure in figures)
     assert "NaN" not in "".join(figures)
+
+
+def test_a_live_report_follows_the_run(tmp_path: Path):
+    """It is drawn anew with videos and at the end; damage is left for whoever asks for a report."""
+    root = tmp_path / "run"
+    root.mkdir()
+    refresh = live_report(root)
+    refresh(Ended("failed", 0, "before its first step"))
+    assert not (root / "report.html").exists(), "nothing is logged yet"
+    (root / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n', encoding="utf-8")
+    refresh(Logged({"step": 1, "loss": 1.0}))
+    assert not (root / "report.html").exists()
+    refresh(VideosMade(1, {}, root / "samples" / "step-000001.mp4"))
+    assert charts_in(root / "report.html")["loss"]["series"][0]["y"] == [1.0]
+    with (root / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 2, "loss": 0.5}\n')
+    refresh(Ended("completed", 2))
+    before = (root / "report.html").read_bytes()
+    assert charts_in(root / "report.html")["loss"]["series"][0]["y"] == [1.0, 0.5]
+    (root / "metrics.jsonl").write_text("rubbish\n", encoding="utf-8")
+    refresh(Ended("completed", 2))
+    assert (root / "report.html").read_bytes() == before
 
 
 # Curves

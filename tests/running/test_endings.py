@@ -38,9 +38,9 @@ from crepatrain import files
 from crepatrain.config.plan import read_plan
 from crepatrain.errors import DivergedError, UserError
 from crepatrain.records.events import CheckpointSaved
+from crepatrain.records.layout import checkpoints, step_of
 from crepatrain.records.runfolder import RunFolder
 from crepatrain.running import loop
-from crepatrain.training.checkpoint import checkpoints, step_of
 from crepatrain.training.step import training_loss
 
 
@@ -202,7 +202,7 @@ def test_two_commands_never_train_in_one_folder(config_file: Write, monkeypatch:
 
 def test_a_command_that_was_preparing_takes_no_place_of_one_that_has_trained(config_file: Write, tmp_path: Path):
     late = RunFolder(read_plan(config_file(max_train_steps=2)).config)
-    assert late.look() is None
+    assert late.inspect() is None
     folder = train(config_file, max_train_steps=2)
     before = snapshot(folder)
     with pytest.raises(UserError, match=r"another command has trained in it while this one was preparing\n.*give it again"):

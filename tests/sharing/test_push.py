@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from crepatrain.commands.fit import fit
+from crepatrain.commands.push import push
 from crepatrain.commands.sample import Wish, sample
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
 from crepatrain.records.events import CheckpointSaved
 from crepatrain.running import validation
-from crepatrain.sharing.push import push
 from crepatrain.stopping import Stopped
 
 PROMPTS = ["a red square", 'with "quotes" | and: übel']
@@ -191,8 +191,8 @@ def test_the_numbers_are_those_of_the_step(trained, hub):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     for step in (1, 2):
         push(trained, Screen(quiet=True), step=step, dry=True)
-        told = f"| diffusion loss | {lines[0]['diffusion_loss']:.4f} | {lines[step - 1]['diffusion_loss']:.4f} |"
-        assert told in (trained / "README.md").read_text(encoding="utf-8")
+        row = f"| diffusion loss | {lines[0]['diffusion_loss']:.4f} | {lines[step - 1]['diffusion_loss']:.4f} |"
+        assert row in (trained / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_adapter_of_the_first_version_gets_its_card(trained, hub, tmp_path):
@@ -286,7 +286,7 @@ def test_a_hub_that_fails_behind_the_training_loses_nothing(hub, config_file, tm
     assert "pytorch_lora_weights.safetensors" in hub.repos["me/run"]
 
 
-def test_a_card_that_the_hub_dislikes_is_told(trained, hub):
+def test_a_card_that_the_hub_dislikes_is_reported(trained, hub):
     hub.dislikes = "license is odd"
     with pytest.raises(UserError, match=r"me/crush: .*license is odd"):
         push(trained, Screen(quiet=True))
@@ -297,11 +297,11 @@ def test_a_card_that_the_hub_dislikes_is_told(trained, hub):
     ("asked", "message"),
     [
         ({"step": 7}, "adapter-000007.safetensors can't be read"),
-        ({"repo": "a/b/c"}, "a/b/c: no name of a repository"),
-        ({"repo": "bad--name"}, "bad--name: no name of a repository"),
+        ({"repo": "a/b/c"}, "a/b/c: not the name of a repository"),
+        ({"repo": "bad--name"}, "bad--name: not the name of a repository"),
     ],
 )
-def test_what_cant_be_pushed_is_told(trained, hub, asked, message):
+def test_what_cant_be_pushed_is_reported(trained, hub, asked, message):
     with pytest.raises(UserError, match=message):
         push(trained, Screen(quiet=True), **asked)
     assert hub.repos == {}
@@ -325,6 +325,6 @@ def test_an_untrained_adapter_is_not_pushed(hub, config_file, tmp_path):
 
 
 def test_a_token_in_the_config_is_refused_without_being_shown(config_file):
-    with pytest.raises(UserError, match=r"hub_token: unknown key\n.*hf auth login") as told:
+    with pytest.raises(UserError, match=r"hub_token: unknown key\n.*hf auth login") as caught:
         read_plan(config_file(hub_token="hf_secret"))
-    assert "hf_secret" not in str(told.value)
+    assert "hf_secret" not in str(caught.value)

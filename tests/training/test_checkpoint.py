@@ -16,17 +16,8 @@ import torch
 from torch import nn
 
 from crepatrain.errors import UserError
-from crepatrain.training.checkpoint import (
-    checkpoints,
-    read_plain,
-    read_tensors,
-    read_tree,
-    replace_file,
-    replace_json,
-    rotate,
-    step_of,
-    write_checkpoint,
-)
+from crepatrain.records.layout import checkpoints, step_of
+from crepatrain.training.checkpoint import read_plain, read_tensors, read_tree, replace_file, replace_json, write_checkpoint
 
 
 def same(left: Any, right: Any) -> bool:
@@ -114,21 +105,6 @@ def write_step(root: Path, step: int, value: float = 0.0) -> Path:
     return folder
 
 
-def test_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path: Path):
-    whole = write_step(tmp_path, 2)
-    (tmp_path / "step-000009.tmp").mkdir()
-    (tmp_path / "step-last").mkdir()
-    (tmp_path / "step-000010").write_text("a file", encoding="utf-8")
-    assert checkpoints(tmp_path) == [whole]
-    assert checkpoints(tmp_path / "nowhere") == []
-
-
-def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path: Path):
-    steps = (5, 999_999, 1_000_000, 20)
-    folders = {step: write_step(tmp_path, step) for step in steps}
-    assert checkpoints(tmp_path) == [folders[step] for step in sorted(steps)]
-
-
 def test_a_left_over_tmp_is_in_nobodys_way(tmp_path: Path):
     left = tmp_path / "step-000002.tmp"
     left.mkdir()
@@ -136,15 +112,6 @@ def test_a_left_over_tmp_is_in_nobodys_way(tmp_path: Path):
     folder = write_step(tmp_path, 2)
     assert sorted(path.name for path in folder.iterdir()) == ["adapter.safetensors", "state.json"]
     assert not left.exists()
-
-
-@pytest.mark.parametrize(("limit", "kept"), [(None, [1, 2, 3, 10]), (1, [10]), (3, [2, 3, 10]), (9, [1, 2, 3, 10])])
-def test_rotation_keeps_the_newest(tmp_path: Path, limit: int | None, kept: list[int]):
-    for step in (10, 1, 3, 2):
-        write_step(tmp_path, step)
-    rotate(tmp_path, limit)
-    assert [step_of(path) for path in checkpoints(tmp_path)] == kept
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:06d}" for step in kept]
 
 
 def test_writing_a_step_again_replaces_it(tmp_path: Path):
@@ -214,7 +181,8 @@ def test_a_damaged_tensor_file_is_told_with_the_remedy(tmp_path: Path, harm: str
 WRITER = """
 import sys, torch
 from pathlib import Path
-from crepatrain.training.checkpoint import rotate, write_checkpoint
+from crepatrain.records.runfolder import rotate
+from crepatrain.training.checkpoint import write_checkpoint
 root, step = Path(sys.argv[1]), 0
 while True:
     step += 1

@@ -12,7 +12,7 @@ from crepatrain.commands.fit import fit
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
-from crepatrain.training.checkpoint import checkpoints
+from crepatrain.records.layout import checkpoints
 from crepatrain.training.ema import WeightAverage
 
 

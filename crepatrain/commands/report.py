@@ -1,0 +1,40 @@
+"""The report of some runs, with the alignment map where it is asked for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from crepatrain.errors import UserError
+from crepatrain.records.layout import REPORT_FILE, RunLayout
+from crepatrain.records.reading import read_run, unknown_keys
+from crepatrain.reporting.report import write_report
+from crepatrain.screen import Screen
+
+# The curves of more runs have colours that look alike.
+_MOST_RUNS = 8
+
+
+def report(roots: Sequence[Path], output: Path | None, screen: Screen, *, with_map: bool = False) -> None:
+    """Write the report of some runs.
+
+    Args:
+        roots: their folders.
+        output: the file; None: report.html in the folder of a single run, or here for several.
+        with_map: load each run's model, and measure where in the picture it agrees with the teacher.
+
+    Raises:
+        UserError: a folder holds no run, or one that is damaged or has logged nothing, or was given twice.
+    """
+    if len(roots) > _MOST_RUNS:
+        raise UserError(f"{len(roots)} runs were given", f"compare {_MOST_RUNS} at most")
+    if with_map:
+        from crepatrain.commands.alignment_map import write_alignment_map
+
+        for root in roots:
+            write_alignment_map(root, screen)
+    else:
+        for root in roots:
+            if unknown := unknown_keys(read_run(root).config):
+                screen.note(f"{RunLayout(root).config_file}: {', '.join(unknown)}: unknown to this version of crepatrain")
+    path = output or (RunLayout(roots[0]).report_file if len(roots) == 1 else Path(REPORT_FILE))
+    write_report(roots, path)
+    screen.say(f"{path}: open it in a browser")

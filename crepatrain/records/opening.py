@@ -1,0 +1,69 @@
+"""Opening a run that is there already: its config, its family, the step that is asked for."""
+
+import json
+from pathlib import Path
+
+from crepatrain.config.sections import RunConfig
+from crepatrain.config.sources import read_checkpoint
+from crepatrain.errors import UserError
+from crepatrain.families import get_family
+from crepatrain.families.base import Family
+from crepatrain.records.layout import RunLayout
+from crepatrain.records.reading import read_best, unknown_keys
+from crepatrain.screen import Screen
+from crepatrain.specs import FAMILIES
+
+
+def config_of(run: Path, screen: Screen) -> RunConfig:
+    """The config of a run's folder. A key that this version does not know is set aside, with a note.
+
+    Raises:
+        UserError: the folder holds no run, or its config is damaged.
+    """
+    path = RunLayout(run).config_file
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        unknown = unknown_keys(values) if isinstance(values, dict) else []
+        known = {key: value for key, value in values.items() if key not in unknown} if unknown else values
+        config = RunConfig.model_validate(known)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} can't be read ({reason})", "give the folder of a run, its output_dir") from error
+    if unknown:
+        screen.note(f"{path}: {', '.join(unknown)}: unknown to this version of crepatrain, and ignored")
+    return config
+
+
+def family_of(config: RunConfig) -> Family:
+    """The family as a run's base is; of the base only the JSON files are read.
+
+    Raises:
+        UserError: the base is gone.
+    """
+    source, revision = config.pretrained_model_name_or_path, config.revision
+    checkpoint, _ = read_checkpoint(source, revision, FAMILIES[config.model_family], config.wan_expert, online=False)
+    return get_family(config.model_family, checkpoint, task=config.task, expert=config.wan_expert)
+
+
+def adapter_name(config: RunConfig, family: Family) -> str:
+    """How the run's adapters are named, with the expert that they are for."""
+    return config.output_name + (f"_{family.variant.expert}_noise" if family.variant.expert else "")
+
+
+def asked_step(root: Path, text: str | None) -> int | None:
+    """What `--step` means: a number, or `best`; None: the last.
+
+    Raises:
+        UserError: it is neither, or the run held nothing out.
+    """
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    if text != "best":
+        raise UserError(f"--step {text}: not a step", "give a number, or best")
+    best = read_best(root).get("step")
+    if best is None:
+        raise UserError(
+            f"--step best: {root} has no {RunLayout(root).best_file.name}, as it held out no clips",
+            "give a number, or train with eval_share",
+        )
+    return best

@@ -1,0 +1,88 @@
+"""A run's folder under way: what is logged, and what a run that goes on earlier keeps of it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from crepatrain.config.plan import read_plan
+from crepatrain.errors import UserError
+from crepatrain.records.runfolder import RunFolder
+
+LINES = [{"step": 1, "loss": 0.5, "grad_norm": None}, {"step": 2, "loss": 0.25}, {"step": 2, "eval_loss": 0.5}]
+
+
+@pytest.fixture
+def folder(config_file: Callable[..., Path]) -> RunFolder:
+    """A claimed folder in which two steps are logged, and the lock given back."""
+    with RunFolder(read_plan(config_file()).config) as folder:
+        assert folder.inspect() is None
+        folder.claim(0)
+        for line in LINES:
+            folder.log(line)
+    return folder
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out_and_then_removed(folder: RunFolder):
+    with folder.metrics.open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "lo')
+    assert folder.lines() == [{"step": 1, "loss": 0.5}, *LINES[1:]], "without what was not measured"
+    folder.checkpoint(2).mkdir(parents=True)
+    with folder:
+        assert folder.inspect() == folder.checkpoint(2)
+        folder.claim(2)
+    assert [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()] == LINES
+    assert json.loads(folder.best_file.read_text(encoding="utf-8")) == {"step": 2, "eval_loss": 0.5}
+
+
+def test_a_damaged_line_is_named_and_goes_when_the_run_goes_on(folder: RunFolder):
+    text = folder.metrics.read_text(encoding="utf-8")
+    folder.metrics.write_text(f"rubbish\n{text}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: it is damaged"):
+        folder.lines()
+    folder.checkpoint(1).mkdir(parents=True)
+    with folder:
+        folder.inspect()
+        folder.claim(1)
+    assert folder.lines() == [{"step": 1, "loss": 0.5}]
+    assert not folder.best_file.exists()
+
+
+def test_later_steps_are_set_aside_and_a_second_time_replace_the_first(folder: RunFolder):
+    for times in range(2):
+        for step in (2, 4):
+            folder.checkpoint(step).mkdir(parents=True, exist_ok=True)
+            (folder.checkpoint(step) / "state.json").write_text(str(times), encoding="utf-8")
+            folder.adapter("cat", step).parent.mkdir(exist_ok=True)
+            folder.adapter("cat", step).write_text(str(times), encoding="utf-8")
+        other = RunFolder(folder.config.model_copy(update={"resume_from_checkpoint": "step-000002"}))
+        with other:
+            assert other.inspect() == folder.checkpoint(2)
+            other.claim(2)
+        assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-000002", "step-000004.left"]
+        assert (folder.checkpoints / "step-000004.left" / "state.json").read_text(encoding="utf-8") == str(times)
+        assert sorted(path.name for path in folder.adapters.iterdir()) == [
+            "cat-000002.safetensors",
+            "cat-000004.safetensors.left",
+        ]
+
+
+def test_a_process_that_does_not_write_writes_nothing(config_file: Callable[..., Path]):
+    with RunFolder(read_plan(config_file()).config, writes=False) as folder:
+        folder.inspect()
+        folder.claim(0)
+        folder.log({"step": 1})
+        folder.status("running", 1)
+        folder.describe({})
+        folder.mark_best()
+    assert not folder.root.exists()
+
+
+def test_reading_a_run_loads_nothing_heavy():
+    code = "import sys; from crepatrain.records import events, layout, reading; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "crepatrain.records.reading" in modules
+    assert not {"torch", "numpy", "diffusers", "transformers", "accelerate", "peft", "av"} & set(modules)
