@@ -27,7 +27,8 @@ from crepatrain.screen import Screen
 from crepatrain.stopping import StopSignal
 from crepatrain.tensors import Batch
 from crepatrain.training import build
-from crepatrain.training.checkpoint import EMA_FILE, checkpoints, read_tensors, replace_json, step_of
+from crepatrain.training.checkpoint import checkpoints, replace_json, step_of
+from crepatrain.training.checkpoint_content import read_trained
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.lora import load_trained_state
 
@@ -86,9 +87,9 @@ class _Probe:
         plan = replace(plan, config=plan.config.model_copy(update={"caption_dropout": 0.0, "i2v_dropout": 0.0}))
         family = build.build_family(plan)
         transformer, crepa = build.build_transformer(plan, family, device), build.build_crepa(plan).to(device)
-        restore(checkpoint, plan.config, transformer, crepa, {})
-        if plan.config.use_ema:  # what the run hands out
-            load_trained_state(transformer, read_tensors(checkpoint, EMA_FILE))
+        restore(checkpoint, transformer, crepa, {})
+        if plan.config.use_ema:  # whose average is the run's result
+            load_trained_state(transformer, read_trained(checkpoint, transformer, average=True))
         process, teacher = build.build_process(plan), build.build_teacher(plan, family, device)
         return cls(plan, family, process, transformer.eval(), crepa, teacher)
 

@@ -36,7 +36,7 @@ from crepatrain.sharing.push import expect_pushable, push
 from crepatrain.stopping import Stopped, StopSignal
 from crepatrain.tensors import Batch
 from crepatrain.training import build
-from crepatrain.training.checkpoint import read_plain, readable
+from crepatrain.training.checkpoint_content import read_fingerprint
 from crepatrain.training.clock import StepClock
 from crepatrain.training.metrics import SIGMA_RANGES, HostCopy, StepNumbers, StepSums
 from crepatrain.training.optim import clip_gradients
@@ -130,10 +130,9 @@ def _expect_one_start(start: Start, processes: int) -> None:
 
 
 def _compare(fingerprint: dict[str, Any], resume: Path, screen: Screen, *, goes_on: bool) -> None:
-    before = read_plain(resume, "fingerprint")
-    with readable(resume):
-        expect_same_fingerprint(before, fingerprint)
-        total = before["total"]
+    before = read_fingerprint(resume)
+    expect_same_fingerprint(before, fingerprint)
+    total = before["total"]
     if goes_on and total != fingerprint["total"]:
         screen.note(
             f"the run was of {total} steps and is of {fingerprint['total']} now: "

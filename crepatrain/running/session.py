@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import crepatrain
-from crepatrain.adapters.checks import adapter_to_begin_with
+from crepatrain.adapters.loading import load_initial_adapter
 from crepatrain.adapters.writing import write_result
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import Teacher
@@ -29,20 +29,11 @@ from crepatrain.screen import Screen
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.build import Learner
-from crepatrain.training.checkpoint import (
-    EMA_FILE,
-    TRAINED_FILE,
-    checkpoints,
-    read_plain,
-    read_tensors,
-    read_tree,
-    readable,
-    rotate,
-    write_checkpoint,
-)
+from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, checkpoints, rotate, write_checkpoint
+from crepatrain.training.checkpoint_content import read_optimizer, read_state, read_trained, read_weights
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.ema import WeightAverage
-from crepatrain.training.lora import begin_with, load_trained_state, trained_state
+from crepatrain.training.lora import copy_into_adapter, load_trained_state, trained_state
 from crepatrain.training.state import TrainState
 from crepatrain.training.step import LayerSyncTerm
 
@@ -74,13 +65,12 @@ def prepare_start(plan: Plan, dataset: Dataset, world: int, device: torch.device
     config, family = plan.config, build.build_family(plan)
     empty = build.expect_trainable(plan, family, device)
     begins = config.init_adapter if config.model_type == "lora" and not resume else None
-    adapter = adapter_to_begin_with(Path(begins), family, empty) if begins else None
+    adapter = load_initial_adapter(Path(begins), family, empty) if begins else None
     sampler = build_sampler(plan, dataset, world)
     total = total_steps(plan, sampler)
     state = TrainState(schedule=build.build_schedule(config, total))
     if resume:
-        with readable(resume):
-            state.load_state_dict(read_plain(resume, "state"))
+        state.load_state_dict(read_state(resume, crepa=state.schedule is not None))
     return Start(sampler, state, resume, total, adapter)
 
 
@@ -177,14 +167,14 @@ def build_run(
             "the blocks are compiled in the first step, and once more for a second bucket: that takes minutes, the rest is faster"
         )
     if start.adapter:
-        begin_with(adapted, start.adapter)
+        copy_into_adapter(adapted, start.adapter)
         screen.say(f"beginning with {config.init_adapter}")
     average = WeightAverage(learners["transformer"].parameters, config.ema_decay) if config.use_ema else None
     if start.resume:
-        restore(start.resume, config, adapted, projector, learners)
+        restore(start.resume, adapted, projector, learners)
         if average:
             with average.in_place():
-                load_trained_state(adapted, read_tensors(start.resume, EMA_FILE))
+                load_trained_state(adapted, read_trained(start.resume, adapted, average=True))
         screen.say(f"going on from {start.resume} at step {state.step} of {start.total}")
     return Run(
         config=config,
@@ -297,13 +287,14 @@ def save(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def restore(
-    checkpoint: Path, config: RunConfig, adapted: nn.Module, projector: Crepa | None, learners: Mapping[str, Learner]
-) -> None:
-    """Put a checkpoint's tensors into modules and learners that are built."""
-    with readable(checkpoint):
-        load_trained_state(adapted, read_tensors(checkpoint, TRAINED_FILE[config.model_type]))
-        if projector:
-            projector.load_state_dict(read_tensors(checkpoint, "projector"))
-        for name, learner in learners.items():
-            learner.load_state_dict(read_tree(checkpoint, f"{name}_learner"))
+def restore(checkpoint: Path, adapted: nn.Module, projector: Crepa | None, learners: Mapping[str, Learner]) -> None:
+    """Put a checkpoint's tensors into modules and learners that are built.
+
+    Raises:
+        UserError: a file of the checkpoint is missing or damaged, or its content is not this run's.
+    """
+    load_trained_state(adapted, read_trained(checkpoint, adapted))
+    if projector:
+        projector.load_state_dict(read_weights(checkpoint, "projector", projector))
+    for name, learner in learners.items():
+        learner.load_state_dict(read_optimizer(checkpoint, f"{name}_learner", learner.optimizer, learner.lr_scheduler))

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from crepatrain.adapters.adapter_file import Model, read_adapter
-from crepatrain.adapters.checks import judge
+from crepatrain.adapters.checks import check_adapter
 from crepatrain.adapters.recipe import SCHEMA, recipe
 from crepatrain.config.sections import RunConfig
 from crepatrain.data.encode import video_facts
@@ -150,7 +150,7 @@ def _weights(root: Path, config: RunConfig, family: Family, step: int | None) ->
     file = read_adapter(path)
     if file.recipe().get("schema") != SCHEMA:
         raise UserError(f"{path}: its header holds no recipe, so nothing can be told of it", f"run `crepatrain export {root}`")
-    problems = judge(file, Model(family, family.empty_transformer(), family.variant.title)).problems
+    problems = check_adapter(file, Model(family, family.empty_transformer(), family.variant.title)).problems
     if problems:
         raise UserError.of(list(problems))
     # Both experts may go into one repository.

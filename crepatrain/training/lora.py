@@ -125,8 +125,12 @@ def baked_adapter(transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def begin_with(transformer: nn.Module, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Put what `baked_adapter` gave of another transformer into the live adapter, whatever its own scale is."""
+def copy_into_adapter(transformer: nn.Module, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Copy an adapter as `baked_adapter` gives it into the live adapter, which then has the same effect at its own scale.
+
+    Args:
+        adapter: per adapted module lora_A [r, in] and lora_B [out, r], with their scale inside lora_B.
+    """
     for name, (down, up, scale) in live_adapter(transformer).items():
         new_down, new_up = adapter[name]
         down.copy_(new_down)
