@@ -20,7 +20,7 @@ from crepatrain.training.lora import live_adapter
 _OTHER_KEYS = {
     "dora_scale": "DoRA's magnitudes, which diffusers drops",
     "lora_magnitude_vector": "DoRA's magnitudes, which ComfyUI does not read under this name",
-    ".diff": "a whole difference of weights, which diffusers can't read",
+    ".diff": "a full difference of weights, which diffusers can't read",
     ".diff_b": "a bias, which one program reads and the other does not",
     ".bias": "a bias, which one program reads and the other does not",
     "hada_": "LoHa's factors",
@@ -101,10 +101,10 @@ def _check_tensors(file: AdapterFile) -> list[Problem]:
     if infinite:
         fix = "use the adapter of an earlier step, or one in a wider dtype"
         problems.append(Problem(f"{len(infinite)} tensors such as {infinite[0]} hold numbers that are not finite", fix))
-    whole = [key for key, tensor in file.tensors.items() if not key.endswith(".alpha") and not tensor.is_floating_point()]
-    if whole:
-        dtype = str(file.tensors[whole[0]].dtype).removeprefix("torch.")
-        what = f"{len(whole)} tensors such as {whole[0]} are {dtype}, and a LoRA holds floating-point numbers"
+    integers = [key for key, tensor in file.tensors.items() if not key.endswith(".alpha") and not tensor.is_floating_point()]
+    if integers:
+        dtype = str(file.tensors[integers[0]].dtype).removeprefix("torch.")
+        what = f"{len(integers)} tensors such as {integers[0]} are {dtype}, and a LoRA holds floating-point numbers"
         problems.append(Problem(what, "save it in bfloat16"))
     return problems
 

@@ -159,7 +159,7 @@ def _load(file: AdapterFile, model: Model, raw: str | None, *, shapes: bool) -> 
         _expect_working_libraries(model)
         name = type(error).__name__
         if not raw and isinstance(error, IndexError):
-            raise _Refused(name, "as it finds no lora_B.weight to take a rank from") from error
+            raise _Refused(name, "as it finds no lora_B.weight to read a rank from") from error
         if "not found in the base model" in str(error):
             first = next(iter(file.pairs.values()))
             raise _Refused(name, f"as {_why_ignored(first, model, _accepted(model))}") from error
@@ -232,13 +232,13 @@ def _ones_like(key: str, file: AdapterFile, model: Model, *, shapes: bool) -> Te
     tensor, end = file.tensors[key], end_of(key)
     if end is not None and ENDS[end] == "alpha":
         return tensor.clone()  # the converter of Wan scales what it is given in place
-    # In fp32 the factors are exact; a dtype that no layer takes is kept.
+    # In fp32 the factors are exact; a dtype that no layer can have is kept.
     dtype = torch.float32 if tensor.is_floating_point() and tensor.itemsize > 1 else tensor.dtype
     shape = tuple(tensor.shape)
     layer = None if shapes or end is None else model.find(file.pairs[key.removesuffix(end)])
     if layer and end is not None:
-        whole = model.layers[layer].shape
-        shape = (*shape[:1], *whole[1:]) if ENDS[end] == "down" else (*whole[:1], *shape[1:])
+        weight = model.layers[layer].shape
+        shape = (*shape[:1], *weight[1:]) if ENDS[end] == "down" else (*weight[:1], *shape[1:])
     return torch.ones(shape, dtype=dtype)
 
 
@@ -277,20 +277,20 @@ def _why_ignored(pair: Pair, model: Model, accepted: Sequence[str]) -> str:
         named = any(".default." in end for end in ends)
         return "the keys " + ("hold an adapter's name (default), as they do inside peft" if named else "end without .weight")
     found, read = ("diffusers'", "the original's") if pair.name in model.layers else ("the original's", "diffusers'")
-    return f"behind {pair.prefix or 'nothing'} it reads {read} names, and these are {found}"
+    return f"after {pair.prefix or 'no prefix'} it reads {read} names, and these are {found}"
 
 
 def _why_not_converted(file: AdapterFile, model: Model) -> str:
     """The cause of an exception that a converter of diffusers raised; its own message names none."""
     pairs, wan = list(file.pairs.values()), model.family.spec.name == "wan"
     if any(pair.prefix == "lora_unet_" for pair in pairs):
-        return "as it takes lora_unet_ keys only with .alpha and for every layer of every block"
+        return "as it accepts lora_unet_ keys only with .alpha and for every layer of every block"
     if any(pair.prefix == "diffusion_model." and pair.name in model.layers for pair in pairs) and wan:
-        return "as diffusers' own names stand behind diffusion_model., where the original's belong"
+        return "as diffusers' own names follow diffusion_model., where the original's belong"
     if any(".default." in end for pair in pairs for end in pair.ends):
-        return "as it takes no adapter's name (default) in the keys"
+        return "as it accepts no adapter's name (default) in the keys"
     if any(not end.endswith(".weight") for pair in pairs for end in pair.ends):
-        return "as it takes no keys that end without .weight"
+        return "as it accepts no keys that end without .weight"
     scaled = _why_not_scaled(pairs, model.family.spec)
     if scaled:
         return scaled
@@ -301,23 +301,23 @@ def _why_not_converted(file: AdapterFile, model: Model) -> str:
     if file.other_keys:
         return f"as {file.other_keys[0]} is no part of a LoRA"
     if any(".lora." in end for pair in pairs for end in pair.ends):
-        return "as it takes .lora.down and .lora.up only behind transformer."
+        return "as it accepts .lora.down and .lora.up only after transformer."
     unknown = [stem for stem, pair in file.pairs.items() if model.find(pair) is None]
     if unknown:
         return f"as {unknown[0]} is no layer of {model.title}"
-    return "by the names of the keys"
+    return "because of the names of the keys"
 
 
 def _why_not_scaled(pairs: Sequence[Pair], spec: FamilySpec) -> str | None:
     """Why a converter does not accept the .alpha of a file, where that may be the cause; otherwise None."""
     scaled = [pair for pair in pairs if pair.alpha is not None]
     if scaled and spec.name != "wan":
-        return f"as it takes .alpha of no {spec.title}"
+        return f"as it accepts no .alpha for {spec.title}"
     outside = [pair for pair in scaled if pair.prefix != "diffusion_model."]
     if outside:
-        return f"as it takes no .alpha {f'behind {outside[0].prefix}' if outside[0].prefix else 'without a prefix'}"
+        return f"as it accepts no .alpha {f'after {outside[0].prefix}' if outside[0].prefix else 'without a prefix'}"
     if any(not pair.name.startswith("blocks.") for pair in scaled):
-        return "as it takes .alpha only inside the blocks"
+        return "as it accepts .alpha only inside the blocks"
     return "as an alpha is not one number" if any(math.isnan(pair.scale) for pair in pairs) else None
 
 
@@ -340,7 +340,7 @@ def _why_not_loaded(settings: Any, error: Exception) -> str:
     wanted = "where it expects" if settings is None else "and lora_adapter_metadata makes it"
     if sizes:
         return f"as {sizes[1].replace(f'.{_LOADED}.', '.')} is {sizes[2]}, {wanted} {sizes[3]}"
-    return f"{'in its words' if settings is None else 'by lora_adapter_metadata'}: {' '.join(message.split())[:200]}"
+    return f"{'with the message' if settings is None else 'because of lora_adapter_metadata'}: {' '.join(message.split())[:200]}"
 
 
 def how_to_load(file: AdapterFile, model: Model, base: str | None) -> list[str]:

@@ -27,7 +27,7 @@ from crepatrain.training.lora import baked_adapter, live_adapter
 def write_result(
     folder: RunFolder, config: RunConfig, family: Family, fingerprint: Mapping[str, Any], transformer: Any, step: int
 ) -> None:
-    """The adapter, once for this step and once as the run's last; or the whole transformer, as the run's last alone.
+    """Write the adapter, once for this step and once as the run's last; or the whole transformer, only as the run's last.
 
     Raises:
         UserError: the disk is full, or a program would not read the file that was written as this adapter.
@@ -50,10 +50,10 @@ def write_adapter(
     metadata: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the adapter with its scale baked in, so that every reader takes it at strength 1.
+    """Write the adapter with its scale baked in, so that every program applies it at strength 1.
 
     Args:
-        paths: of the safetensors files, all the same, each written aside and renamed; the first is read back before.
+        paths: of equal safetensors files, each written aside and renamed; the first is read back before that.
         metadata: their header.
         dtype: of the tensors on the disk.
 
@@ -104,7 +104,7 @@ def write_transformer(folder: Path, transformer: Any, dtype: torch.dtype) -> Non
     """Write a transformer's folder as a diffusers pipeline has it.
 
     Args:
-        folder: replaced when the new one is whole.
+        folder: replaced when the new one is complete.
         dtype: of the weights on the disk.
 
     Raises:

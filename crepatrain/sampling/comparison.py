@@ -138,5 +138,5 @@ def _base_folder(model: TrainedModel) -> Path:
 
 
 def _adapter_name(label: str) -> str:
-    """As peft, which takes no spaces in a name, knows an adapter."""
+    """The name under which peft keeps an adapter, without spaces."""
     return label.replace(" ", "-")

@@ -1,4 +1,4 @@
-"""A run's checkpoints: written aside, renamed when whole, read back to the bit."""
+"""A run's checkpoints: written aside, renamed when complete, read back bit by bit."""
 
 import json
 import re

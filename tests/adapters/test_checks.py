@@ -117,17 +117,17 @@ WRONG = {
     "wan with diffusers' names behind diffusion_model.": (
         "wan",
         lambda f: (f.named(lambda n: f"diffusion_model.{n}"), {}),
-        r"diffusers refuses the file: ValueError, as diffusers' own names stand behind diffusion_model\.",
+        r"diffusers refuses the file: ValueError, as diffusers' own names follow diffusion_model\.",
     ),
     "wan with diffusers' names behind diffusion_model., ComfyUI": (
         "wan",
         lambda f: (f.named(lambda n: f"diffusion_model.{n}"), {}),
-        r"ComfyUI ignores 120 .*behind diffusion_model\. it reads the original's names, and these are diffusers'",
+        r"ComfyUI ignores 120 .*after diffusion_model\. it reads the original's names, and these are diffusers'",
     ),
     "wan with the original's names behind transformer.": (
         "wan",
         lambda f: (f.named(lambda n: f"transformer.{f.family.original_name(n)}"), {}),
-        r"diffusers refuses .*, as behind transformer\. it reads diffusers' names, and these are the original's",
+        r"diffusers refuses .*, as after transformer\. it reads diffusers' names, and these are the original's",
     ),
     "kandinsky behind diffusion_model.": (
         "kandinsky5_video",
@@ -165,22 +165,22 @@ WRONG = {
     "ltx with alpha": (
         "ltxvideo",
         lambda f: (f.exported(alpha=8), {}),
-        r"refuses.*ValueError.*as it takes \.alpha of no LTX-Video",
+        r"refuses.*ValueError.*as it accepts no \.alpha for LTX-Video",
     ),
     "kandinsky with alpha": (
         "kandinsky5_video",
         lambda f: (f.exported(alpha=8), {}),
-        r"refuses.*Invalid LoRA checkpoint.*\.alpha of no Kandinsky",
+        r"refuses.*Invalid LoRA checkpoint.*\.alpha for Kandinsky",
     ),
     "sana with alpha": (
         "sanavideo",
         lambda f: (f.exported(alpha=8), {}),
-        r"refuses.*Invalid LoRA checkpoint.*\.alpha of no SANA",
+        r"refuses.*Invalid LoRA checkpoint.*\.alpha for SANA",
     ),
     "ltx with lora_down": (
         "ltxvideo",
         lambda f: (f.exported(ends=("lora_down.weight", "lora_up.weight")), {}),
-        r"refuses the file: IndexError, as it finds no lora_B\.weight to take a rank from",
+        r"refuses the file: IndexError, as it finds no lora_B\.weight to read a rank from",
     ),
     "kandinsky with lora_down": (
         "kandinsky5_video",
@@ -190,7 +190,7 @@ WRONG = {
     "kohya without alpha": (
         "wan",
         lambda f: (f.named(f.kohya, ends=("lora_down.weight", "lora_up.weight")), {}),
-        r"diffusers refuses the file: KeyError, as it takes lora_unet_ keys only with \.alpha",
+        r"diffusers refuses the file: KeyError, as it accepts lora_unet_ keys only with \.alpha",
     ),
     "kohya of a part of the layers": (
         "wan",
@@ -208,22 +208,22 @@ WRONG = {
     "wan with alpha behind transformer.": (
         "wan",
         lambda f: (f.named(diffusers_name, alpha=8), {}),
-        r"Invalid LoRA checkpoint\), as it takes no \.alpha behind transformer\.",
+        r"Invalid LoRA checkpoint\), as it accepts no \.alpha after transformer\.",
     ),
     "wan with alpha outside the blocks": (
         "wan",
         lambda f: (f.exported(alpha=8) | outside(f, "proj_out", "diffusion_model.head.head", alpha=8), {}),
-        r"as it takes \.alpha only inside the blocks",
+        r"as it accepts \.alpha only inside the blocks",
     ),
     "wan without .weight": (
         "wan",
         lambda f: (f.exported(ends=("lora_A", "lora_B")), {}),
-        r"^diffusers refuses the file: ValueError, as it takes no keys that end without \.weight\n[^\n]*$",
+        r"^diffusers refuses the file: ValueError, as it accepts no keys that end without \.weight\n[^\n]*$",
     ),
     "wan with lora.down and lora.up": (
         "wan",
         lambda f: (f.exported(ends=("lora.down.weight", "lora.up.weight")), {}),
-        r"refuses the file: ValueError, as it takes \.lora\.down and \.lora\.up only behind transformer\.",
+        r"refuses the file: ValueError, as it accepts \.lora\.down and \.lora\.up only after transformer\.",
     ),
     "wan with a layer that is not there": (
         "wan",
@@ -269,7 +269,7 @@ WRONG = {
     "wan with peft's adapter name": (
         "wan",
         lambda f: (f.exported(ends=("lora_A.default.weight", "lora_B.default.weight")), {}),
-        r"diffusers refuses the file: ValueError, as it takes no adapter's name \(default\)",
+        r"diffusers refuses the file: ValueError, as it accepts no adapter's name \(default\)",
     ),
     "sana with peft's adapter name": (
         "sanavideo",
@@ -284,27 +284,27 @@ WRONG = {
     "a target that is a number": (
         "wan",
         lambda f: (f.exported(), settings(4, target_modules=5)),
-        r"diffusers refuses the file: TypeError, by lora_adapter_metadata: 'int' object is not iterable\n.*leave it out",
+        r"diffusers refuses the file: TypeError, because of lora_adapter_metadata: 'int' object is not iterable\n.*leave it out",
     ),
     "a target that is no regex": (
         "wan",
         lambda f: (f.exported(), settings(4, target_modules="((")),
-        r"diffusers refuses the file: error, by lora_adapter_metadata: missing \), unterminated",
+        r"diffusers refuses the file: error, because of lora_adapter_metadata: missing \), unterminated",
     ),
     "a pattern that is no regex": (
         "sanavideo",
         lambda f: (f.exported(), settings(4, rank_pattern={"((": 4})),
-        r"diffusers refuses the file: error, by lora_adapter_metadata: missing \), unterminated",
+        r"diffusers refuses the file: error, because of lora_adapter_metadata: missing \), unterminated",
     ),
     "a pattern that is a list": (
         "sanavideo",
         lambda f: (f.exported(), settings(4, alpha_pattern=[1])),
-        r"diffusers refuses the file: AttributeError, by lora_adapter_metadata: ",
+        r"diffusers refuses the file: AttributeError, because of lora_adapter_metadata: ",
     ),
     "a rank in words": (
         "sanavideo",
         lambda f: (f.exported(), settings(4, rank="four")),
-        r"diffusers refuses the file: TypeError, by lora_adapter_metadata: ",
+        r"diffusers refuses the file: TypeError, because of lora_adapter_metadata: ",
     ),
     "settings that are a list": (
         "sanavideo",
@@ -345,7 +345,7 @@ WRONG = {
     "a whole difference": (
         "wan",
         lambda f: (f.exported() | {f"{first(f.exported(), '.lora_A.weight')}.diff": torch.ones(48, 48)}, {}),
-        r"\.diff are a whole difference of weights",
+        r"\.diff are a full difference of weights",
     ),
     "CREPA's projector": (
         "ltxvideo",
@@ -389,7 +389,7 @@ WRONG = {
     "whole numbers, diffusers": (
         "wan",
         lambda f: ({key: tensor.to(torch.int8) for key, tensor in f.exported().items()}, {}),
-        r"diffusers refuses the file: RuntimeError, in its words: Only Tensors of floating point",
+        r"diffusers refuses the file: RuntimeError, with the message: Only Tensors of floating point",
     ),
     "no LoRA": ("wan", lambda f: ({"blocks.0.attn1.to_q.weight": torch.ones(48, 48)}, {}), r"^it holds no layer of a LoRA"),
     "nothing": ("wan", lambda f: ({}, {}), r"^it holds no layer of a LoRA"),
