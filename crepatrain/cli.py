@@ -286,7 +286,7 @@ def sample(
     def work() -> None:
         from crepatrain.commands import sample as command
 
-        wish = command.Wish(
+        options = command.SampleOptions(
             prompt=prompt,
             negative_prompt=negative_prompt,
             image=image,
@@ -301,7 +301,7 @@ def sample(
             base=base,
             output=output,
         )
-        command.sample(target, wish, _screen)
+        command.sample(target, options, _screen)
 
     _stoppable(work)
 

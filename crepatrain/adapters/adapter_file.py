@@ -1,4 +1,4 @@
-"""An adapter file of whatever program: what its keys mean, and the model that it is for."""
+"""An adapter file of any program: what its keys mean, and which model it is for."""
 
 import json
 from collections import Counter
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from crepatrain.errors import UserError
 from crepatrain.families import family_class, get_family
 from crepatrain.families.base import Family
-from crepatrain.specs import FAMILIES, Expert
+from crepatrain.specs import FAMILIES, Checkpoint, Expert, Unsupported
 
-# Ends of the keys of a pair, as programs write them; the plainest first.
+# How the keys of a pair end, as different programs write them; the most common first.
 ENDS: Mapping[str, Literal["down", "up", "alpha"]] = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
@@ -50,9 +50,9 @@ class Pair:
     """What a file holds for one layer, under one name.
 
     Attributes:
-        prefix, name: the two parts of how its keys begin.
-        down, up: lora_A [r, in] and lora_B [out, r], or of convolutions; None: it is missing.
-        ends: of the two keys.
+        prefix, name: its keys begin with the prefix, then the name.
+        down, up: lora_A [r, in] and lora_B [out, r], or those of a convolution; None: it is missing.
+        ends: how the two keys end.
     """
 
     prefix: str
@@ -67,12 +67,12 @@ class Pair:
         return self.down.shape[0] if self.down is not None and self.down.ndim else None
 
     @property
-    def told_scale(self) -> float:
-        """alpha / rank; without an alpha that is taken as the rank."""
+    def scale(self) -> float:
+        """alpha / rank; 1 without an alpha, which then equals the rank."""
         return 1.0 if self.alpha is None or not self.rank else self.alpha / self.rank
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         return self.down is not None and self.up is not None
 
 
@@ -81,22 +81,22 @@ class AdapterFile:
     """A safetensors file, read.
 
     Attributes:
-        pairs: by how their keys begin.
-        strangers: keys that belong to no pair.
+        pairs: by what their keys begin with.
+        other_keys: keys that belong to no pair.
     """
 
     path: Path
     metadata: Mapping[str, str]
     tensors: Mapping[str, Tensor]
     pairs: Mapping[str, Pair]
-    strangers: tuple[str, ...]
+    other_keys: tuple[str, ...]
 
     @property
     def ranks(self) -> Counter[int]:
         return Counter(pair.rank for pair in self.pairs.values() if pair.rank is not None)
 
     def recipe(self) -> dict[str, Any]:
-        """What this trainer has written of the run; empty for other files, and for those of a family that it has not."""
+        """What this trainer has written about the run; empty for the files of other programs and of unknown families."""
         try:
             found = json.loads(self.metadata.get("crepatrain.recipe", "{}"))
         except ValueError:
@@ -105,15 +105,15 @@ class AdapterFile:
 
     @property
     def experts(self) -> dict[str, Expert]:
-        """The expert of two that the file is for: as its header says, and as its name does, where they say one."""
+        """Which of two experts the file is for, by its header and by its name; without those that name none."""
         header = self.metadata.get("crepatrain.expert") or self.recipe().get("expert")
-        told: dict[str, Expert] = {}
+        found: dict[str, Expert] = {}
         for expert in get_args(Expert):
             if header == expert:
-                told["header"] = expert
+                found["header"] = expert
             if f"{expert}_noise" in self.path.name:
-                told["name"] = expert
-        return told
+                found["name"] = expert
+        return found
 
     @property
     def expert(self) -> Expert | None:
@@ -129,20 +129,20 @@ def read_adapter(path: Path) -> AdapterFile:
     """Read a file onto the CPU.
 
     Raises:
-        UserError: it can't be read, or is no safetensors file.
+        UserError: it can't be read, or is not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        tensors = load_file(path)  # in the order of diffusers, which goes by the first key
+        tensors = load_file(path)  # in the order in which diffusers sees them: it decides by the first key
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} can't be read ({error})", "give a .safetensors file that is whole") from error
+        raise UserError(f"{path} can't be read ({error})", "give a complete .safetensors file") from error
     pairs: dict[str, Pair] = {}
-    strangers = []
+    other_keys = []
     for key, tensor in tensors.items():
         end = end_of(key)
         if end is None:
-            strangers.append(key)
+            other_keys.append(key)
             continue
         stem = key.removesuffix(end)
         prefix = next((prefix for prefix in _PREFIXES if stem.startswith(prefix)), "")
@@ -152,7 +152,7 @@ def read_adapter(path: Path) -> AdapterFile:
         else:
             setattr(pair, ENDS[end], tensor)
             pair.ends += (end,)
-    return AdapterFile(path, metadata, tensors, pairs, tuple(strangers))
+    return AdapterFile(path, metadata, tensors, pairs, tuple(other_keys))
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Model:
         self.kohya = {name.replace(".", "_"): layer for name, layer in self.original.items()}
 
     def find(self, pair: Pair) -> str | None:
-        """The layer that a pair is meant for, whoever may read it."""
+        """The layer that a pair is meant for, whichever program can read it."""
         if pair.prefix in KOHYA:
             return self.kohya.get(pair.name)
         if pair.name in self.layers:
@@ -194,11 +194,11 @@ class Model:
     def fits(self, pair: Pair) -> bool:
         """Whether the pair's tensors fit the layer that it is meant for."""
         layer = self.find(pair)
-        return layer is not None and misfit(pair, self.layers[layer]) is None
+        return layer is not None and shape_mismatch(pair, self.layers[layer]) is None
 
 
-def misfit(pair: Pair, layer: Layer) -> str | None:
-    """Why a pair can't be the adapter of a layer."""
+def shape_mismatch(pair: Pair, layer: Layer) -> str | None:
+    """Why the shapes of a pair can't be those of an adapter of a layer; None where they can."""
     if pair.down is None or pair.up is None:
         return None
     down, up = tuple(pair.down.shape), tuple(pair.up.shape)
@@ -214,7 +214,7 @@ def misfit(pair: Pair, layer: Layer) -> str | None:
 
 @cache
 def released_models(family: str) -> tuple[Model, ...]:
-    """Every model of a family that the package knows, released ones first; read once, as it takes seconds."""
+    """Every model of a family that the package knows, released ones first; built once, as it takes seconds."""
     kind = family_class(family)
     found = {name: get_family(family, shapes.checkpoint) for name, shapes in {**kind.spec.released, **kind.tiny}.items()}
     return tuple(Model(one, one.empty_transformer(), name) for name, one in found.items())
@@ -224,12 +224,12 @@ def recognise(file: AdapterFile) -> tuple[Model, bool]:
     """The model that a file is for, by the names of its layers, then by their shapes; and whether most of the shapes fit.
 
     Raises:
-        UserError: no family knows the names, or several do and nothing else tells which.
+        UserError: no family has layers of these names, or several have and the shapes don't decide which.
     """
-    said = file.recipe().get("family")
+    recorded = file.recipe().get("family")
     found: list[tuple[tuple[int, int], Model]] = []
     for family in FAMILIES:
-        if said in (None, family):
+        if recorded in (None, family):
             for model in released_models(family):
                 known = sum(model.find(pair) is not None for pair in file.pairs.values())
                 fitting = sum(model.fits(pair) for pair in file.pairs.values())
@@ -238,7 +238,7 @@ def recognise(file: AdapterFile) -> tuple[Model, bool]:
     if best[0] == 0:
         first = next(iter(file.pairs), next(iter(file.tensors), "none"))
         raise UserError(
-            f"{file.path}: no layer of {', '.join(FAMILIES)} has a name as in its keys (the first: {first})",
+            f"{file.path}: no layer of {', '.join(FAMILIES)} has a name as in its keys (the first key: {first})",
             "give an adapter of one of these families",
         )
     models = [model for score, model in found if score == best]
@@ -246,3 +246,48 @@ def recognise(file: AdapterFile) -> tuple[Model, bool]:
     if len(families) > 1:
         raise UserError(f"{file.path}: its keys could be those of {' or '.join(families)}", "give the base with --base")
     return models[0], 2 * best[1] > best[0]
+
+
+def model_of_folder(base: Path, expert: Expert | None) -> Model:
+    """The model of a pipeline folder, or of a transformer's own folder; only its JSON files are read.
+
+    Args:
+        expert: for which the adapter is, where the folder has two.
+
+    Raises:
+        UserError: the folder holds no model of a known family.
+    """
+    second = expert == "low" and (base / "transformer_2").is_dir()
+    folder = next((base / name for name in ("transformer_2",) * second + ("transformer",) if (base / name).is_dir()), base)
+    config = _read_json(folder / "config.json")
+    spec = next((spec for spec in FAMILIES.values() if spec.transformer_class == config.get("_class_name")), None)
+    if spec is None:
+        known = ", ".join(spec.transformer_class for spec in FAMILIES.values())
+        raise UserError(f"--base {base}: its transformer is a {config.get('_class_name')}", f"give one of: {known}")
+    model_index, vae, scheduler = (
+        _read_json(path) if path.is_file() else {}
+        for path in (base / "model_index.json", base / "vae" / "config.json", base / "scheduler" / "scheduler_config.json")
+    )
+    first = spec.first
+    checkpoint = Checkpoint(model_index or first.model_index, config, vae or first.vae, scheduler, origin="folder")
+    try:
+        variant = spec.variant(checkpoint, "low" if second else None)
+    except Unsupported as error:
+        raise UserError(f"--base {base}: {error}", f"give a {spec.title} pipeline") from error
+    except KeyError as error:
+        known, given = {**first.transformer, **first.vae}, {**checkpoint.transformer, **checkpoint.vae}
+        if error.args[0] not in known.keys() - given.keys():
+            raise  # a bug, and no fault of the folder
+        raise UserError(f"--base {base}: its config.json has no {error.args[0]}", f"give a {spec.title} pipeline") from error
+    family: Family = family_class(spec.name)(checkpoint, variant, variant.tasks[0])
+    return Model(family, family.empty_transformer(), base.name or str(base))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error})", "give a diffusers pipeline folder") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}", "give a diffusers pipeline folder")
+    return values

@@ -1,4 +1,4 @@
-"""What diffusers and ComfyUI make of an adapter file: what they read, how strongly they apply it, what they ignore, and why."""
+"""What diffusers and ComfyUI do with an adapter file: what they load, at which strength, what they ignore, and why."""
 
 import json
 import logging
@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -16,29 +17,32 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from crepatrain.adapters.adapter_file import ENDS, KOHYA, AdapterFile, Model, Pair, end_of, misfit
+from crepatrain.adapters.adapter_file import ENDS, KOHYA, AdapterFile, Model, Pair, end_of, shape_mismatch
 from crepatrain.specs import Expert, FamilySpec
-from crepatrain.training.lora import live_adapter, unknown_settings
+from crepatrain.training.lora import live_adapter, target_modules, unknown_settings
 
-# What diffusers, peft and torch raise where they can't load a file.
+# What diffusers, peft and torch raise where they can't load a file. A bug of ours may raise the same, or a library that does not
+# fit: so before the file is blamed, diffusers is given an adapter that is known to be right.
 _REFUSALS = (ValueError, LookupError, AttributeError, RuntimeError, TypeError, NameError, ArithmeticError, re.error)
-# As diffusers calls an adapter that is given no name.
+# The name that diffusers gives to an adapter without one.
 _LOADED = "default_0"
-# Layers that a damaged file loses in every program: the file is to blame, not its reader.
+# Why a layer of a damaged file is lost in every program: the file is to blame, not the program.
 DAMAGE = _HALF, _MISFIT, _ALPHA = "one half of it is missing", "its tensors don't fit the layer", "its alpha is not one number"
+_NO_OBJECT = "lora_adapter_metadata in its header is no JSON object"
+_REWRITE_METADATA = "write lora_adapter_metadata again, or leave it out"
 
 _COMFYUI_HINTS = {"kandinsky5_video": " (ComfyUI of December 2025 or newer)"}
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What one program makes of a file.
+class Compatibility:
+    """What one program does with a file.
 
     Attributes:
-        strengths: by layer, the factor that it applies to lora_B @ lora_A.
-        ignored: reason -> how the keys of what it ignores begin.
+        strengths: layer -> the factor that it applies to lora_B @ lora_A.
+        ignored: reason -> what the ignored keys begin with.
         refusal: why it does not load the file at all; None where it does.
-        remedy: of a refusal that other names for the keys don't mend.
+        remedy: what to do about the refusal; None where other names for the keys are the remedy.
     """
 
     program: str
@@ -48,7 +52,8 @@ class Reading:
     remedy: str | None = None
 
     @property
-    def in_words(self) -> str:
+    def summary(self) -> str:
+        """The same in one line."""
         if self.refusal:
             return f"refuses it: {self.refusal}"
         lost = sum(map(len, self.ignored.values()))
@@ -57,8 +62,11 @@ class Reading:
         return f"{len(self.strengths)} layers{strength}" + (f"; ignores {lost}" if lost else "")
 
 
-def read_as_comfyui(file: AdapterFile, model: Model, *, shapes: bool = True) -> Reading | None:
-    """ComfyUI's own rules (comfy.lora.model_lora_keys_unet); None where it has no such model. It never warns of a layer."""
+def comfyui_compatibility(file: AdapterFile, model: Model, *, shapes: bool = True) -> Compatibility | None:
+    """What ComfyUI loads, by its own rules (comfy.lora.model_lora_keys_unet); None where it has no such model.
+
+    ComfyUI itself never warns about a layer that it ignores.
+    """
     accepted = model.family.spec.comfyui
     if not accepted:
         return None
@@ -71,48 +79,51 @@ def read_as_comfyui(file: AdapterFile, model: Model, *, shapes: bool = True) -> 
         if layer is None or damage:
             ignored.setdefault(damage or _why_ignored(pair, model, accepted), []).append(stem)
         else:
-            strengths[layer] = pair.told_scale
-    return Reading("ComfyUI", strengths, {why: tuple(stems) for why, stems in ignored.items()})
+            strengths[layer] = pair.scale
+    return Compatibility("ComfyUI", strengths, {why: tuple(stems) for why, stems in ignored.items()})
 
 
-def read_as_diffusers(file: AdapterFile, model: Model, *, shapes: bool = True) -> Reading:
-    """What `load_lora_weights` does: the file is loaded by diffusers itself, into a transformer whose weights take no memory.
+def diffusers_compatibility(file: AdapterFile, model: Model, *, shapes: bool = True) -> Compatibility:
+    """What `load_lora_weights` does: diffusers itself loads the file, into a transformer whose weights take no memory.
 
-    Ones stand for the tensors, so what is then in a layer is the factor that is applied to lora_B @ lora_A.
+    Its tensors are replaced by ones, so what a layer then holds is the factor that is applied to lora_B @ lora_A.
 
     Args:
-        shapes: whether the model's shapes are those of the file's base; otherwise the stand-ins get the model's.
+        shapes: whether the model's shapes are those of the file's base; otherwise the ones get the model's shapes.
+
+    Raises:
+        Exception: whatever diffusers raises for an adapter that is known to be right, too: then the file is not to blame.
     """
     raw = file.metadata.get("lora_adapter_metadata")
     try:
         transformer = _load(file, model, raw, shapes=shapes)
-    except _Refused as why:
-        return Reading("diffusers", {}, {}, str(why), why.remedy)
+    except _Refused as refused:
+        return Compatibility("diffusers", {}, {}, str(refused), refused.remedy)
     layers, live = dict(transformer.named_modules()), live_adapter(transformer, _LOADED)
-    halves = {model.find(pair) for pair in file.pairs.values() if not pair.whole}
+    halves = {model.find(pair) for pair in file.pairs.values() if not pair.complete}
     strengths = {
         layer: scale * float(down.flatten()[0]) * float(up.flatten()[0])
         for layer, (down, up, scale) in live.items()
-        # What no key has filled stays on the meta device.
+        # A parameter that no key has filled stays on the meta device.
         if layer not in halves and not any(part.is_meta for part in layers[layer].parameters())
     }
     ignored: dict[str, list[str]] = {}
     for stem, pair in file.pairs.items():
         layer = model.find(pair)
         if layer not in strengths:
-            lacking = _lacking(layers[layer]) if layer in live else None
-            why = _damage(pair, model, shapes=shapes) or lacking or _why_ignored(pair, model, _accepted(model))
+            unfilled = _unfilled(layers[layer]) if layer in live else None
+            why = _damage(pair, model, shapes=shapes) or unfilled or _why_ignored(pair, model, _accepted(model))
             ignored.setdefault(why, []).append(stem)
-    return Reading("diffusers", strengths, {why: tuple(stems) for why, stems in ignored.items()})
+    return Compatibility("diffusers", strengths, {why: tuple(stems) for why, stems in ignored.items()})
 
 
 class _Refused(Exception):
     """diffusers does not load a file.
 
     Args:
-        error: what it raises.
+        error: the name of what it raises.
         why: the cause.
-        remedy: None: other names for the keys.
+        remedy: None where other names for the keys are the remedy.
     """
 
     def __init__(self, error: str, why: str, remedy: str | None = None) -> None:
@@ -121,41 +132,81 @@ class _Refused(Exception):
 
 
 def _load(file: AdapterFile, model: Model, raw: str | None, *, shapes: bool) -> nn.Module:
-    """A transformer into which diffusers has loaded stand-ins of a file's tensors, with its lora_adapter_metadata.
+    """A transformer into which diffusers has loaded ones in the place of a file's tensors.
+
+    Args:
+        raw: the file's lora_adapter_metadata; None: it has none.
 
     Raises:
-        _Refused: it does not.
+        _Refused: diffusers does not load the file.
     """
-    pipeline = getattr(diffusers, next(iter(model.family.spec.pipelines.values())))
-    stand_ins = {key: _stand_in(key, file, model, shapes=shapes) for key in file.tensors}
+    ones = {key: _ones_like(key, file, model, shapes=shapes) for key in file.tensors}
     try:
-        with _quietly():
-            state = pipeline.lora_state_dict(stand_ins)
+        state = _convert(ones, model)
     except _REFUSALS as error:
+        _expect_working_libraries(model)
         raise _Refused(type(error).__name__, _why_not_converted(file, model)) from error
     if not all("lora" in key for key in state):
         raise _Refused("ValueError (Invalid LoRA checkpoint)", _why_not_converted(file, model))
-    transformer, settings = _hollow(model.family.empty_transformer()), None
     try:
-        with _quietly():
-            settings = json.loads(raw) if raw else None
-            into = {"transformer": transformer, "adapter_name": _LOADED, "metadata": settings}
-            pipeline.load_lora_into_transformer(state, **into, low_cpu_mem_usage=True)
+        settings = json.loads(raw) if raw else None
+    except JSONDecodeError as error:
+        raise _Refused(type(error).__name__, f"as {_NO_OBJECT}", _REWRITE_METADATA) from error
+    transformer = _without_storage(model.family.empty_transformer())
+    try:
+        _fill(transformer, state, settings, model)
     except _REFUSALS as error:
+        _expect_working_libraries(model)
         name = type(error).__name__
         if not raw and isinstance(error, IndexError):
-            raise _Refused(name, "as it finds no lora_B.weight to take a rank from") from error
+            raise _Refused(name, "as it finds no lora_B.weight to read a rank from") from error
         if "not found in the base model" in str(error):
             first = next(iter(file.pairs.values()))
             raise _Refused(name, f"as {_why_ignored(first, model, _accepted(model))}") from error
-        remedy = "write lora_adapter_metadata anew, or leave it out" if raw else "write the file again"
-        raise _Refused(name, _why_not_loaded(settings, error), remedy) from error
+        raise _Refused(name, _why_not_loaded(settings, error), _REWRITE_METADATA if raw else "write the file again") from error
     return transformer
+
+
+def _pipeline_class(model: Model) -> Any:
+    return getattr(diffusers, next(iter(model.family.spec.pipelines.values())))
+
+
+def _convert(tensors: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
+    """The tensors of an adapter file under the names of diffusers, by diffusers itself."""
+    with _quietly():
+        return _pipeline_class(model).lora_state_dict(tensors)
+
+
+def _fill(transformer: nn.Module, state: dict[str, Tensor], settings: Any, model: Model) -> None:
+    """Let diffusers put an adapter on a transformer.
+
+    Args:
+        state: of `_convert`.
+        settings: lora_adapter_metadata, parsed; None: the file has none.
+    """
+    with _quietly():
+        _pipeline_class(model).load_lora_into_transformer(
+            state, transformer=transformer, adapter_name=_LOADED, metadata=settings, low_cpu_mem_usage=True
+        )
+
+
+@cache
+def _expect_working_libraries(model: Model) -> None:
+    """Load an adapter that is known to be right, of rank 1 and as this trainer writes it, once for each model.
+
+    What is raised here is a bug, or a library that does not fit, and no fault of a file.
+    """
+    family, ones = model.family, {}
+    transformer = _without_storage(family.empty_transformer())
+    for layer in target_modules(transformer, family.spec.lora_targets, family.spec):
+        name, (out, width) = family.export_name(layer), model.layers[layer].shape
+        ones |= {f"{name}.lora_A.weight": torch.ones(1, width), f"{name}.lora_B.weight": torch.ones(out, 1)}
+    _fill(transformer, _convert(ones, model), None, model)
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """What diffusers and peft print while they load is told by the reading."""
+    """Hide what diffusers and peft print while they load: the result says the same."""
     verbosity = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity(logging.CRITICAL)
     try:
@@ -166,30 +217,33 @@ def _quietly() -> Iterator[None]:
         diffusers.utils.logging.set_verbosity(verbosity)
 
 
-def _hollow(transformer: nn.Module) -> nn.Module:
-    """A transformer of the meta device with one number for each weight: peft moves an adapter to its layer's device."""
+def _without_storage(transformer: nn.Module) -> nn.Module:
+    """Move a transformer from the meta device to the CPU, with one number for each weight.
+
+    peft moves an adapter to its layer's device, so it would end on the meta device otherwise.
+    """
     for module in transformer.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
     return transformer
 
 
-def _stand_in(key: str, file: AdapterFile, model: Model, *, shapes: bool) -> Tensor:
+def _ones_like(key: str, file: AdapterFile, model: Model, *, shapes: bool) -> Tensor:
     tensor, end = file.tensors[key], end_of(key)
     if end is not None and ENDS[end] == "alpha":
         return tensor.clone()  # the converter of Wan scales what it is given in place
-    # Factors are told exactly; a dtype that no layer takes is kept.
+    # In fp32 the factors are exact; a dtype that no layer can have is kept.
     dtype = torch.float32 if tensor.is_floating_point() and tensor.itemsize > 1 else tensor.dtype
     shape = tuple(tensor.shape)
     layer = None if shapes or end is None else model.find(file.pairs[key.removesuffix(end)])
     if layer and end is not None:
-        whole = model.layers[layer].shape
-        shape = (*shape[:1], *whole[1:]) if ENDS[end] == "down" else (*whole[:1], *shape[1:])
+        weight = model.layers[layer].shape
+        shape = (*shape[:1], *weight[1:]) if ENDS[end] == "down" else (*weight[:1], *shape[1:])
     return torch.ones(shape, dtype=dtype)
 
 
-def _lacking(layer: nn.Module) -> str | None:
-    """What else than lora_A and lora_B diffusers has made room for in a layer, and no key has filled."""
+def _unfilled(layer: nn.Module) -> str | None:
+    """What diffusers expects in a layer beside lora_A and lora_B, and no key of the file has filled."""
     unfilled = [name.replace(f".{_LOADED}", "") for name, part in layer.named_parameters() if part.is_meta]
     if not unfilled or {"lora_A.weight", "lora_B.weight"} & set(unfilled):
         return None
@@ -197,16 +251,16 @@ def _lacking(layer: nn.Module) -> str | None:
 
 
 def _damage(pair: Pair, model: Model, *, shapes: bool) -> str | None:
-    if not pair.whole:
+    if not pair.complete:
         return _HALF
-    if math.isnan(pair.told_scale):
+    if math.isnan(pair.scale):
         return _ALPHA
     layer = model.find(pair)
-    return _MISFIT if layer and shapes and misfit(pair, model.layers[layer]) else None
+    return _MISFIT if layer and shapes and shape_mismatch(pair, model.layers[layer]) else None
 
 
 def _accepted(model: Model) -> tuple[str, ...]:
-    """The prefixes of which diffusers takes a model's keys."""
+    """The prefixes of the keys that diffusers reads for a model."""
     first = next(layer for layer in model.layers if layer.startswith(f"{model.family.spec.blocks}."))
     exported = model.family.export_name(first).startswith("diffusion_model.")
     return ("transformer.", "diffusion_model.") if exported else ("transformer.",)
@@ -223,20 +277,20 @@ def _why_ignored(pair: Pair, model: Model, accepted: Sequence[str]) -> str:
         named = any(".default." in end for end in ends)
         return "the keys " + ("hold an adapter's name (default), as they do inside peft" if named else "end without .weight")
     found, read = ("diffusers'", "the original's") if pair.name in model.layers else ("the original's", "diffusers'")
-    return f"behind {pair.prefix or 'nothing'} it reads {read} names, and these are {found}"
+    return f"after {pair.prefix or 'no prefix'} it reads {read} names, and these are {found}"
 
 
 def _why_not_converted(file: AdapterFile, model: Model) -> str:
-    """The cause behind an exception of a converter of diffusers, which knows no cause itself."""
+    """The cause of an exception that a converter of diffusers raised; its own message names none."""
     pairs, wan = list(file.pairs.values()), model.family.spec.name == "wan"
     if any(pair.prefix == "lora_unet_" for pair in pairs):
-        return "as it takes lora_unet_ keys only with .alpha and for every layer of every block"
+        return "as it accepts lora_unet_ keys only with .alpha and for every layer of every block"
     if any(pair.prefix == "diffusion_model." and pair.name in model.layers for pair in pairs) and wan:
-        return "as diffusers' own names stand behind diffusion_model., where the original's belong"
+        return "as diffusers' own names follow diffusion_model., where the original's belong"
     if any(".default." in end for pair in pairs for end in pair.ends):
-        return "as it takes no adapter's name (default) in the keys"
+        return "as it accepts no adapter's name (default) in the keys"
     if any(not end.endswith(".weight") for pair in pairs for end in pair.ends):
-        return "as it takes no keys that end without .weight"
+        return "as it accepts no keys that end without .weight"
     scaled = _why_not_scaled(pairs, model.family.spec)
     if scaled:
         return scaled
@@ -244,62 +298,62 @@ def _why_not_converted(file: AdapterFile, model: Model) -> str:
         return "as no key is a LoRA's"
     if wan and not any(".blocks." in f".{pair.name}" for pair in pairs):
         return "as it looks for blocks, and the file has none"
-    if file.strangers:
-        return f"as {file.strangers[0]} is no part of a LoRA"
+    if file.other_keys:
+        return f"as {file.other_keys[0]} is no part of a LoRA"
     if any(".lora." in end for pair in pairs for end in pair.ends):
-        return "as it takes .lora.down and .lora.up only behind transformer."
+        return "as it accepts .lora.down and .lora.up only after transformer."
     unknown = [stem for stem, pair in file.pairs.items() if model.find(pair) is None]
     if unknown:
         return f"as {unknown[0]} is no layer of {model.title}"
-    return "by the names of the keys"
+    return "because of the names of the keys"
 
 
 def _why_not_scaled(pairs: Sequence[Pair], spec: FamilySpec) -> str | None:
-    """Why a converter does not take the .alpha of a file, where that may be the cause."""
+    """Why a converter does not accept the .alpha of a file, where that may be the cause; otherwise None."""
     scaled = [pair for pair in pairs if pair.alpha is not None]
     if scaled and spec.name != "wan":
-        return f"as it takes .alpha of no {spec.title}"
+        return f"as it accepts no .alpha for {spec.title}"
     outside = [pair for pair in scaled if pair.prefix != "diffusion_model."]
     if outside:
-        return f"as it takes no .alpha {f'behind {outside[0].prefix}' if outside[0].prefix else 'without a prefix'}"
+        return f"as it accepts no .alpha {f'after {outside[0].prefix}' if outside[0].prefix else 'without a prefix'}"
     if any(not pair.name.startswith("blocks.") for pair in scaled):
-        return "as it takes .alpha only inside the blocks"
-    return "as an alpha is not one number" if any(math.isnan(pair.told_scale) for pair in pairs) else None
+        return "as it accepts .alpha only inside the blocks"
+    return "as an alpha is not one number" if any(math.isnan(pair.scale) for pair in pairs) else None
 
 
 def _why_not_loaded(settings: Any, error: Exception) -> str:
-    """The cause behind an exception while diffusers put the tensors in, or else its own words."""
-    if isinstance(error, JSONDecodeError) or not isinstance(settings, (dict, type(None))):
-        return "as lora_adapter_metadata in its header is no JSON object"
+    """The cause of an exception that diffusers raised while it put the tensors in, or else its message."""
+    if not isinstance(settings, (dict, type(None))):
+        return f"as {_NO_OBJECT}"
     if settings is not None:
-        told = {key.removeprefix("transformer.") for key in settings if key.startswith("transformer.")}
-        strange = unknown_settings(told)
-        if not told:
+        names = {key.removeprefix("transformer.") for key in settings if key.startswith("transformer.")}
+        unknown = unknown_settings(names)
+        if not names:
             return "as no key of lora_adapter_metadata begins with transformer."
-        if strange:
-            return f"as lora_adapter_metadata has keys that peft does not know: {', '.join(sorted(strange))}"
-        if "target_modules" not in told:
+        if unknown:
+            return f"as lora_adapter_metadata has keys that peft does not know: {', '.join(sorted(unknown))}"
+        if "target_modules" not in names:
             return "as lora_adapter_metadata names no target_modules"
     copied = re.search(r"an exception occurred : \('(.+?)',\)", str(error))
-    said = copied[1] if copied else str(error)
-    sizes = re.search(r"size mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)", said)
+    message = copied[1] if copied else str(error)
+    sizes = re.search(r"size mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)", message)
     wanted = "where it expects" if settings is None else "and lora_adapter_metadata makes it"
     if sizes:
         return f"as {sizes[1].replace(f'.{_LOADED}.', '.')} is {sizes[2]}, {wanted} {sizes[3]}"
-    return f"{'in its words' if settings is None else 'by lora_adapter_metadata'}: {' '.join(said.split())[:200]}"
+    return f"{'with the message' if settings is None else 'because of lora_adapter_metadata'}: {' '.join(message.split())[:200]}"
 
 
 def how_to_load(file: AdapterFile, model: Model, base: str | None) -> list[str]:
-    """The lines that load a file.
+    """The lines of code, or the steps, that load a file.
 
     Args:
-        base: where the model's pipeline is; None: unknown, but for what the file says.
+        base: where the model's pipeline is; None: where the file's header says.
     """
     spec, recipe = model.family.spec, file.recipe()
     pipeline = dict(spec.pipelines).get(recipe.get("task", ""), spec.pipelines[model.family.task])
     released = spec.released.get(model.title, spec.first)
-    told = recipe.get("base", {}).get("repo") or str(released.repo)
-    base = base or (told if "/" in told else f"PATH TO {told}")  # a header holds no path of a machine
+    recorded = recipe.get("base", {}).get("repo") or str(released.repo)
+    base = base or (recorded if "/" in recorded else f"PATH TO {recorded}")  # a header holds no path of a machine
     lines = [
         "diffusers:",
         f'  pipeline = {pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")',
@@ -311,11 +365,11 @@ def how_to_load(file: AdapterFile, model: Model, base: str | None) -> list[str]:
 
 
 def load_call(folder: Path | str, name: str, expert: Expert | None) -> str:
-    """The line that loads an adapter's file of a folder, or of a repository, into diffusers' pipeline."""
+    """The line of code that loads an adapter file of a folder or repository into a pipeline of diffusers."""
     second = ", load_into_transformer_2=True" if expert == "low" else ""
     return f'pipeline.load_lora_weights("{folder}", weight_name="{name}"{second})'
 
 
 def comfyui_hint(spec: FamilySpec) -> str:
-    """What else must be known of loading a family's adapters in ComfyUI."""
+    """What else a user must know to load a family's adapters in ComfyUI."""
     return _COMFYUI_HINTS.get(spec.name, "")

@@ -1,4 +1,4 @@
-"""What an adapter's header says of it: how it was trained, and how it is to be sampled. No caption, no path of the machine."""
+"""What an adapter's header says: how it was trained, and how to sample it. It holds no caption and no path of the machine."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def adapter_metadata(
 ) -> dict[str, str]:
     """The header of an adapter's safetensors file.
 
-    No rank or alpha for diffusers is in it: readers infer the rank and take alpha as equal to it, which is what a baked scale
+    It has no rank or alpha for diffusers: programs infer the rank and assume that alpha equals it, which is what a baked scale
     means. For the same reason ss_network_alpha is the rank; the alpha of training is in the recipe.
 
     Args:
@@ -148,7 +148,7 @@ def sampler_facts(family: Family, size: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def public_name(model: str) -> str:
-    """A hub id as it is; of a folder only its own name, as the rest says where somebody keeps things."""
+    """A hub id as it is; only the name of a folder, as the rest of its path is private."""
     return model if _HUB_ID.fullmatch(model) and not Path(model).exists() else Path(model).resolve().name
 
 

@@ -1,4 +1,4 @@
-"""Writing what a run makes: adapter files that every program reads, or a whole transformer."""
+"""Writing the result of a run: adapter files that every program reads, or a whole transformer."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -27,10 +27,10 @@ from crepatrain.training.lora import baked_adapter, live_adapter
 def write_result(
     folder: RunFolder, config: RunConfig, family: Family, fingerprint: Mapping[str, Any], transformer: Any, step: int
 ) -> None:
-    """The adapter, once for this step and once as the run's last; or the whole transformer, as the run's last alone.
+    """Write the adapter, once for this step and once as the run's last; or the whole transformer, only as the run's last.
 
     Raises:
-        UserError: the disk is full, or the file that was written is not what every program would read as the adapter.
+        UserError: the disk is full, or a program would not read the file that was written as this adapter.
     """
     if config.model_type == "full":
         write_transformer(folder.root / family.variant.transformer, transformer, compute_dtype(config))
@@ -50,15 +50,15 @@ def write_adapter(
     metadata: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the adapter with its scale baked in, so that every reader takes it at strength 1.
+    """Write the adapter with its scale baked in, so that every program applies it at strength 1.
 
     Args:
-        paths: of the safetensors files, all the same, each written aside and renamed; the first is read back before.
+        paths: of equal safetensors files, each written aside and renamed; the first is read back before that.
         metadata: their header.
         dtype: of the tensors on the disk.
 
     Raises:
-        UserError: the disk is full, or the file that was written is not what every program would read as the adapter.
+        UserError: the disk is full, or a program would not read the file that was written as this adapter.
     """
     tensors: dict[str, Tensor] = {}
     for module, (lora_a, lora_b) in baked_adapter(transformer).items():
@@ -70,7 +70,7 @@ def write_adapter(
         try:
             expect_same_adapter(aside, family, transformer)
         except UserError as error:
-            fix = "report it; what was there before is untouched"
+            fix = "report this as a bug; the file that was there before is untouched"
             raise UserError.of([*error.problems, Problem(f"{paths[-1]} was not written", fix)]) from error
 
     first, *others = paths
@@ -104,7 +104,7 @@ def write_transformer(folder: Path, transformer: Any, dtype: torch.dtype) -> Non
     """Write a transformer's folder as a diffusers pipeline has it.
 
     Args:
-        folder: replaced when the new one is whole.
+        folder: replaced when the new one is complete.
         dtype: of the weights on the disk.
 
     Raises:
@@ -127,5 +127,5 @@ def write_transformer(folder: Path, transformer: Any, dtype: torch.dtype) -> Non
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"{folder} can't be written ({error})", "free disk space, or mend its permissions; checkpoints are untouched"
+            f"{folder} can't be written ({error})", "free disk space, or fix its permissions; checkpoints are untouched"
         ) from error

@@ -28,7 +28,8 @@ from crepatrain.screen import Screen
 from crepatrain.stopping import StopSignal
 from crepatrain.tensors import Batch
 from crepatrain.training import build
-from crepatrain.training.checkpoint import EMA_FILE, read_tensors, replace_json
+from crepatrain.training.checkpoint import replace_json
+from crepatrain.training.checkpoint_content import read_trained
 from crepatrain.training.context import Context
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.lora import load_trained_state
@@ -88,9 +89,9 @@ class _Probe:
     def load(cls, plan: Plan, checkpoint: Path, device: torch.device) -> "_Probe":
         family = build.build_family(plan)
         transformer, crepa = build.build_transformer(plan, family, device), build.build_crepa(plan).to(device)
-        restore_modules(checkpoint, plan.config, transformer, crepa)
+        restore_modules(checkpoint, transformer, crepa)
         if plan.config.use_ema:  # the average is the run's result
-            load_trained_state(transformer, read_tensors(checkpoint, EMA_FILE))
+            load_trained_state(transformer, read_trained(checkpoint, transformer, average=True))
         process, teacher = build.build_process(plan), build.build_teacher(plan, family, device)
         return cls(plan, family, process, transformer.eval(), crepa, teacher)
 

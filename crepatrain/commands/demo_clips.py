@@ -1,4 +1,4 @@
-"""Short captioned clips to try the trainer on: textured shapes that move over a textured ground."""
+"""Writing short captioned clips to try the trainer on: textured shapes that move over a textured background."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +32,10 @@ def make_clips(folder: Path, screen: Screen) -> None:
     """Write the demo's clips with their captions.
 
     Raises:
-        UserError: the folder holds something.
+        UserError: the folder is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: there is something already", "give a new folder")
+        raise UserError(f"{folder}: it exists and is not an empty folder", "give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(_SCENES):
         path = folder / f"clip-{number}.mp4"

@@ -1,4 +1,4 @@
-"""Random checkpoints, for demos, tests and benchmarks."""
+"""Writing random checkpoints, for demos, tests and benchmarks."""
 
 from pathlib import Path
 
@@ -11,10 +11,13 @@ from crepatrain.specs import FAMILIES
 
 
 def make_random(family: str, folder: Path, size: str | None, seed: int, screen: Screen) -> None:
-    """Write a pipeline of a family, of the shapes of a released model or of a tiny one, the plainest where none is named.
+    """Write a pipeline of a family, with the shapes of a released model or of a tiny one.
+
+    Args:
+        size: the name of the model; None: the simplest tiny one.
 
     Raises:
-        UserError: no such family or size, or a folder that holds something.
+        UserError: no such family or size, or a folder that is not empty.
     """
     if family not in FAMILIES:
         raise UserError(f"family {family}: unknown", _did_you_mean(family, list(FAMILIES)))
@@ -25,11 +28,11 @@ def make_random(family: str, folder: Path, size: str | None, seed: int, screen: 
     if name not in models:
         raise UserError(f"--size {name}: unknown", _did_you_mean(name, list(models)))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: there is something already", "give a new folder")
+        raise UserError(f"{folder}: it exists and is not an empty folder", "give a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: it can't be made ({error.strerror})", "give another folder") from error
+        raise UserError(f"{folder}: it can't be created ({error.strerror})", "give another folder") from error
     write_random_pipeline(kind, folder, models[name], seed=seed, progress=lambda part: screen.say(f"writing {part}"))
     screen.say(f"wrote a random {name} checkpoint of {family} to {folder}, and a vision encoder to {folder / 'encoder'}")
 

@@ -24,11 +24,11 @@ from crepatrain.records.runfolder import RunFolder
 from crepatrain.running.start import RunStart
 from crepatrain.tensors import Batch
 from crepatrain.training import build
-from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, read_tensors, read_tree, readable
+from crepatrain.training.checkpoint_content import read_optimizer, read_trained, read_weights
 from crepatrain.training.context import Context
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.ema import WeightAverage
-from crepatrain.training.lora import begin_with, load_trained_state
+from crepatrain.training.lora import copy_into_adapter, load_trained_state
 from crepatrain.training.state import TrainState
 from crepatrain.training.step import LayerSyncTerm
 from crepatrain.training.trained import Trained
@@ -144,7 +144,7 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
             "the blocks are compiled in the first step, and once more for a second bucket: that takes minutes, the rest is faster"
         )
     if start.adapter:
-        begin_with(transformer, start.adapter)
+        copy_into_adapter(transformer, start.adapter)
         screen.say(f"beginning with {config.init_adapter}")
     models = {"transformer": _trained(context, accelerator, transformer, config.learning_rate, start.total)}
     models["transformer"].blocks = family.blocks(transformer)
@@ -156,7 +156,7 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
         assert config.crepa_projector_lr is not None
         models["projector"] = _trained(context, accelerator, projector, config.crepa_projector_lr, start.total)
     if start.resume:
-        _restore(start.resume, config, models)
+        _restore(start.resume, models)
         screen.say(f"going on from {start.resume} at step {state.step} of {start.total}")
     return Run(
         context=context,
@@ -184,7 +184,7 @@ def _trained(context: Context, accelerator: Accelerator, module: nn.Module, lear
     return Trained(module, wrapper, build.build_learner(context.plan.config, module, learning_rate, total))
 
 
-def restore_modules(checkpoint: Path, config: RunConfig, transformer: nn.Module, projector: nn.Module | None) -> None:
+def restore_modules(checkpoint: Path, transformer: nn.Module, projector: nn.Module | None) -> None:
     """Put a checkpoint's tensors into modules that are built.
 
     Args:
@@ -194,22 +194,21 @@ def restore_modules(checkpoint: Path, config: RunConfig, transformer: nn.Module,
     Raises:
         UserError: the checkpoint is damaged, or of another run.
     """
-    with readable(checkpoint):
-        load_trained_state(transformer, read_tensors(checkpoint, TRAINED_FILE[config.model_type]))
-        if projector:
-            projector.load_state_dict(read_tensors(checkpoint, "projector"))
+    load_trained_state(transformer, read_trained(checkpoint, transformer))
+    if projector:
+        projector.load_state_dict(read_weights(checkpoint, "projector", projector))
 
 
-def _restore(checkpoint: Path, config: RunConfig, models: Mapping[str, Trained]) -> None:
+def _restore(checkpoint: Path, models: Mapping[str, Trained]) -> None:
     """Put a checkpoint's tensors into modules, optimizers and averages that are built."""
     transformer = models["transformer"]
-    restore_modules(checkpoint, config, transformer.module, models["projector"].module if "projector" in models else None)
-    with readable(checkpoint):
-        for name, model in models.items():
-            model.optimizer.load_state_dict(read_tree(checkpoint, f"{name}_learner"))
+    restore_modules(checkpoint, transformer.module, models["projector"].module if "projector" in models else None)
+    for name, model in models.items():
+        own = model.optimizer
+        own.load_state_dict(read_optimizer(checkpoint, f"{name}_learner", own.optimizer, own.lr_scheduler))
     if transformer.average:
         with transformer.average.in_place():
-            load_trained_state(transformer.module, read_tensors(checkpoint, EMA_FILE))
+            load_trained_state(transformer.module, read_trained(checkpoint, transformer.module, average=True))
 
 
 def _batch_source(

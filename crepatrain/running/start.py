@@ -11,14 +11,14 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 import crepatrain
-from crepatrain.adapters.checks import adapter_to_begin_with
+from crepatrain.adapters.loading import load_initial_adapter
 from crepatrain.data.loader import StepSampler
 from crepatrain.errors import UserError
 from crepatrain.preparing.precompute import Caches, fill_caches, plan_caches
 from crepatrain.preparing.preflight import Dataset, build_sampler, read_datasets, samples_digest, total_steps
 from crepatrain.records.same_run import expect_same_fingerprint
 from crepatrain.training import build
-from crepatrain.training.checkpoint import read_plain, readable
+from crepatrain.training.checkpoint_content import read_fingerprint, read_state
 from crepatrain.training.context import Context
 from crepatrain.training.state import TrainState
 
@@ -70,13 +70,12 @@ def prepare_start(context: Context, processes: int, resume: Path | None) -> RunS
     family = build.build_family(plan)
     empty = build.expect_trainable(plan, family, context.device)
     initial = config.init_adapter if config.model_type == "lora" and not resume else None
-    adapter = adapter_to_begin_with(Path(initial), family, empty) if initial else None
+    adapter = load_initial_adapter(Path(initial), family, empty) if initial else None
     sampler = build_sampler(plan, dataset, processes)
     total = total_steps(plan, sampler)
     state = TrainState(schedule=build.build_schedule(config, total))
     if resume:
-        with readable(resume):
-            state.load_state_dict(read_plain(resume, "state"))
+        state.load_state_dict(read_state(resume, crepa=state.schedule is not None))
     caches = plan_caches(context, dataset, teacher=state.asks_teacher)
     fingerprint = _fingerprint(caches, sampler, total)
     if resume:
@@ -115,10 +114,9 @@ def _fingerprint(caches: Caches, sampler: StepSampler, total: int) -> dict[str, 
 
 def _compare(fingerprint: Mapping[str, Any], resume: Path, context: Context, *, goes_on: bool) -> None:
     """Hold what the checkpoint was made from against what there is now."""
-    before = read_plain(resume, "fingerprint")
-    with readable(resume):
-        expect_same_fingerprint(before, fingerprint)
-        total = before["total"]
+    before = read_fingerprint(resume)
+    expect_same_fingerprint(before, fingerprint)
+    total = before["total"]
     if goes_on and total != fingerprint["total"]:
         context.screen.note(
             f"the run was of {total} steps and is of {fingerprint['total']} now: "

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from crepatrain.preparing.precompute import Caches, free_memory
 from crepatrain.records.events import VideosMade
 from crepatrain.records.runfolder import RunFolder
 from crepatrain.running.session import Run
-from crepatrain.sampling.pipeline import call, first_frame
+from crepatrain.sampling.pipeline import call, first_frame, training_pipeline
 from crepatrain.stopping import Stopped
 from crepatrain.training import build
 
@@ -116,11 +115,8 @@ class Validation:
         """The family's pipeline around the transformer in training; prompts come encoded, so it needs no text encoder."""
         plan, device, family = self.run.context.plan, self.run.context.device, self.run.family
         texts = [part for part in plan.variant.parts if part.startswith(("text_encoder", "tokenizer"))]
-        parts = {"transformer": self.run.transformer.module, "vae": build.build_vae(plan, family, device), **dict.fromkeys(texts)}
-        kind = getattr(diffusers, family.spec.pipelines[plan.task])
-        pipeline = kind.from_pretrained(build.model_folder(plan), **parts).to(device)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        vae = build.build_vae(plan, family, device)
+        return training_pipeline(family, build.model_folder(plan), self.run.transformer.module, vae, texts, device)
 
     def _text(self, prompt: str) -> dict[str, Tensor]:
         """The prompt and the negative one of `sample`, encoded."""

@@ -1,1 +1,1 @@
-"""A diffusers pipeline around an adapter, or around the transformer in training."""
+"""Videos from a diffusers pipeline: around trained weights beside their base, or around the transformer in training."""

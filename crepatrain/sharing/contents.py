@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from crepatrain.adapters.adapter_file import Model, read_adapter
-from crepatrain.adapters.checks import judge
+from crepatrain.adapters.checks import check_adapter
 from crepatrain.adapters.recipe import SCHEMA, recipe
 from crepatrain.config.sections import RunConfig
 from crepatrain.data.encode import video_facts
@@ -69,7 +69,7 @@ def find_result(root: Path, config: RunConfig, family: Family, step: int | None)
     file = read_adapter(path)
     if file.recipe().get("schema") != SCHEMA:
         raise UserError(f"{path}: its header holds no recipe, so a card can't describe it", f"run `crepatrain export {root}`")
-    problems = judge(file, Model(family, family.empty_transformer(), family.variant.title)).problems
+    problems = check_adapter(file, Model(family, family.empty_transformer(), family.variant.title)).problems
     if problems:
         raise UserError.of(list(problems))
     # Both experts may go into one repository.

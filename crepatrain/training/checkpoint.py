@@ -1,13 +1,11 @@
-"""A run's checkpoints: written aside, renamed when whole, read back to the bit."""
+"""A run's checkpoints: written aside, renamed when complete, read back bit by bit."""
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -60,37 +58,25 @@ def write_checkpoint(
 
 def _cannot_write(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"{path} can't be written ({error})", "free disk space, or mend its permissions; earlier checkpoints are untouched"
+        f"{path} can't be written ({error})", "free disk space, or fix its permissions; earlier checkpoints are untouched"
     )
+
+
+def unusable(path: Path, reason: str) -> UserError:
+    """A file of a checkpoint that is damaged, or holds something else than this run needs, as what the user can do about it."""
+    return UserError(f"{path} can't be read ({reason})", "remove this checkpoint folder to continue from the one before")
 
 
 def _cannot_read(path: Path, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [""])[0]
-    return UserError(
-        f"{path} can't be read ({type(error).__name__}: {reason})", "remove this checkpoint folder to go on from the one before"
-    )
-
-
-@contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """What comes of a checkpoint whose files can be read but hold something else, as what the user can do about it.
-
-    Raises:
-        UserError: so it is.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError) as error:
-        raise _cannot_read(folder, error) from error
+    return unusable(path, f"{type(error).__name__}: {reason}")
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """One tensor file of a checkpoint, on the CPU.
 
     Raises:
-        UserError: it is gone or damaged.
+        UserError: it is missing or damaged.
     """
     path = folder / f"{name}.safetensors"
     try:
@@ -100,15 +86,19 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def read_tree(folder: Path, name: str) -> Any:
-    """One nested state of a checkpoint."""
-    return _unflatten(read_plain(folder, name), read_tensors(folder, name))
+    """One nested state of a checkpoint, as `write_checkpoint` was given it.
+
+    Raises:
+        UserError: a file of it is missing or damaged, or the two files don't belong together.
+    """
+    return _unflatten(read_plain(folder, name), read_tensors(folder, name), folder / f"{name}.json")
 
 
 def read_plain(folder: Path, name: str) -> Any:
     """One JSON file of a checkpoint.
 
     Raises:
-        UserError: it is gone or damaged.
+        UserError: it is missing or damaged.
     """
     path = folder / f"{name}.json"
     try:
@@ -173,13 +163,28 @@ def _flatten(tree: Any, found: dict[str, Tensor]) -> Any:
     return tree
 
 
-def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unflatten(tree: Any, tensors: Mapping[str, Tensor], path: Path) -> Any:
+    """What `_flatten` was given.
+
+    Args:
+        path: of the JSON file, for messages.
+    """
     if isinstance(tree, list):
-        return [_unflatten(value, tensors) for value in tree]
-    if isinstance(tree, dict):
-        if _TENSOR in tree:
-            return tensors[tree[_TENSOR]]
-        if _PAIRS in tree:
-            return {key: _unflatten(value, tensors) for key, value in tree[_PAIRS]}
-        return {key: _unflatten(value, tensors) for key, value in tree.items()}
-    return tree
+        return [_unflatten(value, tensors, path) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if _TENSOR in tree:
+        name = tree[_TENSOR]
+        if not isinstance(name, str) or name not in tensors:
+            raise unusable(path, f"the tensor {name!r} is not in {path.with_suffix('.safetensors').name}")
+        return tensors[name]
+    if _PAIRS in tree:
+        pairs = tree[_PAIRS]
+        if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
+            raise unusable(path, f"{_PAIRS} holds something else than pairs of a key and a value")
+        return {key: _unflatten(value, tensors, path) for key, value in pairs}
+    return {key: _unflatten(value, tensors, path) for key, value in tree.items()}
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], (bool, int, float, str))

@@ -21,10 +21,10 @@ def target_modules(transformer: nn.Module, targets: Sequence[str] | str, spec: F
     """The full names of the Linear layers inside the blocks that are adapted.
 
     Args:
-        targets: a list of the ends of their names, a regex of whole names, or all-linear.
+        targets: a list of the ends of their names, a regex of full names, or all-linear.
 
     Raises:
-        UserError: a target that fits no layer.
+        UserError: a target that matches no layer.
     """
     linears = [
         name
@@ -46,7 +46,7 @@ def target_modules(transformer: nn.Module, targets: Sequence[str] | str, spec: F
 
 
 def add_lora(transformer: Any, modules: Sequence[str], *, rank: int, alpha: float, dropout: float, rslora: bool = False) -> None:
-    """Freeze a transformer and put an adapter on its modules, in fp32 whatever the base is."""
+    """Freeze a transformer and put an adapter on its modules, in fp32 whatever the dtype of the base."""
     transformer.requires_grad_(False)
     transformer.add_adapter(
         PeftLoraConfig(
@@ -63,7 +63,7 @@ def add_lora(transformer: Any, modules: Sequence[str], *, rank: int, alpha: floa
 
 
 def put_on_cpu(transformer: nn.Module) -> None:
-    """Give the adapter of a transformer on the meta device tensors that can be filled; the rest stays without."""
+    """Give the adapter of a transformer on the meta device uninitialised tensors on the CPU; the rest stays as it is."""
     for module in transformer.modules():
         if isinstance(module, LoraLayer):
             for part in (module.lora_A[ADAPTER], module.lora_B[ADAPTER]):
@@ -71,14 +71,14 @@ def put_on_cpu(transformer: nn.Module) -> None:
 
 
 def leave_casts_to_autocast(transformer: nn.Module) -> None:
-    """Keep peft from casting a layer's input to fp32, which autocast would only cast back: the same numbers for less memory."""
+    """Keep peft from casting a layer's input to fp32, which autocast would cast back: the same numbers with less memory."""
     for module in transformer.modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """What of a module an optimizer moves."""
+    """The parameters of a module that an optimizer updates."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
@@ -88,14 +88,14 @@ def is_adapted(transformer: nn.Module) -> bool:
 
 
 def trained_state(transformer: nn.Module) -> dict[str, Tensor]:
-    """What training moves, as a checkpoint keeps it: the adapter's tensors with peft's names, or the transformer's own."""
+    """What training updates, as a checkpoint keeps it: the adapter's tensors under peft's names, or all of the transformer's."""
     if not is_adapted(transformer):
         return transformer.state_dict()
     return get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
 
 
 def load_trained_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put back what `trained_state` gave, all of it."""
+    """Load all of what `trained_state` gave."""
     if not is_adapted(transformer):
         transformer.load_state_dict(state)
         return
@@ -125,8 +125,12 @@ def baked_adapter(transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def begin_with(transformer: nn.Module, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Put what `baked_adapter` gave of another transformer into the live adapter, whatever its own scale is."""
+def copy_into_adapter(transformer: nn.Module, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Copy an adapter as `baked_adapter` gives it into the live adapter, which then has the same effect at its own scale.
+
+    Args:
+        adapter: per adapted module lora_A [r, in] and lora_B [out, r], with their scale inside lora_B.
+    """
     for name, (down, up, scale) in live_adapter(transformer).items():
         new_down, new_up = adapter[name]
         down.copy_(new_down)
@@ -134,5 +138,5 @@ def begin_with(transformer: nn.Module, adapter: Mapping[str, tuple[Tensor, Tenso
 
 
 def unknown_settings(names: Iterable[str]) -> set[str]:
-    """Those of an adapter's settings that the installed peft does not take."""
+    """Those of an adapter's settings that the installed peft does not know."""
     return set(names) - {field.name for field in dataclasses.fields(PeftLoraConfig)}

@@ -1,4 +1,4 @@
-"""Adapters and transformers as files: what their header says, what readers make of them, and `crepatrain export`."""
+"""Adapters and transformers as files: what their header says, what programs do with them, and `crepatrain export`."""
 
 import json
 import shutil
@@ -116,7 +116,7 @@ def test_a_narrower_dtype_is_near_enough(opened, tmp_path):
         assert {tensor.dtype for tensor in load_file(tmp_path / "adapter.safetensors").values()} == {dtype}
     with torch.no_grad():
         next(iter(live_adapter(live).values()))[1].fill_(1e5)
-    with pytest.raises(UserError, match=r"not finite\n.*in a wider dtype"):
+    with pytest.raises(UserError, match=r"not finite\n.*one in a wider dtype"):
         write_adapter([tmp_path / "adapter.safetensors"], one.family, live, HEADER, torch.float16)
 
 
@@ -124,7 +124,7 @@ def test_a_narrower_dtype_is_near_enough(opened, tmp_path):
     ("wrong", "reason"),
     [
         (lambda t: {k: v for k, v in t.items() if ".blocks.3." not in k}, r"lacks \['blocks.3"),
-        (lambda t: {k: v * 1.001 if "lora_B" in k else v for k, v in t.items()}, "does not hold what the adapter does"),
+        (lambda t: {k: v * 1.001 if "lora_B" in k else v for k, v in t.items()}, "does not have the effect of the adapter"),
         (lambda t: {k.replace("self_attn.q", "attn1.to_q"): v for k, v in t.items()}, "diffusers refuses"),
         (lambda t: {k.replace("blocks.9.", "blocks.10."): v for k, v in t.items()}, "has no such layer"),
         (lambda t: {k: v for k, v in t.items() if k != next(iter(t))}, "lack lora_A"),
@@ -225,7 +225,7 @@ def test_an_exported_adapter_says_how_it_was_trained(fake_run):
     run.checkpoint(7)
     found = header(run.folder.root / "pytorch_lora_weights.safetensors")
     assert found == header(run.folder.adapters / "cat-000007.safetensors")
-    told = {
+    expected = {
         "format": "pt",
         "ss_network_module": "networks.lora",
         "ss_network_dim": "4",
@@ -250,8 +250,8 @@ def test_an_exported_adapter_says_how_it_was_trained(fake_run):
         "crepatrain.step": "7",
         "crepatrain.scale": "baked",
     }
-    assert found.items() >= told.items()
-    assert found.keys() - told.keys() == {"modelspec.date", "crepatrain.version", "crepatrain.recipe"}
+    assert found.items() >= expected.items()
+    assert found.keys() - expected.keys() == {"modelspec.date", "crepatrain.version", "crepatrain.recipe"}
     recipe = json.loads(found["crepatrain.recipe"])
     assert recipe["base"] == {"repo": "wan-tiny", "revision": None, "sha256": "digest of transformer"}
     assert (recipe["rank"], recipe["alpha_trained"], recipe["rslora"], recipe["scale_baked"]) == (4, 10.0, True, True)
@@ -279,7 +279,7 @@ def test_an_exported_adapter_says_how_it_was_trained(fake_run):
 
 
 @pytest.mark.parametrize(
-    ("family", "size", "changes", "told"),
+    ("family", "size", "changes", "expected"),
     [
         ("wan", "tiny-a14b", {"wan_expert": "low"}, {"guidance": 4.0, "guidance_2": 3.0, "boundary_ratio": 0.875}),
         ("wan", "tiny-i2v-a14b", {"wan_expert": "high"}, {"guidance": 3.5, "guidance_2": 3.5}),
@@ -298,14 +298,14 @@ def test_an_exported_adapter_says_how_it_was_trained(fake_run):
         ),
     ],
 )
-def test_every_family_says_how_it_is_sampled(family, size, changes, told, fake_run, tiny_checkpoint):
+def test_every_family_says_how_it_is_sampled(family, size, changes, expected, fake_run, tiny_checkpoint):
     run = fake_run(family, size, **changes)
     run.checkpoint(1)
     name = f"adapter_{changes['wan_expert']}_noise" if changes else "adapter"
     path = run.folder.adapters / f"{name}-000001.safetensors"
     found = header(path)
     recipe = json.loads(found["crepatrain.recipe"])
-    assert recipe["sample"].items() >= told.items()
+    assert recipe["sample"].items() >= expected.items()
     assert found.get("crepatrain.expert") == recipe["expert"] == changes.get("wan_expert")
     if changes.get("wan_expert") == "low":
         assert found["modelspec.timestep_range"] == "0,875"
@@ -329,9 +329,9 @@ def test_no_caption_and_no_path_of_the_machine_is_in_a_file(config_file, values,
     first, second = load_file(root / "pytorch_lora_weights.safetensors"), load_file(again)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
-    told, before = header(again), header(root / "pytorch_lora_weights.safetensors")
-    assert told.pop("modelspec.date") >= before.pop("modelspec.date")
-    assert told == before
+    after, before = header(again), header(root / "pytorch_lora_weights.safetensors")
+    assert after.pop("modelspec.date") >= before.pop("modelspec.date")
+    assert after == before
 
 
 def test_an_adapter_is_exported_anew_from_its_checkpoint_or_from_its_file(fake_run, capsys):
@@ -342,8 +342,8 @@ def test_an_adapter_is_exported_anew_from_its_checkpoint_or_from_its_file(fake_r
     root = run.folder.root
 
     export(root, None, None, None, Screen())
-    said = capsys.readouterr().out
-    assert 'weight_name="adapter-000003-float32.safetensors"' in said
+    out = capsys.readouterr().out
+    assert 'weight_name="adapter-000003-float32.safetensors"' in out
     expect_same_adapter(root / "exports" / "adapter-000003-float32.safetensors", run.family, live)
 
     export(root, 2, "bfloat16", root / "mine.safetensors", Screen(quiet=True))
@@ -354,7 +354,7 @@ def test_an_adapter_is_exported_anew_from_its_checkpoint_or_from_its_file(fake_r
         export(root, 2, None, root / "mine.safetensors", Screen(quiet=True))
 
     export(root, 1, None, None, Screen())
-    assert "was rotated away" in capsys.readouterr().out
+    assert "was removed, as newer ones took its place" in capsys.readouterr().out
     before, again = (
         root / folder for folder in ("adapters/adapter-000001.safetensors", "exports/adapter-000001-float32.safetensors")
     )
@@ -364,7 +364,7 @@ def test_an_adapter_is_exported_anew_from_its_checkpoint_or_from_its_file(fake_r
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_the_average_and_the_last_weights_are_told_apart(config_file, tmp_path):
+def test_the_average_and_the_last_weights_have_names_of_their_own(config_file, tmp_path):
     fit(read_plan(config_file(use_ema=True, ema_decay=0.5, max_train_steps=2, learning_rate=0.05)), Screen(quiet=True))
     root = tmp_path / "run"
     for weights, used in ((None, True), ("raw", False)):
@@ -388,7 +388,7 @@ def test_no_export_takes_the_place_of_somebodys_files(fake_run, wan, tmp_path):
     assert before == {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
 
 
-def test_what_is_handed_out_can_be_read_by_others(fake_run, tmp_path):
+def test_what_is_written_can_be_read_by_others(fake_run, tmp_path):
     """By a server that runs as somebody else."""
     lora, full = fake_run(), fake_run(model_type="full", output_dir=str(tmp_path / "full"))
     for run in (lora, full):
@@ -401,7 +401,7 @@ def test_what_is_handed_out_can_be_read_by_others(fake_run, tmp_path):
     assert {path.stat().st_mode for path in found} == {plain.stat().st_mode}
 
 
-def test_what_cant_be_exported_is_told(fake_run, tmp_path):
+def test_what_cant_be_exported_is_reported(fake_run, tmp_path):
     run = fake_run()
     quiet = Screen(quiet=True)
     with pytest.raises(UserError, match=r"it holds no checkpoint\n.*train first"):
@@ -471,7 +471,7 @@ def test_a_run_begins_with_an_adapter(config_file, tmp_path):
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-5, atol=1e-7)
     for changes, message in (
-        ({"lora_rank": 2}, "of rank 4, and this run's of 2"),
+        ({"lora_rank": 2}, "has rank 4, and this run's 2"),
         ({"lora_targets": ["to_q"]}, "is not in this run's lora_targets"),
         ({"lora_targets": "all-linear"}, "is not in the file"),
         ({"init_adapter": "gone.safetensors"}, "init_adapter=gone.safetensors: there is no such file"),
@@ -481,7 +481,7 @@ def test_a_run_begins_with_an_adapter(config_file, tmp_path):
             fit(read_plan(config_file(**wrong)), Screen(quiet=True))
 
 
-def test_an_adapter_to_begin_with_is_looked_at_before_anything_is_cached(config_file, tmp_path):
+def test_an_initial_adapter_is_checked_before_anything_is_cached(config_file, tmp_path):
     file, fresh = tmp_path / "first" / "pytorch_lora_weights.safetensors", tmp_path / "wrong"
     fit(read_plan(config_file(output_dir=str(tmp_path / "first"), learning_rate=0.05, max_train_steps=1)), Screen(quiet=True))
     tensors = load_file(file)
@@ -490,10 +490,14 @@ def test_an_adapter_to_begin_with_is_looked_at_before_anything_is_cached(config_
     ltx = {f"transformer.transformer_blocks.0.attn1.to_q.lora_{half}.weight": torch.ones(4, 4) for half in "AB"}
     for changed, metadata, message in (
         (tensors | {key: tensors[key] * torch.nan}, {}, "1 tensors such as .* not finite"),
-        (ltx, {}, "it is no adapter of Wan 2.1 text-to-video, but of another model\n  -> give one of this model"),
-        (tensors, {"crepatrain.recipe": '{"family": "ltxvideo"}'}, "it is no adapter of Wan 2.1 text-to-video, but of LTX-Video"),
-        (tensors | {f"{key}.lora_A.weight": torch.ones(4, 4)}, {}, "1 of 81 layers, such as .* are none of"),
-        (tensors, {"lora_adapter_metadata": "{}"}, "its strength can't be told, .* diffusers refuses it: KeyError"),
+        (ltx, {}, "it is not an adapter of Wan 2.1 text-to-video, but of another model\n  -> give an adapter of this model"),
+        (
+            tensors,
+            {"crepatrain.recipe": '{"family": "ltxvideo"}'},
+            "it is not an adapter of .*, but of LTX-Video",
+        ),
+        (tensors | {f"{key}.lora_A.weight": torch.ones(4, 4)}, {}, "1 of 81 layers, such as .* are not in"),
+        (tensors, {"lora_adapter_metadata": "{}"}, "its strength is unknown, .* diffusers refuses it: KeyError"),
     ):
         save_file(changed, path, metadata=metadata)
         with pytest.raises(UserError, match=f"init_adapter={path}: {message}"):
@@ -504,12 +508,12 @@ def test_an_adapter_to_begin_with_is_looked_at_before_anything_is_cached(config_
         assert {file.name for file in (tmp_path / "cache").iterdir()} <= {"digests.json", "index"}
 
 
-def test_a_run_begins_with_what_diffusers_makes_of_a_file(config_file, tmp_path):
+def test_a_run_begins_with_the_strength_that_diffusers_applies(config_file, tmp_path):
     """lora_adapter_metadata scales lora_B, and so does the run's own alpha."""
     fit(read_plan(config_file(output_dir=str(tmp_path / "first"), learning_rate=0.05, max_train_steps=2)), Screen(quiet=True))
     before = load_file(tmp_path / "first" / "pytorch_lora_weights.safetensors")
-    told = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.target_modules": ["to_q"]}
-    save_file(before, tmp_path / "scaled.safetensors", metadata={"lora_adapter_metadata": json.dumps(told)})
+    settings = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.target_modules": ["to_q"]}
+    save_file(before, tmp_path / "scaled.safetensors", metadata={"lora_adapter_metadata": json.dumps(settings)})
     changes = {"init_adapter": str(tmp_path / "scaled.safetensors"), "lora_alpha": 9.0, "learning_rate": 1e-9}
     fit(read_plan(config_file(**changes, max_train_steps=1)), Screen(quiet=True))
     after = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")

@@ -1,4 +1,4 @@
-"""What a run hands out."""
+"""A whole transformer, written as the result of a run."""
 
 import resource
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ def test_a_transformer_takes_the_place_of_the_one_before(transformer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["transformer"]
 
 
-def test_a_full_disk_is_told_and_leaves_the_one_before(transformer, tmp_path):
+def test_a_full_disk_is_reported_and_leaves_the_one_before(transformer, tmp_path):
     folder = tmp_path / "transformer"
     write_transformer(folder, transformer, torch.float32)
     before = contents(folder)

@@ -44,9 +44,9 @@ def test_one_adapter_merged_does_what_it_does_beside_the_base(wan, tmp_path):
     expected = output_of(live)
     assert (output_of(merged) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (expected - output_of(FAMILY.load_transformer(str(wan), torch.float32))).abs().max() > 0.05
-    (told,) = json.loads((tmp_path / "out" / "merged_from.json").read_text())
-    assert told["file"] == "a.safetensors"
-    assert told["strength"] == 1.0
+    (merged,) = json.loads((tmp_path / "out" / "merged_from.json").read_text())
+    assert merged["file"] == "a.safetensors"
+    assert merged["strength"] == 1.0
 
 
 def test_several_adapters_add_up_at_their_strengths(wan, tmp_path):
@@ -75,7 +75,7 @@ def test_what_a_cast_loses_is_counted(wan, tmp_path):
     assert means["float32"] < 0.1
 
 
-def test_what_cant_be_merged_is_told(wan, tmp_path):
+def test_what_cant_be_merged_is_reported(wan, tmp_path):
     file = tmp_path / "a.safetensors"
     adapter(wan, file, seed=0)
     with pytest.raises(UserError, match="--strength: 2 for 1 adapters"):
@@ -83,7 +83,7 @@ def test_what_cant_be_merged_is_told(wan, tmp_path):
     with pytest.raises(UserError, match="there is something already"):
         merge(str(wan), [file], [1.0], wan, "float32", QUIET)
     for strength in (float("nan"), float("inf")):
-        with pytest.raises(UserError, match=f"--strength: {strength} is no finite number"):
+        with pytest.raises(UserError, match=f"--strength: {strength} is not a finite number"):
             merge(str(wan), [file], [strength], tmp_path / "out", "float32", QUIET)
     with pytest.raises(UserError, match=r"--output .*a\.safetensors/out: it can't be written"):
         merge(str(tmp_path / "no base"), [file], [1.0], file / "out", "float32", QUIET)
@@ -110,17 +110,17 @@ UNFIT = {
     "biases": (lambda t: every(t, "diff_b", lambda a: torch.ones(48)), "diff_b are a bias"),
     "two prefixes": (
         lambda t: t | {key.replace("diffusion_model.", ""): tensor.clone() for key, tensor in t.items()},
-        r"100 layers such as blocks\.0\.\S+ are there twice",
+        r"100 layers such as blocks\.0\.\S+ appear twice",
     ),
-    "two ranks": (lambda t: t | {f"{STEM}.lora_B.weight": torch.ones(48, 5)}, "lora_A is of rank 3 and lora_B of rank 5"),
+    "two ranks": (lambda t: t | {f"{STEM}.lora_B.weight": torch.ones(48, 5)}, "lora_A has rank 3 and lora_B rank 5"),
     "one half": (lambda t: {k: v for k, v in t.items() if k != f"{STEM}.lora_B.weight"}, f"1 layers such as {STEM} lack lora_B"),
     "another width": (
         lambda t: {key: double(tensor) if "lora_A" in key else tensor for key, tensor in t.items()},
-        r"100 layers don't fit .*\n  -> give the base that it was made for",
+        r"100 layers don't fit .*\n  -> give the base that it was trained on",
     ),
     "a block too many": (
         lambda t: t | {k.replace(".0.", ".77."): v.clone() for k, v in t.items() if k.startswith(STEM)},
-        r"1 of 101 layers, such as \S+\.77\.self_attn\.q, are none of ",
+        r"1 of 101 layers, such as \S+\.77\.self_attn\.q, are not in ",
     ),
 }
 
@@ -142,7 +142,7 @@ def test_an_adapter_that_is_not_whole_or_not_of_the_base_is_not_merged(case, wan
     assert not (tmp_path / "out").exists()
 
 
-def told(alpha, rank=3, **more):
+def settings_of(alpha, rank=3, **more):
     settings = {"r": rank, "lora_alpha": alpha, "target_modules": ["to_q"], **more}
     return {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
 
@@ -155,11 +155,11 @@ def renamed(tensors, prefix):
 # How a file says its scale, and the factor that diffusers applies.
 SCALES = {
     "nothing": (lambda t: t, {}, 1.0),
-    "alpha and r": (lambda t: t, told(6), 2.0),
-    "rsLoRA": (lambda t: t, told(3, use_rslora=True), 3**0.5),
-    "patterns": (lambda t: t, told(12, rank=4, rank_pattern={".*": 3}, alpha_pattern={"blocks.0.attn1.to_q": 9}), 3.0),
+    "alpha and r": (lambda t: t, settings_of(6), 2.0),
+    "rsLoRA": (lambda t: t, settings_of(3, use_rslora=True), 3**0.5),
+    "patterns": (lambda t: t, settings_of(12, rank=4, rank_pattern={".*": 3}, alpha_pattern={"blocks.0.attn1.to_q": 9}), 3.0),
     ".alpha": (lambda t: every(t, "alpha", lambda a: torch.tensor(6.0)), {}, 2.0),
-    "of no reader": (lambda t: renamed(t, "base_model.model."), {}, 1.0),
+    "of no program": (lambda t: renamed(t, "base_model.model."), {}, 1.0),
     "of ComfyUI alone": (
         lambda t: every({k: v for k, v in t.items() if "head" in k}, "alpha", lambda a: torch.tensor(6.0)),
         {},
@@ -185,8 +185,8 @@ def test_an_adapter_is_merged_at_the_strength_that_diffusers_applies(case, wan, 
 
 
 def test_a_scale_that_diffusers_does_not_apply_is_not_guessed(wan, whole, tmp_path):
-    save_file(renamed(whole, "base_model.model."), tmp_path / "a.safetensors", metadata=told(6))
-    with pytest.raises(UserError, match="its strength can't be told, as lora_adapter_metadata is there and diffusers 0 layers"):
+    save_file(renamed(whole, "base_model.model."), tmp_path / "a.safetensors", metadata=settings_of(6))
+    with pytest.raises(UserError, match="its strength is unknown, as it has lora_adapter_metadata and diffusers 0 layers"):
         merge(str(wan), [tmp_path / "a.safetensors"], [1.0], tmp_path / "out", "float32", QUIET)
 
 
@@ -197,20 +197,24 @@ def test_adapters_of_other_models_and_experts_are_not_merged(wan, whole, tiny_ch
     for path in (low, high, plain):
         save_file(whole, path)
     save_file(whole, other, metadata={"crepatrain.recipe": '{"family": "ltxvideo"}'})
-    told = tmp_path / "told.safetensors"
-    save_file(whole, told, metadata={"crepatrain.expert": "low"})
+    named = tmp_path / "named.safetensors"
+    save_file(whole, named, metadata={"crepatrain.expert": "low"})
     for base, files, reason in (
         (str(wan), [low], "it is for the low-noise expert of two, and .* has one transformer"),
-        (str(wan), [told], "it is for the low-noise expert of two, and .* has one transformer"),
-        (two, [plain], "nothing says for which of the two experts .*\n  -> end its name in high_noise or low_noise"),
-        (two, [low, plain], r"style\.safetensors: nothing says for which of the two experts"),
+        (str(wan), [named], "it is for the low-noise expert of two, and .* has one transformer"),
+        (
+            two,
+            [plain],
+            "neither its name nor its header says for which of the two experts .*\n  -> end its name in high_noise or low_noise",
+        ),
+        (two, [low, plain], r"style\.safetensors: neither its name nor its header says for which of the two experts"),
         (two, [low, high], "the adapters are for both experts: .*low-noise expert and .*high-noise expert"),
-        (two, [told, high], "the adapters are for both experts"),
+        (two, [named, high], "the adapters are for both experts"),
         (str(wan), [plain, other], "the adapters are of several models: .*style.* of Wan 2.1 and 2.2 and .*ltx.* of LTX-Video"),
         (sana, [plain], "its transformer is a SanaVideoTransformer3DModel"),
     ):
         with pytest.raises(UserError, match=reason):
             merge(base, files, [1.0] * len(files), tmp_path / "out", "float32", QUIET)
     assert not (tmp_path / "out").exists()
-    merge(two, [low, told], [1.0, 1.0], tmp_path / "out", "float32", QUIET)
+    merge(two, [low, named], [1.0, 1.0], tmp_path / "out", "float32", QUIET)
     assert (tmp_path / "out" / "transformer_2").is_dir()

@@ -18,7 +18,7 @@ from transformers import Dinov2Model
 
 from crepatrain.commands import sample as module
 from crepatrain.commands.fit import fit
-from crepatrain.commands.sample import Wish, sample
+from crepatrain.commands.sample import SampleOptions, sample
 from crepatrain.config.load import parse_numbers
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
@@ -65,7 +65,7 @@ def trained(tmp_path_factory, wan, clips):
 
 
 def test_a_sample_stands_beside_the_base_of_the_same_seed(trained, tmp_path, capsys):
-    sample(trained, Wish(prompt="a square", steps=2, output=tmp_path / "one.mp4"), Screen())
+    sample(trained, SampleOptions(prompt="a square", steps=2, output=tmp_path / "one.mp4"), Screen())
     out = capsys.readouterr().out
     assert "steps: 2 instead of the recipe's 50" in out
     assert "adapter changes" in out
@@ -89,7 +89,7 @@ def test_a_sample_stands_beside_the_base_of_the_same_seed(trained, tmp_path, cap
 
 def test_a_sample_takes_no_others_place(trained):
     for _ in range(2):
-        sample(trained, Wish(prompt="a", steps=2, frames=5, seed=3), Screen(quiet=True))
+        sample(trained, SampleOptions(prompt="a", steps=2, frames=5, seed=3), Screen(quiet=True))
     names = {path.name for path in (trained / "samples").glob("sample-3*")}
     assert names == {"sample-3.mp4", "sample-3-beside-base.mp4", "sample-3-2.mp4", "sample-3-2-beside-base.mp4"}
 
@@ -99,7 +99,7 @@ def test_the_same_seed_gives_the_same_frames(trained, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(module, "write_video", lambda _path, frames, *, fps, facts: written.append((frames.copy(), fps)))
     for seed in (1, 1, 2):
-        sample(trained, Wish(prompt="a", steps=2, frames=5, seed=seed, output=tmp_path / "out.mp4"), Screen(quiet=True))
+        sample(trained, SampleOptions(prompt="a", steps=2, frames=5, seed=seed, output=tmp_path / "out.mp4"), Screen(quiet=True))
     first, again, other = (written[index][0] for index in (0, 2, 4))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -107,8 +107,8 @@ def test_the_same_seed_gives_the_same_frames(trained, tmp_path, monkeypatch):
 
 
 def test_checkpoints_and_strengths_make_one_grid(trained, tmp_path):
-    wish = Wish(prompt="a", steps=2, frames=5, at=(2, 4), strengths=(0.5, 1.0), output=tmp_path / "grid.mp4")
-    sample(trained, wish, Screen(quiet=True))
+    options = SampleOptions(prompt="a", steps=2, frames=5, at=(2, 4), strengths=(0.5, 1.0), output=tmp_path / "grid.mp4")
+    sample(trained, options, Screen(quiet=True))
     grid = frames_of(tmp_path / "grid-beside-base.mp4")
     assert grid.shape == (5, 2 * (64 + 22) + 4, 3 * 96 + 2 * 4, 3)
 
@@ -116,44 +116,44 @@ def test_checkpoints_and_strengths_make_one_grid(trained, tmp_path):
 def test_an_adapters_file_is_enough_where_its_base_is_known(trained, wan, tiny_checkpoint, tmp_path):
     file = tmp_path / "copied.safetensors"
     shutil.copy(trained / "pytorch_lora_weights.safetensors", file)
-    sample(file, Wish(prompt="a", steps=2, frames=5, base=str(wan), output=tmp_path / "out.mp4"), Screen(quiet=True))
+    sample(file, SampleOptions(prompt="a", steps=2, frames=5, base=str(wan), output=tmp_path / "out.mp4"), Screen(quiet=True))
     assert len(frames_of(tmp_path / "out.mp4")) == 5
     with pytest.raises(UserError, match="its base was a local folder called wan"):
-        sample(file, Wish(prompt="a"), Screen(quiet=True))
+        sample(file, SampleOptions(prompt="a"), Screen(quiet=True))
     with pytest.raises(UserError, match=r"--base .*: it is Wan 2.1 image-to-video, and this was trained for text"):
-        sample(file, Wish(prompt="a", base=str(tiny_checkpoint("wan", "tiny-i2v"))), Screen(quiet=True))
+        sample(file, SampleOptions(prompt="a", base=str(tiny_checkpoint("wan", "tiny-i2v"))), Screen(quiet=True))
     with pytest.raises(UserError, match=r"--base=.*: its transformer is a LTXVideoTransformer3DModel.*\n.*give another one"):
-        sample(trained, Wish(prompt="a", base=str(tiny_checkpoint("ltxvideo", "tiny"))), Screen(quiet=True))
+        sample(trained, SampleOptions(prompt="a", base=str(tiny_checkpoint("ltxvideo", "tiny"))), Screen(quiet=True))
     with pytest.raises(UserError, match="--at: it compares the checkpoints of a run"):
-        sample(file, Wish(prompt="a", at=(2,)), Screen(quiet=True))
+        sample(file, SampleOptions(prompt="a", at=(2,)), Screen(quiet=True))
 
 
-def test_what_another_base_decides_otherwise_is_told(trained, wan, tmp_path, capsys):
+def test_what_another_base_decides_otherwise_is_reported(trained, wan, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(wan, other)
     file = other / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"flow_shift": 5.0}))
-    wish = Wish(prompt="a", steps=2, frames=5, base=str(other), output=tmp_path / "out.mp4")
+    options = SampleOptions(prompt="a", steps=2, frames=5, base=str(other), output=tmp_path / "out.mp4")
     for target in (trained, trained / "pytorch_lora_weights.safetensors"):
-        sample(target, wish, Screen())
+        sample(target, options, Screen())
         assert f"shift: 5.0, as {other} has it, instead of the recipe's 3.0" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("options", "message"),
     [
-        (Wish(prompt="a", frames=6), "num_frames=6: this model takes 4k"),
-        (Wish(prompt="a", height=60), "height=60: this model takes multiples of 16"),
-        (Wish(prompt="a", image=Path("x.png")), "--image x.png: the run was trained from text alone"),
-        (Wish(prompt="a", output=Path("video.avi")), "--output video.avi: not the name of an .mp4"),
-        (Wish(prompt="a", output=Path("/proc/video.mp4")), "--output /proc/video.mp4: it can't be written"),
-        (Wish(prompt="a", guidance=math.inf), "--guidance inf: not a finite number"),
-        (Wish(prompt="a", at=(3,)), "adapter-000003.safetensors: there is no such file"),
+        (SampleOptions(prompt="a", frames=6), "num_frames=6: this model takes 4k"),
+        (SampleOptions(prompt="a", height=60), "height=60: this model takes multiples of 16"),
+        (SampleOptions(prompt="a", image=Path("x.png")), "--image x.png: the run was trained from text alone"),
+        (SampleOptions(prompt="a", output=Path("video.avi")), "--output video.avi: not the name of an .mp4 file"),
+        (SampleOptions(prompt="a", output=Path("/proc/video.mp4")), "--output /proc/video.mp4: it can't be written"),
+        (SampleOptions(prompt="a", guidance=math.inf), "--guidance inf: not a finite number"),
+        (SampleOptions(prompt="a", at=(3,)), "adapter-000003.safetensors: there is no such file"),
     ],
 )
-def test_what_cant_be_sampled_is_told(trained, wish, message):
+def test_what_cant_be_sampled_is_reported(trained, options, message):
     with pytest.raises(UserError, match=message):
-        sample(trained, wish, Screen(quiet=True))
+        sample(trained, options, Screen(quiet=True))
 
 
 def test_numbers_between_commas():
@@ -190,7 +190,7 @@ def test_a_validation_video_is_what_sample_makes(trained, tmp_path, monkeypatch)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads((root / "config.json").read_text()) | {"output_dir": str(root)}), encoding="utf-8")
     fit(read_plan(path), Screen(quiet=True))
-    sample(root, Wish(prompt=PROMPTS[1], steps=2, seed=42, output=tmp_path / "one.mp4"), Screen(quiet=True))
+    sample(root, SampleOptions(prompt=PROMPTS[1], steps=2, seed=42, output=tmp_path / "one.mp4"), Screen(quiet=True))
     grid, one = written["step-000004.mp4"], written["one.mp4"]
     assert np.abs(grid[:, 22:, 100:].astype(int) - one).max() <= 2
 
@@ -211,16 +211,16 @@ def test_a_validation_that_a_kill_has_cost_is_made_good(trained, tmp_path):
 
 def test_a_signal_ends_a_validation_and_loses_nothing(trained, tmp_path, monkeypatch):
     def signalled(pipeline, arguments, generator, advance):
-        if "step 2" in said:
+        if "step 2" in messages:
             os.kill(os.getpid(), signal.SIGINT)
         advance()
         return np.zeros((9, 64, 96, 3), dtype=np.uint8)
 
     class Listening(Screen):
         def say(self, text=""):
-            said[:] = [f"step {text.split()[3].rstrip(':')}"] if text.startswith("validating") else said
+            messages[:] = [f"step {text.split()[3].rstrip(':')}"] if text.startswith("validating") else messages
 
-    said = []
+    messages = []
     config = json.loads((trained / "config.json").read_text())
     path = tmp_path / "config.json"
     changes = {"output_dir": str(tmp_path / "run"), "checkpointing_steps": 3}
@@ -330,7 +330,7 @@ def test_a_share_is_held_out_by_content(config_file):
         ({"validation_prompts": []}, "validation_prompts"),
     ],
 )
-def test_wrong_wishes_are_told_by_the_config(config_file, changes, message):
+def test_wrong_values_are_reported_by_the_config(config_file, changes, message):
     with pytest.raises(UserError, match=message):
         read_plan(config_file(**changes))
 

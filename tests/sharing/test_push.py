@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from crepatrain.commands.fit import fit
 from crepatrain.commands.push import push
-from crepatrain.commands.sample import Wish, sample
+from crepatrain.commands.sample import SampleOptions, sample
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
@@ -58,7 +58,7 @@ def trained(tmp_path_factory, wan, clips):
     path = root / "config.json"
     path.write_text(json.dumps(values), encoding="utf-8")
     fit(read_plan(path), Screen(quiet=True))
-    sample(root / "crush", Wish(prompt="CRUSH it now", steps=2, frames=5), Screen(quiet=True))
+    sample(root / "crush", SampleOptions(prompt="CRUSH it now", steps=2, frames=5), Screen(quiet=True))
     return root / "crush"
 
 
@@ -210,7 +210,7 @@ def test_an_adapter_of_the_first_version_gets_its_card(trained, hub, tmp_path):
 
 def test_a_video_of_a_caption_stays_here(hub, config_file, tmp_path):
     fit(read_plan(config_file(max_train_steps=1)), Screen(quiet=True))
-    sample(tmp_path / "run", Wish(steps=2, frames=5), Screen(quiet=True))
+    sample(tmp_path / "run", SampleOptions(steps=2, frames=5), Screen(quiet=True))
     push(tmp_path / "run", Screen(quiet=True))
     assert set(hub.repos["me/run"]) == {"README.md", "pytorch_lora_weights.safetensors"}
     assert b"a square moves" not in hub.repos["me/run"]["README.md"]

@@ -121,7 +121,7 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path):
 
 
 @pytest.mark.parametrize("what", ["tensors", "trees", "plain"])
-def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path: Path, what: str):
+def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(tmp_path: Path, what: str):
     earlier = write_step(tmp_path, 1, 3.0)
     big = torch.randn(50_000)
     content = {
@@ -138,7 +138,7 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path: Path, what: 
     assert read_tensors(earlier, "adapter")["a"].sum() == 30
 
 
-def test_a_full_disk_is_told_for_the_small_files_too(tmp_path: Path):
+def test_a_full_disk_is_reported_for_the_small_files_too(tmp_path: Path):
     path = tmp_path / "adapters" / "adapter.safetensors"
     replace_file(path, {"a": torch.ones(3)}, {"format": "pt"})
     with disk_of(16_384), pytest.raises(UserError):
@@ -156,7 +156,7 @@ def test_a_number_that_is_not_finite_is_never_written_as_json(tmp_path: Path):
     assert path.read_text(encoding="utf-8") == '{\n  "step": 1\n}\n'
 
 
-def test_a_damaged_json_is_told_with_the_remedy(tmp_path: Path):
+def test_a_damaged_json_is_reported_with_the_remedy(tmp_path: Path):
     folder = write_step(tmp_path, 3)
     (folder / "state.json").write_text('{"step": ', encoding="utf-8")
     with pytest.raises(UserError) as error:
@@ -166,7 +166,7 @@ def test_a_damaged_json_is_told_with_the_remedy(tmp_path: Path):
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone"])
-def test_a_damaged_tensor_file_is_told_with_the_remedy(tmp_path: Path, harm: str):
+def test_a_damaged_tensor_file_is_reported_with_the_remedy(tmp_path: Path, harm: str):
     folder = write_step(tmp_path, 3)
     path = folder / "adapter.safetensors"
     content = path.read_bytes()
