@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from crepatrain.adapters.adapter_file import read_adapter
-from crepatrain.adapters.recipe import SCHEMA, public_name, sample_defaults, sampler_facts
+from crepatrain.adapters.recipe import SCHEMA, public_name
+from crepatrain.config.checks import wanted_size
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.sources import BASE_KEY, fetch, read_checkpoint
 from crepatrain.data.encode import grid_video, write_video
@@ -97,7 +98,7 @@ def sample(target: Path, wish: Wish, screen: Screen) -> None:
     if prompt is None:
         raise UserError("--prompt is missing", "give it")
     said = {"prompt": prompt, "negative_prompt": settings["negative_prompt"]}
-    arguments = source.family.ask(settings) | said | _image(source, wish, settings)
+    arguments = source.family.pipeline_arguments(settings) | said | _image(source, wish, settings)
     path = _output(wish.output or _new_name(source.folder, f"sample-{wish.seed}"))
     pipeline = _pipeline(source, screen)
     shown = [_Shown("base", None, 0.0)]
@@ -201,7 +202,8 @@ def _open_run(root: Path, wish: Wish) -> _Source:
         raise UserError(f"{gone}: there is no such file", f"see what is in {root / 'adapters'}")
     if transformer:
         saved = checkpoints(root / "checkpoints")
-        settings, step = sample_defaults(config, family), step_of(saved[-1]) if saved else None
+        assert config.fps is not None
+        settings, step = family.sample_defaults(*wanted_size(config), config.fps), step_of(saved[-1]) if saved else None
     else:
         recipe = read_adapter(next(iter(adapters.values()))).recipe()
         settings, step = dict(recipe["sample"]), None if wish.at else recipe["step"]
@@ -249,7 +251,7 @@ def _settings(source: _Source, wish: Wish, screen: Screen) -> dict[str, Any]:
     if wish.guidance is not None and not math.isfinite(wish.guidance):
         raise UserError(f"--guidance {wish.guidance:g}: not a finite number", "give a number")
     settings = dict(source.settings)
-    for name, value in sampler_facts(source.family, settings).items():
+    for name, value in source.family.sampler_facts(settings["frames"], settings["height"], settings["width"]).items():
         if value != settings[name]:
             screen.note(f"{name}: {value}, as {source.base} has it, instead of the recipe's {settings[name]}")
             settings[name] = value

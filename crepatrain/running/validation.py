@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crepatrain.adapters.recipe import sample_defaults
 from crepatrain.alignment.encoders import VisionEncoder
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
@@ -99,8 +98,9 @@ class Validation:
 
     def _videos(self, prompts: list[str], device: torch.device) -> list[np.ndarray]:
         run, config = self.run, self.plan.config
-        settings = sample_defaults(config, run.family) | {"steps": config.validation_sampling_steps}
-        pipeline, arguments = self._pipeline(device), run.family.ask(settings)
+        assert config.fps is not None
+        settings = run.family.sample_defaults(*self.plan.size, config.fps) | {"steps": config.validation_sampling_steps}
+        pipeline, arguments = self._pipeline(device), run.family.pipeline_arguments(settings)
         videos = []
         for number, prompt in enumerate(prompts):
             asked = arguments | {"prompt": None, "negative_prompt": None} | self._text(prompt, device)
@@ -118,9 +118,12 @@ class Validation:
 
     def _pipeline(self, device: torch.device) -> Any:
         """The family's pipeline around the transformer in training; prompts come encoded, so it needs no text encoder."""
-        family = self.run.family
-        texts = [part for part in self.plan.variant.parts if part.startswith(("text_encoder", "tokenizer"))]
-        parts = {"transformer": self.run.adapted, "vae": build.build_vae(self.plan, family, device), **dict.fromkeys(texts)}
+        family, variant = self.run.family, self.plan.variant
+        parts = {
+            variant.transformer: self.run.adapted,
+            "vae": build.build_vae(self.plan, family, device),
+            **dict.fromkeys(variant.text_parts),
+        }
         kind = getattr(diffusers, family.spec.pipelines[self.plan.task])
         pipeline = kind.from_pretrained(build.model_folder(self.plan), **parts).to(device)
         pipeline.set_progress_bar_config(disable=True)
@@ -133,7 +136,7 @@ class Validation:
         text, negative = (
             family.collate_text([store.read("text", key)]) for key in (self.caches.text[prompt], self.caches.negative)
         )
-        return {name: tensor.to(device) for name, tensor in family.ask_text(text, negative).items()}
+        return {name: tensor.to(device) for name, tensor in family.text_arguments(text, negative).items()}
 
     def _measure(self, videos: Mapping[str, np.ndarray], device: torch.device) -> None:
         encoder = build.build_encoder(self.plan, device)
