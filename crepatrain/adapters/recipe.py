@@ -82,6 +82,7 @@ def recipe(
 ) -> dict[str, Any]:
     """What a program must know to sample as the adapter was trained, and a reader to train it again."""
     frames, height, width = wanted_size(config)
+    assert config.fps is not None
     return {
         "schema": SCHEMA,
         "family": family.spec.name,
@@ -113,37 +114,10 @@ def recipe(
             "trigger": config.trigger_word,
         },
         "crepa": _crepa(config),
-        "sample": sample_defaults(config, family),
+        "sample": family.sample_defaults(frames, height, width, config.fps),
         "ema": {"used": averaged, "decay": config.ema_decay if averaged else None},
         "step": step,
         "versions": dict(fingerprint["versions"]),
-    }
-
-
-def sample_defaults(config: RunConfig, family: Family) -> dict[str, Any]:
-    """How the family's pipeline is asked for a video of the clips' own size."""
-    frames, height, width = wanted_size(config)
-    sampling = family.variant.sampling
-    size = {"frames": frames, "height": height, "width": width}
-    return {
-        **size,
-        **sampler_facts(family, size),
-        "steps": sampling.steps,
-        "guidance": sampling.guidance,
-        "guidance_2": sampling.guidance_2,
-        "negative_prompt": sampling.negative_prompt,
-        "fps": config.fps,
-        "decode": dict(sampling.decode),
-    }
-
-
-def sampler_facts(family: Family, size: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a recipe's `sample` the base itself decides, for videos of a size (frames, height, width)."""
-    files = family.checkpoint
-    return {
-        "scheduler_class": files.scheduler.get("_class_name"),
-        "shift": files.flow_shift(family.geometry.token_grid(size["frames"], size["height"], size["width"]).tokens),
-        "boundary_ratio": files.model_index.get("boundary_ratio"),
     }
 
 

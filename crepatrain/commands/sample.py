@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from crepatrain.adapters.adapter_file import read_adapter
-from crepatrain.adapters.recipe import SCHEMA, public_name, sample_defaults, sampler_facts
+from crepatrain.adapters.recipe import SCHEMA, public_name
+from crepatrain.config.checks import wanted_size
 from crepatrain.config.sections import RunConfig
 from crepatrain.config.sources import BASE_KEY, read_checkpoint
 from crepatrain.data.encode import grid_video, write_video
@@ -89,7 +90,7 @@ def sample(target: Path, options: SampleOptions, screen: Screen) -> None:
     if prompt is None:
         raise UserError("--prompt is missing", "give it")
     texts = {"prompt": prompt, "negative_prompt": settings["negative_prompt"]}
-    arguments = family.ask(settings) | texts | _image(family, options, settings)
+    arguments = family.pipeline_arguments(settings) | texts | _image(family, options, settings)
     path = _output(options.output or _new_name(source.folder, f"sample-{options.seed}"))
     screen.say(f"loading {model.base}")
     pipeline = open_pipeline(model)
@@ -167,7 +168,8 @@ def _open_run(root: Path, options: SampleOptions, screen: Screen) -> _Source:
     adapters, transformer = _trained_files(layout, config, family, options)
     if transformer:
         saved = checkpoints(layout.checkpoints)
-        settings, step = sample_defaults(config, family), step_of(saved[-1]) if saved else None
+        assert config.fps is not None
+        settings, step = family.sample_defaults(*wanted_size(config), config.fps), step_of(saved[-1]) if saved else None
     else:
         recipe = read_adapter(next(iter(adapters.values()))).recipe()
         settings, step = dict(recipe["sample"]), None if options.at else recipe["step"]
@@ -236,7 +238,7 @@ def _settings(source: _Source, options: SampleOptions, screen: Screen) -> dict[s
     if options.guidance is not None and not math.isfinite(options.guidance):
         raise UserError(f"--guidance {options.guidance:g}: not a finite number", "give a number")
     family, settings = source.model.family, dict(source.settings)
-    for name, value in sampler_facts(family, settings).items():
+    for name, value in family.sampler_facts(settings["frames"], settings["height"], settings["width"]).items():
         if value != settings[name]:
             screen.note(f"{name}: {value}, as {source.model.base} has it, instead of the recipe's {settings[name]}")
             settings[name] = value

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -118,7 +118,7 @@ def _expect_hub_id(key: str, path: str, kind: str) -> None:
         raise UserError(f"{key}={path}: no such folder", f"give a {kind} folder that exists, or a hub id such as owner/name")
 
 
-def expect_parts(key: str, folder: Path, parts: Sequence[str], weights: Sequence[str]) -> None:
+def expect_parts(key: str, folder: Path, parts: Collection[str], weights: Collection[str]) -> None:
     """Make sure that a local pipeline folder is whole.
 
     Args:

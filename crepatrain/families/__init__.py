@@ -1,9 +1,10 @@
-"""The DiT families: their tensors and names, nothing of alignment. One file each, named like the family in specs/."""
+"""The DiT families: their tensors and names, nothing of alignment. One file each, of the same name as in specs/."""
 
 from importlib import import_module
 
 from crepatrain.families.base import Family
-from crepatrain.specs import FAMILIES, Checkpoint, Expert, Task
+from crepatrain.specs import FAMILIES
+from crepatrain.specs.base import Checkpoint, Expert, Task
 
 
 def family_class(name: str) -> type[Family]:

@@ -1,4 +1,4 @@
-"""Latents of the VAEs that more than one family uses: modes of what the encoder says, normalised."""
+"""Latents of the VAEs that more than one family uses: the mode of the encoder's distribution, normalised."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def encode_ltx(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def decode_ltx(vae: Any, latents: Tensor) -> Tensor:
-    """The inverse of `encode_ltx`, as pixels; a VAE that is told the noise that is left is told that there is none."""
+    """The inverse of `encode_ltx`, as pixels; a VAE that is conditioned on the noise level gets 0, no noise."""
     mean, std = _buffer_statistics(vae)
     z = (latents.float() * std + mean).to(vae.dtype)
     timestep = z.new_zeros(z.shape[0]) if vae.config.timestep_conditioning else None

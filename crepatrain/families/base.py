@@ -1,4 +1,4 @@
-"""What the rest of the program asks of a family, and what all families do alike."""
+"""The interface of a family, and what all families do alike."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from crepatrain.errors import UserError
 from crepatrain.geometry import TokenGrid
-from crepatrain.specs import Checkpoint, FamilySpec, ModelShapes, Task, Variant
+from crepatrain.specs.base import Checkpoint, FamilySpec, ModelShapes, Task, Variant
 from crepatrain.tensors import Batch
 
 # Of a flow-matching scheduler: sigma 1 is timestep 1000.
@@ -19,7 +19,7 @@ TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True, eq=False)
 class PipelineParts:
-    """The parts of a pipeline that is still to be written with random weights.
+    """The parts of a pipeline that will be written with random weights.
 
     Attributes:
         models: folder -> (class of diffusers, its config).
@@ -31,7 +31,7 @@ class PipelineParts:
 
 
 class Family(ABC):
-    """One DiT family, as one of its checkpoints is. Holds no weights: modules are loaded by it and handed back to it.
+    """One DiT family, as one of its checkpoints is. It loads modules and takes them as arguments, and keeps none.
 
     Attributes:
         transformer_class, vae_class: of diffusers.
@@ -76,14 +76,14 @@ class Family(ABC):
 
     @abstractmethod
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
-        """Tokenizers and text encoders, as `encode_text` wants them; it has a `.to(device)`."""
+        """Tokenizers and text encoders, as `encode_text` takes them; the object has a `.to(device)`."""
 
     def load_image_encoder(self, path: str, dtype: torch.dtype) -> Any:  # noqa: ARG002 - few have one
-        """What else than the VAE sees the first frame; None where nothing does."""
+        """The model that encodes the first frame beside the VAE; None where there is none."""
         return None
 
     def count_tokens(self, path: str, captions: Sequence[str]) -> list[int]:
-        """Tokens of each caption, for a family whose batches hold captions of one length alone."""
+        """Tokens of each caption, for a family whose batches only hold captions of one length."""
         raise NotImplementedError
 
     @abstractmethod
@@ -91,33 +91,33 @@ class Family(ABC):
         """Per caption the tensors that the transformer is conditioned on, without padding and without a batch dimension."""
 
     def encode_negative(self, text_encoder: Any, prompt: str) -> dict[str, Tensor]:
-        """What a video shall not show, as the pipeline encodes it."""
+        """A negative prompt, encoded as the pipeline does."""
         return self.encode_text(text_encoder, [prompt])[0]
 
     @abstractmethod
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of what `encode_text` makes of the longest caption."""
+        """Shapes of what `encode_text` returns for the longest caption."""
 
     @abstractmethod
     def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """One batch of what `encode_text` made, padded as the family's pipeline pads."""
+        """One batch of what `encode_text` returned, padded as the family's pipeline pads."""
 
     @abstractmethod
     def encode_video(self, vae: Any, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, F, H, W] in [-1, 1] -> latents [B, C, T', H', W'], normalised as the transformer takes them."""
 
     def encode_image(self, vae: Any, image_encoder: Any, image: Tensor, frames: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """What a clip's first frame adds to its batch's conditioning: here, its own latents, first_frame [B, C, 1, H', W'].
+        """What a clip's first frame adds to the conditioning of its batch; by default its latents, first_frame [B, C, 1, H', W'].
 
         Args:
-            image_encoder: of `load_image_encoder`.
+            image_encoder: what `load_image_encoder` returned.
             image: [B, 3, 1, H, W] in [-1, 1].
             frames: pixel frames of the clip.
         """
         return {"first_frame": self.encode_video(vae, image)}
 
     def image_shapes(self, latents: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
-        """Of what `encode_image` makes of a clip, without a batch dimension.
+        """Shapes of what `encode_image` returns for a clip, without a batch dimension.
 
         Args:
             latents: (C, T', H', W') of the clip.
@@ -143,8 +143,33 @@ class Family(ABC):
             sigma: [B].
         """
 
-    def ask(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        """What the family's pipeline is called with, beside prompt and image, for a video as a recipe's `sample` says."""
+    def sample_defaults(self, frames: int, height: int, width: int, fps: float) -> dict[str, Any]:
+        """The settings with which a video is sampled where the user gives none; a recipe's `sample`."""
+        sampling = self.variant.sampling
+        return {
+            "frames": frames,
+            "height": height,
+            "width": width,
+            **self.sampler_facts(frames, height, width),
+            "steps": sampling.steps,
+            "guidance": sampling.guidance,
+            "guidance_2": sampling.guidance_2,
+            "negative_prompt": sampling.negative_prompt,
+            "fps": fps,
+            "decode": dict(sampling.decode),
+        }
+
+    def sampler_facts(self, frames: int, height: int, width: int) -> dict[str, Any]:
+        """The settings among `sample_defaults` that the checkpoint decides, and that nobody can choose."""
+        files = self.checkpoint
+        return {
+            "scheduler_class": files.scheduler.get("_class_name"),
+            "shift": files.flow_shift(self.geometry.token_grid(frames, height, width).tokens),
+            "boundary_ratio": files.model_index.get("boundary_ratio"),
+        }
+
+    def pipeline_arguments(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the family's pipeline, except prompt and image, for the settings of `sample_defaults`."""
         arguments = {
             "height": sample["height"],
             "width": sample["width"],
@@ -158,8 +183,12 @@ class Family(ABC):
         return arguments
 
     @abstractmethod
-    def ask_text(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A prompt and a negative one, of `collate_text` with B = 1, as the pipeline takes them in the place of words."""
+    def text_arguments(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The arguments of the pipeline for a prompt and a negative prompt that are encoded already.
+
+        Args:
+            text, negative: what `collate_text` returned, with B = 1.
+        """
 
     def loss_mask(self, batch: Batch) -> Tensor | None:
         """[B, 1, T', 1, 1], 1 where the loss counts; None: everywhere."""
@@ -176,34 +205,34 @@ class Family(ABC):
 
     @abstractmethod
     def export_name(self, module: str) -> str:
-        """The name under which an adapter file holds a module of the transformer, prefix included.
+        """The name of a module of the transformer in an adapter file, prefix included.
 
-        diffusers reads it, and ComfyUI too, where it knows the family.
+        diffusers reads it, and ComfyUI too, if it knows the family.
 
         Raises:
             UserError: a module that such a file can't hold.
         """
 
     def original_name(self, name: str) -> str:
-        """What the original's own files, and ComfyUI, call a module or a weight of the transformer: here, the same.
+        """The name of a module or a weight of the transformer in the original's files and in ComfyUI; by default the same.
 
         Raises:
-            UserError: a family whose original keeps several in one.
+            UserError: a family whose original keeps several modules in one.
         """
         return name
 
     def original_metadata(self) -> dict[str, str]:
-        """What ComfyUI must find in the header of a whole transformer's file, beside its weights."""
+        """The metadata that ComfyUI needs in a file with a whole transformer."""
         return {}
 
     @staticmethod
     @abstractmethod
     def random_parts(shapes: ModelShapes) -> PipelineParts:
-        """A whole pipeline of some shapes. Text encoders are tiny, and as wide as the transformer expects."""
+        """A whole pipeline of some shapes. Its text encoders are tiny, and as wide as the transformer expects."""
 
 
 def noisy_frames(batch: Batch) -> Tensor | None:
-    """[B, 1, T', 1, 1]: 0 on the first frame of the samples that are given it, 1 elsewhere; None where none is."""
+    """[B, 1, T', 1, 1]: 0 on the first frame of samples that are conditioned on it, 1 elsewhere; None where none is."""
     if "first_frame" not in batch.conditioning:
         return None
     given = batch.conditioning["given"]
@@ -223,8 +252,8 @@ def token_timesteps(timestep: Tensor, mask: Tensor, grid: TokenGrid) -> Tensor:
     return (timestep.view(-1, 1, 1) * mask[:, 0, :, 0]).expand(-1, grid.t, grid.patches).flatten(1)
 
 
-def ask_masked(text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`ask_text` of a pipeline that is told which tokens are padding."""
+def masked_text_arguments(text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`text_arguments` of a pipeline that takes attention masks."""
     return {
         "prompt_embeds": text["prompt_embeds"],
         "prompt_attention_mask": text["mask"],
@@ -248,7 +277,7 @@ def inside_blocks(module: str, spec: FamilySpec) -> str:
     """The module's name.
 
     Raises:
-        UserError: it is outside of the blocks, where the names that other programs know differ.
+        UserError: it is outside of the blocks, where other programs use other names.
     """
     if module.startswith(f"{spec.blocks}."):
         return module

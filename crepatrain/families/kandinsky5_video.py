@@ -27,7 +27,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from crepatrain.families.base import TRAIN_TIMESTEPS, Family, PipelineParts, inside_blocks, noisy_frames, with_clean_frames
 from crepatrain.geometry import TokenGrid
-from crepatrain.specs import KANDINSKY5_VIDEO, ModelShapes
+from crepatrain.specs.base import ModelShapes
+from crepatrain.specs.kandinsky5_video import KANDINSKY5_VIDEO
 from crepatrain.tensors import Batch
 
 _QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -41,7 +42,7 @@ def _pipeline(**parts: Any) -> Kandinsky5T2VPipeline:
 
 @cache
 def _bare_pipeline() -> Kandinsky5T2VPipeline:
-    """For what the pipeline's own methods know; a step asks it too."""
+    """For the pipeline's own methods; every training step calls one."""
     return _pipeline()
 
 
@@ -116,7 +117,7 @@ class Kandinsky5VideoFamily(Family):
         )
         clip = CLIPTextModel.from_pretrained(path, subfolder="text_encoder_2", dtype=dtype, use_safetensors=True)
         return _pipeline(
-            # The whole processor would need torchvision for pictures that no caption holds.
+            # The whole processor would need torchvision for images, and captions hold none.
             tokenizer=AutoTokenizer.from_pretrained(path, subfolder="tokenizer"),
             text_encoder=qwen.requires_grad_(False),
             tokenizer_2=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer_2"),
@@ -179,7 +180,7 @@ class Kandinsky5VideoFamily(Family):
         return prediction.permute(0, 4, 1, 2, 3)
 
     def _sparse_params(self, grid: TokenGrid, device: torch.device) -> dict[str, Any] | None:
-        """What NABLA attention is told, in the words of the pipeline's own `get_sparse_params`."""
+        """The parameters of NABLA attention, as the pipeline's own `get_sparse_params` names them."""
         if not self._nabla:
             return None
         config, tile = self.checkpoint.transformer, self.geometry.tile
@@ -205,7 +206,7 @@ class Kandinsky5VideoFamily(Family):
         tiles = tokens.unflatten(1, (grid.t, grid.h // side, grid.w // side, side, side))
         return tiles.transpose(3, 4).flatten(1, 5)
 
-    def ask_text(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def text_arguments(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
         arguments = {}
         for prefix, of in (("", text), ("negative_", negative)):
             length = torch.tensor([0, of["prompt_embeds"].shape[1]], dtype=torch.int32, device=of["prompt_embeds"].device)
@@ -217,7 +218,7 @@ class Kandinsky5VideoFamily(Family):
         return arguments
 
     def export_name(self, module: str) -> str:
-        """diffusers and ComfyUI name everything alike."""
+        """diffusers and ComfyUI use the same names."""
         return f"transformer.{inside_blocks(module, self.spec)}"
 
     @staticmethod
@@ -260,7 +261,7 @@ class Kandinsky5VideoFamily(Family):
 
 
 def _qwen_tokenizer() -> Qwen2Tokenizer:
-    """Bytes as tokens; but what the pipeline puts before a prompt takes as many tokens as the pipeline crops."""
+    """Bytes as tokens, except that the text which the pipeline puts before a prompt has as many tokens as the pipeline crops."""
     letters = sorted(bytes_to_unicode().values())
     tokenizer = Qwen2Tokenizer(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": list(_QWEN_MARKS)})

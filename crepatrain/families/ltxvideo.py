@@ -16,15 +16,16 @@ from crepatrain.families.base import (
     TRAIN_TIMESTEPS,
     Family,
     PipelineParts,
-    ask_masked,
     inside_blocks,
+    masked_text_arguments,
     noisy_frames,
     pad_rows,
     rows_mask,
     token_timesteps,
     with_clean_frames,
 )
-from crepatrain.specs import LTXVIDEO, ModelShapes
+from crepatrain.specs.base import ModelShapes
+from crepatrain.specs.ltxvideo import LTXVIDEO
 from crepatrain.tensors import Batch
 
 # diffusers' names on the left, the original's (and ComfyUI's) on the right.
@@ -87,7 +88,7 @@ class LtxVideoFamily(Family):
         return {"prompt_embeds": (self.spec.text_length, self.checkpoint.transformer["caption_channels"])}
 
     def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """prompt_embeds [B, 128, text width] and their mask [B, 128], False behind each caption's end."""
+        """prompt_embeds [B, 128, text width] and their mask [B, 128], False after each caption's end."""
         rows = [text["prompt_embeds"] for text in texts]
         return {"prompt_embeds": pad_rows(rows, self.spec.text_length), "mask": rows_mask(rows, self.spec.text_length)}
 
@@ -121,14 +122,14 @@ class LtxVideoFamily(Family):
         )[0]
         return packed.transpose(1, 2).reshape(-1, channels, frames, height, width)
 
-    def ask(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        return super().ask(sample) | {"frame_rate": sample["fps"]}
+    def pipeline_arguments(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        return super().pipeline_arguments(sample) | {"frame_rate": sample["fps"]}
 
-    def ask_text(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return ask_masked(text, negative)
+    def text_arguments(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return masked_text_arguments(text, negative)
 
     def export_name(self, module: str) -> str:
-        """Inside the blocks diffusers and the original name everything alike."""
+        """Inside the blocks diffusers and the original use the same names."""
         return f"diffusion_model.{inside_blocks(module, self.spec)}"
 
     def original_name(self, name: str) -> str:
@@ -137,8 +138,8 @@ class LtxVideoFamily(Family):
         return name
 
     def original_metadata(self) -> dict[str, str]:
-        """What of the shapes ComfyUI does not see in the weights; times are as in diffusers' pipeline, and so in training."""
-        told = (
+        """The shapes that ComfyUI can't read from the weights; positions in time are as in training, those of diffusers."""
+        needed = (
             "in_channels",
             "cross_attention_dim",
             "attention_head_dim",
@@ -146,7 +147,7 @@ class LtxVideoFamily(Family):
             "caption_channels",
             "num_layers",
         )
-        config = {key: value for key, value in self.checkpoint.transformer.items() if key in told}
+        config = {key: value for key, value in self.checkpoint.transformer.items() if key in needed}
         return {"config": json.dumps({"transformer": config | {"causal_temporal_positioning": False}})}
 
     @staticmethod

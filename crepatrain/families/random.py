@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from crepatrain.families.base import Family
-from crepatrain.specs import ModelShapes
+from crepatrain.specs.base import ModelShapes
 
 _SHARD_BYTES = 2 << 30
 

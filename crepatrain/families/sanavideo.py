@@ -22,14 +22,15 @@ from crepatrain.families.base import (
     TRAIN_TIMESTEPS,
     Family,
     PipelineParts,
-    ask_masked,
     inside_blocks,
+    masked_text_arguments,
     noisy_frames,
     pad_rows,
     rows_mask,
     with_clean_frames,
 )
-from crepatrain.specs import SANAVIDEO, ModelShapes
+from crepatrain.specs.base import ModelShapes
+from crepatrain.specs.sanavideo import SANAVIDEO
 from crepatrain.tensors import Batch
 
 # The instruction that the pipeline puts before every prompt, but not before a negative one.
@@ -93,16 +94,16 @@ class SanaVideoFamily(Family):
         return SanaVideoPipeline(tokenizer=tokenizer, text_encoder=encoder.requires_grad_(False), **nothing)
 
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Captions behind the pipeline's instruction; the empty one alone, as the negative prompt that it is in sampling."""
+        """Captions after the pipeline's instruction; the empty one without it, as sampling uses it as a negative prompt."""
         return [self._encode(text_encoder, caption, _INSTRUCTION if caption else None) for caption in captions]
 
     def encode_negative(self, text_encoder: Any, prompt: str) -> dict[str, Tensor]:
-        """The instruction is for what shall be seen."""
+        """Without the instruction, which is for prompts alone."""
         return self._encode(text_encoder, prompt, None)
 
-    def _encode(self, text_encoder: Any, words: str, instruction: list[str] | None) -> dict[str, Tensor]:
+    def _encode(self, text_encoder: Any, prompt: str, instruction: list[str] | None) -> dict[str, Tensor]:
         embeds, mask, _, _ = text_encoder.encode_prompt(
-            words,
+            prompt,
             do_classifier_free_guidance=False,
             max_sequence_length=self.spec.text_length,
             complex_human_instruction=instruction,
@@ -113,7 +114,7 @@ class SanaVideoFamily(Family):
         return {"prompt_embeds": (self.spec.text_length, self.checkpoint.transformer["caption_channels"])}
 
     def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """prompt_embeds [B, 300, text width] and their mask [B, 300] of 1 and 0, 0 behind each caption's end."""
+        """prompt_embeds [B, 300, text width] and their mask [B, 300] of 1 and 0, 0 after each caption's end."""
         rows = [text["prompt_embeds"] for text in texts]
         mask = rows_mask(rows, self.spec.text_length).long()
         return {"prompt_embeds": pad_rows(rows, self.spec.text_length), "mask": mask}
@@ -139,15 +140,15 @@ class SanaVideoFamily(Family):
             return_dict=False,
         )[0]
 
-    def ask(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        arguments = super().ask(sample) | {"use_resolution_binning": False}
+    def pipeline_arguments(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = super().pipeline_arguments(sample) | {"use_resolution_binning": False}
         return arguments | {"frames": arguments.pop("num_frames")}
 
-    def ask_text(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return ask_masked(text, negative)
+    def text_arguments(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return masked_text_arguments(text, negative)
 
     def export_name(self, module: str) -> str:
-        """For diffusers alone: ComfyUI has no such model."""
+        """For diffusers only: ComfyUI has no such model."""
         return f"transformer.{inside_blocks(module, self.spec)}"
 
     def original_name(self, name: str) -> str:

@@ -35,7 +35,8 @@ from crepatrain.families.base import (
     token_timesteps,
     with_clean_frames,
 )
-from crepatrain.specs import WAN, ModelShapes
+from crepatrain.specs.base import ModelShapes
+from crepatrain.specs.wan import WAN
 from crepatrain.tensors import Batch
 
 # diffusers' names on the left, the original's (and ComfyUI's) on the right; matched as a whole, as `norm2` and `norm3` swap.
@@ -64,7 +65,7 @@ _ORIGINAL_NAMES = (
     (r"scale_shift_table", "head.modulation"),
 )
 
-# What the released CLIP makes of an image.
+# Tokens of one image from the released CLIP.
 _IMAGE_TOKENS = 257
 
 
@@ -131,7 +132,7 @@ class WanFamily(Family):
 
     def load_image_encoder(self, path: str, dtype: torch.dtype) -> Any:
         """Of Wan 2.1, a pipeline of the image side alone."""
-        if "image_encoder" not in self.variant.parts:
+        if not self.variant.folders("image_encoder"):
             return None
         processor = CLIPImageProcessor.from_pretrained(path, subfolder="image_processor")
         encoder = CLIPVisionModel.from_pretrained(path, subfolder="image_encoder", dtype=dtype, use_safetensors=True)
@@ -142,7 +143,7 @@ class WanFamily(Family):
         embeds, _ = text_encoder.encode_prompt(
             list(captions), do_classifier_free_guidance=False, max_sequence_length=self.spec.text_length
         )
-        # The pipeline has set what lies behind each caption's end to exact zeros; collate_text puts them back.
+        # The pipeline has set everything after a caption's end to exact zeros; collate_text adds them again.
         lengths = embeds.ne(0).any(dim=-1).sum(dim=1).tolist()
         return [{"prompt_embeds": row[:length].clone()} for row, length in zip(embeds, lengths, strict=True)]
 
@@ -150,7 +151,7 @@ class WanFamily(Family):
         return {"prompt_embeds": (self.spec.text_length, self.checkpoint.transformer["text_dim"])}
 
     def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """prompt_embeds [B, 512, text width], zeros behind each caption's end."""
+        """prompt_embeds [B, 512, text width], zeros after each caption's end."""
         return {"prompt_embeds": pad_rows([text["prompt_embeds"] for text in texts], self.spec.text_length)}
 
     def encode_video(self, vae: Any, pixels: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ class WanFamily(Family):
         )[0]
 
     def _with_image(self, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The 36 channels: noisy latents, a mask of the given frames, and the image's latents; and what CLIP saw of it."""
+        """The 36 channels (noisy latents, a mask of the given frames, the image's latents), and CLIP's features of the image."""
         given = batch.conditioning["given"].view(-1, 1, 1, 1, 1).to(noisy.dtype)
         condition = batch.conditioning["condition"].to(noisy.dtype) * given
         mask = torch.zeros_like(condition[:, : self.geometry.temporal_stride])
@@ -213,7 +214,7 @@ class WanFamily(Family):
             image_embeds = image_embeds.to(noisy.dtype) * given.view(-1, 1, 1)
         return torch.cat([noisy, mask, condition], dim=1), image_embeds
 
-    def ask_text(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def text_arguments(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"prompt_embeds": text["prompt_embeds"], "negative_prompt_embeds": negative["prompt_embeds"]}
 
     def export_name(self, module: str) -> str:

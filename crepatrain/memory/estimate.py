@@ -229,7 +229,7 @@ def _text_stage(plan: Plan) -> Stage:
     """The text encoders' weights; what a few captions add to them is in the margin."""
     folder = Path(plan.config.pretrained_model_name_or_path)
     if plan.checkpoint.origin == "folder":
-        parameters = sum(_parameters(folder / part) for part in plan.variant.parts if part.startswith("text_encoder"))
+        parameters = sum(_parameters(folder / part) for part in plan.variant.folders("text_encoder"))
     else:
         parameters = plan.spec.text_parameters
     return Stage({"text encoder": parameters * torch.bfloat16.itemsize}, "")

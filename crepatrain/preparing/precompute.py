@@ -144,7 +144,7 @@ def _text_keys(
     facts = {
         "family": plan.spec.name,
         "length": plan.spec.text_length,
-        "models": {part: digest for part, digest in models.items() if part.startswith(("text_encoder", "tokenizer"))},
+        "models": {part: models[part] for part in plan.variant.text_parts},
         "dtype": str(encoding_dtype(device)),
     }
     captions = sorted({window.clip.caption for window in dataset.clips.windows} | {"", *prompts})
@@ -161,12 +161,11 @@ def _image_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str]
     """Of clips; an image is trained as from text alone, as nothing would be left to learn beside it."""
     if plan.task != "i2v":
         return {}
-    parts = ("vae", "image_encoder", "image_processor")
     facts = {
         "family": plan.spec.name,
-        "models": {part: models[part] for part in parts if part in models},
+        "models": {part: models[part] for part in plan.variant.image_parts},
         "dtype": plan.config.vae_dtype,
-        "seen": str(encoding_dtype(device)) if "image_encoder" in models else None,
+        "seen": str(encoding_dtype(device)) if plan.variant.folders("image_encoder") else None,
     }
     return {
         window: entry_key(kind="image", length=len(window.frames), **_source(window, window.frames[:1]), **facts)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crepatrain.adapters.recipe import sample_defaults
 from crepatrain.alignment.encoders import VisionEncoder
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
@@ -94,8 +93,9 @@ class Validation:
 
     def _videos(self) -> list[np.ndarray]:
         run, config, device = self.run, self.run.config, self.run.context.device
-        settings = sample_defaults(config, run.family) | {"steps": config.validation_sampling_steps}
-        pipeline, arguments = self._pipeline(), run.family.ask(settings)
+        assert config.fps is not None
+        settings = run.family.sample_defaults(*run.context.plan.size, config.fps) | {"steps": config.validation_sampling_steps}
+        pipeline, arguments = self._pipeline(), run.family.pipeline_arguments(settings)
         videos = []
         for number, prompt in enumerate(config.validation_prompts or ()):
             asked = arguments | {"prompt": None, "negative_prompt": None} | self._text(prompt)
@@ -114,9 +114,8 @@ class Validation:
     def _pipeline(self) -> Any:
         """The family's pipeline around the transformer in training; prompts come encoded, so it needs no text encoder."""
         plan, device, family = self.run.context.plan, self.run.context.device, self.run.family
-        texts = [part for part in plan.variant.parts if part.startswith(("text_encoder", "tokenizer"))]
-        vae = build.build_vae(plan, family, device)
-        return training_pipeline(family, build.model_folder(plan), self.run.transformer.module, vae, texts, device)
+        folder, vae = build.model_folder(plan), build.build_vae(plan, family, device)
+        return training_pipeline(family, folder, self.run.transformer.module, vae, plan.variant.text_parts, device)
 
     def _text(self, prompt: str) -> dict[str, Tensor]:
         """The prompt and the negative one of `sample`, encoded."""
@@ -125,7 +124,7 @@ class Validation:
         text, negative = (
             family.collate_text([store.read("text", key)]) for key in (self.caches.text[prompt], self.caches.negative)
         )
-        return {name: tensor.to(self.run.context.device) for name, tensor in family.ask_text(text, negative).items()}
+        return {name: tensor.to(self.run.context.device) for name, tensor in family.text_arguments(text, negative).items()}
 
     def _measure(self, videos: Mapping[str, np.ndarray]) -> None:
         plan, device = self.run.context.plan, self.run.context.device

@@ -149,7 +149,7 @@ class Card:
         lines += ["", f'pipeline = {kind}.from_pretrained("{self.base}", {given}torch_dtype=torch.bfloat16).to("cuda")']
         if self._lora:
             lines.append(load_call(self.repo, self.weights, recipe["expert"]))
-        asked = {"negative_prompt": recipe["sample"]["negative_prompt"]} | family.ask(recipe["sample"])
+        asked = {"negative_prompt": recipe["sample"]["negative_prompt"]} | family.pipeline_arguments(recipe["sample"])
         prompt = self.videos[0].prompts[0] if self.videos else recipe["train"]["trigger"] or "..."
         arguments = [f"prompt={prompt!r}", *(['image=load_image("first-frame.png")'] if image else [])]
         arguments += [f"{name}={value!r}" for name, value in asked.items()]

@@ -61,8 +61,8 @@ def build_family(plan: Plan) -> Family:
 def count_caption_tokens(plan: Plan, captions: Sequence[str]) -> list[int]:
     """Tokens of each caption, of a family whose batches hold captions of one length alone."""
     key, path = BASE_KEY, plan.config.pretrained_model_name_or_path
-    tokenizers = tuple(part for part in plan.variant.parts if part.startswith("tokenizer"))
-    folder = fetch(key, path, plan.config.revision, ("model_index.json", *(f"{part}/*" for part in tokenizers)))
+    tokenizers = (f"{part}/*" for part in plan.variant.folders("tokenizer"))
+    folder = fetch(key, path, plan.config.revision, ("model_index.json", *tokenizers))
     with loading("tokenizer", folder):
         return build_family(plan).count_tokens(str(folder), captions)
 

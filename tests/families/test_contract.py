@@ -1,4 +1,4 @@
-"""What every family and variant promises, held against diffusers' own pipelines. A new family is one row of ROWS."""
+"""What every family and variant promises, compared with diffusers' own pipelines. A new family is one row of ROWS."""
 
 import copy
 import inspect
@@ -15,7 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from common import SHARED
+from common import render_clip
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from PIL import Image
 from safetensors import safe_open
@@ -75,14 +75,18 @@ class Row:
         tiny: its name in `Family.tiny`.
         tasks: what it can be trained for.
         size: (frames, height, width) of the test clip; latent and grid: what becomes of it.
-        leak: share of a cell's change that may show elsewhere where attention is silenced.
+        leak: share of a cell's change that may show elsewhere while attention is silenced.
         latents_of: what the transformer is fed -> latents [B, C, T', H', W'].
-        normalise: VAE and what its encoder says -> latents, from the family's paper and the VAE's config.
+        normalise: VAE and its encoder's output -> latents, from the family's paper and the VAE's config.
         names: Linear layers of a block -> their names in the adapter file, `{}` being the block.
         outside: a layer that the file can't hold.
         call: of the pipeline, beside what all take.
         expert: of a checkpoint with two.
         tolerance: between two ways to compute the same in fp32.
+        caption_fills: whether the longest caption takes all tokens that captions may have.
+        causal_vae: whether the VAE encodes the first frame independently of the others.
+        flex: whether attention runs through flex attention, which has no backward on a CPU.
+        sibling: whether another row differs little from this one, so that slow tests run it in the long form alone.
     """
 
     family: str
@@ -100,6 +104,10 @@ class Row:
     call: dict[str, Any] = field(default_factory=dict)
     expert: str | None = None
     tolerance: float = 1e-5
+    caption_fills: bool = True
+    causal_vae: bool = True
+    flex: bool = False
+    sibling: bool = False
 
     @property
     def name(self) -> str:
@@ -159,6 +167,26 @@ SANA = {
     "call": {"use_resolution_binning": False},
 }
 
+KANDINSKY = {
+    "normalise": by_factor,
+    "latents_of": lambda hidden_states: hidden_states[..., :16].permute(0, 4, 1, 2, 3),
+    "names": same(
+        "transformer",
+        *(
+            ("visual_transformer_blocks", f"{attention}.{layer}")
+            for attention in ("self_attention", "cross_attention")
+            for layer in ("to_query", "to_key", "to_value", "out_layer")
+        ),
+        *(
+            ("visual_transformer_blocks", layer)
+            for layer in ("feed_forward.in_layer", "feed_forward.out_layer", "visual_modulation.out_layer")
+        ),
+    ),
+    "outside": "text_transformer_blocks.0.self_attention.to_query",
+    "caption_fills": False,  # the template ends after the caption
+    "causal_vae": False,  # its norms see all frames at once
+}
+
 ROWS = [
     Row("wan", "tiny", ("t2v",), **SMALL, **WAN),
     Row(
@@ -170,13 +198,22 @@ ROWS = [
         latents_of=lambda hidden_states: hidden_states[:, :16],
     ),
     Row("wan", "tiny-ti2v", ("t2v", "i2v"), size=(9, 128, 192), latent=(48, 3, 8, 12), grid=(3, 4, 6), **WAN),
-    Row("wan", "tiny-a14b", ("t2v",), **SMALL, **WAN, expert="high"),
-    Row("wan", "tiny-a14b", ("t2v",), **SMALL, **WAN, expert="low"),
+    Row("wan", "tiny-a14b", ("t2v",), **SMALL, **WAN, expert="high", sibling=True),
+    Row("wan", "tiny-a14b", ("t2v",), **SMALL, **WAN, expert="low", sibling=True),
     Row("wan", "tiny-i2v-a14b", ("i2v",), **SMALL, **WAN, expert="low", latents_of=lambda hidden_states: hidden_states[:, :16]),
     Row("ltxvideo", "tiny", **LTX_ROW),
-    Row("ltxvideo", "tiny-timestep-vae", **LTX_ROW),
+    Row("ltxvideo", "tiny-timestep-vae", **LTX_ROW, sibling=True),
     Row("sanavideo", "tiny", **SMALL, normalise=by_config, **SANA),
-    Row("sanavideo", "tiny-720p", size=(17, 128, 192), latent=(8, 3, 4, 6), grid=(3, 4, 6), normalise=by_buffers, **SANA),
+    Row(
+        "sanavideo",
+        "tiny-720p",
+        size=(17, 128, 192),
+        latent=(8, 3, 4, 6),
+        grid=(3, 4, 6),
+        normalise=by_buffers,
+        sibling=True,
+        **SANA,
+    ),
     Row(
         "kandinsky5_video",
         "tiny",
@@ -185,37 +222,21 @@ ROWS = [
         latent=(16, 5, 8, 12),
         grid=(5, 4, 6),
         tolerance=1e-4,  # queries and keys are rounded to bf16 after the rotary embedding
-        normalise=by_factor,
-        latents_of=lambda hidden_states: hidden_states[..., :16].permute(0, 4, 1, 2, 3),
-        names=same(
-            "transformer",
-            *(
-                ("visual_transformer_blocks", f"{attention}.{layer}")
-                for attention in ("self_attention", "cross_attention")
-                for layer in ("to_query", "to_key", "to_value", "out_layer")
-            ),
-            *(
-                ("visual_transformer_blocks", layer)
-                for layer in ("feed_forward.in_layer", "feed_forward.out_layer", "visual_modulation.out_layer")
-            ),
-        ),
-        outside="text_transformer_blocks.0.self_attention.to_query",
+        **KANDINSKY,
+    ),
+    Row(
+        "kandinsky5_video",
+        "tiny-nabla",
+        ("t2v",),
+        size=(9, 128, 256),
+        latent=(16, 3, 16, 32),
+        grid=(3, 8, 16),
+        flex=True,
+        **KANDINSKY,
     ),
 ]
-NABLA = Row(
-    "kandinsky5_video",
-    "tiny-nabla",
-    ("t2v",),
-    size=(9, 128, 256),
-    latent=(16, 3, 16, 32),
-    grid=(3, 8, 16),
-    normalise=by_factor,
-    latents_of=lambda hidden_states: hidden_states[..., :16].permute(0, 4, 1, 2, 3),
-    names=ROWS[-1].names,
-    outside=ROWS[-1].outside,
-)
-CASES = [(row, task) for row in [*ROWS, NABLA] for task in row.tasks]
-TRAINABLE = [(row, task) for row, task in CASES if row is not NABLA]  # flex attention has no backward on a CPU
+CASES = [(row, task) for row in ROWS for task in row.tasks]
+TRAINABLE = [(row, task) for row, task in CASES if not row.flex]
 
 CAPTIONS = [
     "a red square moves",
@@ -232,13 +253,9 @@ def named(cases):
     return {"argvalues": cases, "ids": [f"{row.name}-{task}" for row, task in plain], "indirect": True}
 
 
-# Variants that differ from their siblings in what other tests look at: in the long form alone.
-SIBLINGS = {("ltxvideo", "tiny-timestep-vae"), ("sanavideo", "tiny-720p"), ("wan", "tiny-a14b")}
-
-
 def sparing(cases):
-    """What is asked of every variant only in the long form."""
-    return [pytest.param(case, marks=[pytest.mark.slow] * ((case[0].family, case[0].tiny) in SIBLINGS)) for case in cases]
+    """Cases of a slow test: siblings only in the long form."""
+    return [pytest.param(case, marks=[pytest.mark.slow] * case[0].sibling) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +323,7 @@ def load_pipeline(row, task, folder):
     pipeline_class = getattr(diffusers, FAMILIES[row.family].pipelines[task])
     pipeline = pipeline_class.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    if row is NABLA:
+    if row.flex:
         pipeline.transformer.set_attention_backend("flex")
     return pipeline
 
@@ -381,7 +398,7 @@ def test_geometry_and_latents_of_the_clip(case):
 
 
 @pytest.mark.parametrize("case", **named(CASES))
-def test_illegal_sizes_are_told_with_the_legal_ones(case):
+def test_illegal_sizes_are_refused_with_the_legal_ones(case):
     frames, height, width = case.row.size
     step, (rows, columns) = case.geometry.temporal_stride, case.geometry.size_multiple
     for illegal, message in (
@@ -545,10 +562,10 @@ def test_encoding_is_the_vaes_mode_normalised(case):
     torch.testing.assert_close(one, latents[:1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", **named([case for case in CASES if case[0].normalise is not by_factor]))
+@pytest.mark.parametrize("case", **named([case for case in CASES if case[0].causal_vae]))
 @torch.no_grad()
 def test_the_first_latent_frame_is_the_first_frames_alone(case):
-    """So a given first frame is what the clip's own latents begin with; but HunyuanVideo's VAE norms all frames at once."""
+    """So the latents of a given first frame are those that the clip's own latents begin with."""
     pixels = clip_pixels(case)
     whole, first = (case.family.encode_video(case.vae, part) for part in (pixels, pixels[:, :, :1]))
     torch.testing.assert_close(first, whole[:, :, :1], rtol=1e-4, atol=1e-5)
@@ -568,12 +585,12 @@ def test_decoding_is_the_pipelines(case):
     torch.testing.assert_close(ours, video, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", **named([case for case in CASES if case[0].tiny != "tiny-timestep-vae"]))
+@pytest.mark.parametrize("case", **named(CASES))
 def test_text_is_kept_without_padding(case):
     texts = case.family.encode_text(case.text_encoder, ["ab", "", CAPTIONS[4]])
     lengths = [len(text["prompt_embeds"]) for text in texts]
     assert 0 < lengths[0] < lengths[2] <= case.family.spec.text_length
-    if case.row.family != "kandinsky5_video":  # whose template ends behind the caption
+    if case.row.caption_fills:
         assert lengths[2] == case.family.spec.text_length
     for text in texts:
         embeds = text["prompt_embeds"]
@@ -728,8 +745,26 @@ def test_one_frame_is_a_clip(case):
     assert case.family.loss_mask(batch) is None
 
 
+@pytest.fixture(scope="module")
+def varied_clips(tmp_path_factory):
+    """Captioned clips larger than what is trained on, of several lengths, rates, shapes and containers."""
+    folder = tmp_path_factory.mktemp("varied")
+    for index, (name, frames, height, width, fps) in enumerate(
+        (
+            ("wide.mp4", 110, 270, 480, 16),
+            ("film.mp4", 60, 240, 432, 24),
+            ("photo.mp4", 45, 320, 480, 8),
+            ("square.mkv", 90, 256, 256, 30),
+        )
+    ):
+        path = folder / name
+        render_clip(path, frames=frames, height=height, width=width, fps=fps, seed=index)
+        path.with_suffix(".txt").write_text("a textured square moves to the right " * (index + 1) + "\n", encoding="utf-8")
+    return folder
+
+
 @pytest.mark.parametrize("case", **named(sparing(TRAINABLE)))
-def test_fit_trains_it_on_real_clips(case, values, clips, config_file):
+def test_fit_trains_it(case, values, varied_clips, config_file):
     """The whole way of a user, for two steps; of i2v some samples go without their image."""
     _, height, width = case.row.size
     path = config_file(
@@ -738,7 +773,7 @@ def test_fit_trains_it_on_real_clips(case, values, clips, config_file):
         crepa_encoder=str(case.folder / "encoder"),
         task=case.task,
         wan_expert=case.row.expert,
-        train_data=str(SHARED / "clips") if SHARED.exists() else str(clips),
+        train_data=str(varied_clips),
         num_frames=case.row.size[0],
         height=height,
         width=width,
@@ -757,14 +792,13 @@ def test_fit_trains_it_on_real_clips(case, values, clips, config_file):
         assert file.metadata().get("crepatrain.expert") == case.row.expert
 
 
-def test_nabla_says_where_it_cant_be_trained(open_case):
-    case = open_case(NABLA, "t2v")
-    assert "flex attention" in case.family.untrainable(torch.device("cpu"))
-    assert case.family.untrainable(torch.device("cuda")) is None
-    assert all(open_case(row, row.tasks[0]).family.untrainable(torch.device("cpu")) is None for row in ROWS)
+def test_flex_attention_cant_be_trained_on_a_cpu(open_case):
+    for row in ROWS:
+        family = open_case(row, row.tasks[0]).family
+        reason = family.untrainable(torch.device("cpu"))
+        assert ("flex attention" in reason) if row.flex else reason is None
+        assert family.untrainable(torch.device("cuda")) is None
 
 
 def test_every_tiny_model_is_in_the_contract():
-    assert {(row.family, row.tiny) for row in [*ROWS, NABLA]} == {
-        (name, tiny) for name in FAMILIES for tiny in family_class(name).tiny
-    }
+    assert {(row.family, row.tiny) for row in ROWS} == {(name, tiny) for name in FAMILIES for tiny in family_class(name).tiny}

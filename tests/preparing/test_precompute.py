@@ -8,6 +8,7 @@ import torch
 from common import context_of
 
 from crepatrain.config.plan import Plan, read_plan
+from crepatrain.data.cache import entry_key
 from crepatrain.data.decode import read_frames
 from crepatrain.preparing.precompute import Caches, fill_caches, plan_caches
 from crepatrain.preparing.preflight import Dataset, read_dataset
@@ -111,3 +112,43 @@ def test_an_entry_holds_what_the_family_makes_of_the_first_frame(planned, tmp_pa
             expected = family_.encode_image(vae, encoder, pixels, len(window.frames))
         for name in names:
             torch.testing.assert_close(entry[name], expected[name][0])
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "text_parts", "image_parts", "seen"),
+    [
+        ("wan", "tiny-i2v", ("text_encoder", "tokenizer"), ("vae", "image_encoder", "image_processor"), "torch.float32"),
+        ("ltxvideo", "tiny", ("text_encoder", "tokenizer"), ("vae",), None),
+        (
+            "kandinsky5_video",
+            "tiny",
+            ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+            ("vae",),
+            None,
+        ),
+    ],
+)
+def test_caches_of_earlier_versions_are_found_again(planned, family, size, text_parts, image_parts, seen):
+    """The names of entries, fact by fact, as every version since the first has written them."""
+    plan, _, caches = planned(family, size, task="i2v", fps=16, vae_dtype="float32")
+    text = {
+        "family": family,
+        "length": plan.spec.text_length,
+        "models": {part: caches.models[part] for part in text_parts},
+        "dtype": "torch.float32",
+    }
+    assert caches.text == {caption: entry_key(kind="text", caption=caption, **text) for caption in caches.text}
+    assert "" in caches.text
+    assert len(caches.text) > 3
+    image = {"family": family, "dtype": "float32", "seen": seen, "models": {part: caches.models[part] for part in image_parts}}
+    assert caches.image
+    for window, key in caches.image.items():
+        pixels = {
+            "file": window.clip.digest,
+            "size": [window.bucket.height, window.bucket.width],
+            "crop": "centre, bicubic, antialias",
+        }
+        first, frames = list(window.frames[:1]), list(window.frames)
+        assert key == entry_key(kind="image", length=len(frames), frames=first, **pixels, **image)
+        latents = {"family": family, "vae": caches.models["vae"], "dtype": "float32"}
+        assert caches.latents[window] == entry_key(kind="latents", frames=frames, **pixels, **latents)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_family
+from common import tiny_family
 
 from crepatrain.sampling.pipeline import call, training_pipeline
 

@@ -7,7 +7,10 @@ import pytest
 from common import tiny_family
 
 from crepatrain.families import family_class
-from crepatrain.specs import FAMILIES, LTXVIDEO, WAN, Checkpoint
+from crepatrain.specs import FAMILIES
+from crepatrain.specs.base import Checkpoint, Variant, usual_parts
+from crepatrain.specs.ltxvideo import LTXVIDEO
+from crepatrain.specs.wan import WAN
 
 PLAIN = Checkpoint({}, {}, {}, {}, "folder")
 LTX = LTXVIDEO.released["ltx-2b"].scheduler
@@ -58,7 +61,7 @@ def test_a_dynamic_shift_grows_with_the_clip():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_has_a_pipeline_for_every_task_of_its_checkpoints(name):
-    """And what its pipelines, transformers and layers are called is what diffusers calls them."""
+    """And its pipelines and transformers have diffusers' names."""
     import diffusers
 
     spec = FAMILIES[name]
@@ -67,9 +70,6 @@ def test_a_family_has_a_pipeline_for_every_task_of_its_checkpoints(name):
     for model in (*spec.released.values(), *family_class(name).tiny.values()):
         variant = spec.variant(model.checkpoint, None)
         assert set(variant.tasks) <= spec.pipelines.keys()
-        assert variant.transformer in variant.weights
-        assert "scheduler" not in variant.weights
-        assert not [part for part in variant.weights if part.startswith("tokenizer")]
         height, width, frames = variant.size
         geometry = spec.geometry(model.transformer, model.vae)
         assert geometry.token_grid(frames, height, width).tokens > 1
@@ -100,3 +100,77 @@ def test_the_linears_of_an_image_encoder_are_there_in_the_checkpoint_that_has_on
     transformer = tiny_family("wan", "tiny-i2v").empty_transformer()
     names = {name for name, _ in transformer.named_modules()}
     assert {f"blocks.0.{linear}" for linear in WAN.linears} <= names
+
+
+VARIANTS = [
+    pytest.param(spec.variant(model.checkpoint, expert), id="-".join(filter(None, (name, size, expert))))
+    for name, spec in FAMILIES.items()
+    for size, model in {**spec.released, **family_class(name).tiny}.items()
+    for expert in (("high", "low") if "transformer_2" in model.model_index else (None,))
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_part_has_a_role_and_trained_is_one_transformer(variant):
+    roles = list(variant.parts.values())
+    assert (roles.count("transformer"), roles.count("vae"), roles.count("scheduler")) == (1, 1, 1)
+    assert {"text_encoder", "tokenizer"} <= set(roles)
+    assert variant.transformer == ("transformer_2" if variant.expert == "low" else "transformer")
+    assert set(variant.parts) - set(variant.weights) == set(variant.folders("tokenizer", "image_processor", "scheduler"))
+
+
+# Families whose caches are on people's disks, with the parts that decide the names of their entries.
+CACHED = ("wan", "ltxvideo", "sanavideo", "kandinsky5_video")
+
+
+@pytest.mark.parametrize("variant", [case for case in VARIANTS if case.id.startswith(CACHED)])
+def test_the_parts_that_name_cache_entries_never_change(variant):
+    """Else every cache would be computed again: the folders, and their order in the files of a run."""
+    (trained, *others) = variant.parts
+    assert trained == variant.transformer
+    text = ("text_encoder", "tokenizer")
+    second = ("text_encoder_2", "tokenizer_2") if variant.title.startswith("Kandinsky") else ()
+    clip = ("image_encoder", "image_processor") if "image_encoder" in others else ()
+    assert others == ["vae", *text, "scheduler", *second, *clip]
+    assert variant.text_parts == (*text, *second)
+    assert variant.image_parts == ("vae", *clip)
+
+
+def test_only_wan_2_1_of_image_to_video_sees_the_first_frame_with_clip():
+    seeing = {case.id for case in VARIANTS if case.values[0].folders("image_encoder")}
+    assert seeing == {"wan-wan2.1-i2v-14b", "wan-tiny-i2v"}
+
+
+def test_what_stands_between_text_encoder_and_transformer_decides_a_captions_encoding():
+    variant = Variant("a", ("t2v",), usual_parts(connectors="text_connector"), (64, 64, 9), 24.0, architecture="a")
+    assert variant.text_parts == ("text_encoder", "tokenizer", "connectors")
+    assert "connectors" in variant.weights
+
+
+def test_sample_defaults_are_the_models_own_at_the_size_that_is_trained():
+    family = tiny_family("wan", "tiny-a14b", expert="low")
+    sample = family.sample_defaults(9, 64, 96, 16.0)
+    facts = {"scheduler_class": "UniPCMultistepScheduler", "shift": 3.0, "boundary_ratio": 0.875}
+    assert family.sampler_facts(9, 64, 96) == facts
+    assert sample == {
+        "frames": 9,
+        "height": 64,
+        "width": 96,
+        **facts,
+        "steps": 50,
+        "guidance": 4.0,
+        "guidance_2": 3.0,
+        "negative_prompt": family.variant.sampling.negative_prompt,
+        "fps": 16.0,
+        "decode": {},
+    }
+    arguments = family.pipeline_arguments(sample)
+    assert (arguments["num_frames"], arguments["guidance_scale"], arguments["guidance_scale_2"]) == (9, 4.0, 3.0)
+
+
+def test_a_dynamic_shift_in_sample_defaults_is_that_of_the_videos_own_size():
+    family = tiny_family("ltxvideo", "tiny-timestep-vae")
+    small, large = (family.sample_defaults(frames, 128, 192, 25.0) for frames in (17, 121))
+    assert small["shift"] == family.checkpoint.flow_shift(family.geometry.token_grid(17, 128, 192).tokens) < large["shift"]
+    assert small["decode"] == {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
+    assert family.pipeline_arguments(small)["decode_timestep"] == 0.05

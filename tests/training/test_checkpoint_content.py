@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_family
+from common import tiny_family
 from diffusers.optimization import get_scheduler
 from torch import nn
 

@@ -1,0 +1,215 @@
+"""The types in which specs say what is known of a family and of its checkpoints without loading them."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from crepatrain.geometry import Geometry
+
+JSON = Mapping[str, Any]
+Task = Literal["t2v", "i2v"]
+Expert = Literal["high", "low"]
+
+# What a part of a pipeline is for. A text connector stands between the text encoder and the transformer.
+Role = Literal[
+    "transformer",
+    "vae",
+    "text_encoder",
+    "tokenizer",
+    "text_connector",
+    "image_encoder",
+    "image_processor",
+    "scheduler",
+]
+
+# Linear layers of an attention of diffusers, and of a block with self-attention and cross-attention.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTIONS = tuple(f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ATTENTION)
+
+
+def usual_parts(transformer: str = "transformer", **more: Role) -> dict[str, Role]:
+    """`Variant.parts` of a pipeline with one text encoder.
+
+    Args:
+        transformer: folder of the one that is trained.
+        more: role of every further folder.
+    """
+    return {
+        transformer: "transformer",
+        "vae": "vae",
+        "text_encoder": "text_encoder",
+        "tokenizer": "tokenizer",
+        "scheduler": "scheduler",
+        **more,
+    }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The JSON files of a pipeline.
+
+    Attributes:
+        transformer: config of the transformer that is trained.
+        origin: folder, hub, or package where the files were not asked for and the package's own table stands in for them.
+    """
+
+    model_index: JSON
+    transformer: JSON
+    vae: JSON
+    scheduler: JSON
+    origin: str
+
+    def flow_shift(self, tokens: int) -> float:
+        """The shift of the noise levels at which clips of that many tokens are sampled."""
+        scheduler = self.scheduler
+        if not scheduler.get("use_dynamic_shifting"):
+            return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
+        first, last = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+        low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+        return math.exp(low + (high - low) * (tokens - first) / (last - first))
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """The configs of one model, released or tiny.
+
+    Attributes:
+        repo: on the hub; None for a tiny model, which only exists with random weights.
+        model_index: its entries beside the names of the parts.
+    """
+
+    repo: str | None
+    transformer: JSON
+    vae: JSON
+    scheduler: JSON
+    model_index: JSON = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The same as if it had been read from a pipeline's files."""
+        return Checkpoint(self.model_index, self.transformer, self.vae, self.scheduler, origin="package")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The arguments with which a model's own pipeline is best called.
+
+    Attributes:
+        guidance: `guidance_scale`; of two experts the high-noise one's.
+        guidance_2: of the low-noise expert; None where there is one transformer.
+        decode: arguments of the pipeline that only its VAE needs.
+    """
+
+    steps: int = 50
+    guidance: float = 5.0
+    guidance_2: float | None = None
+    negative_prompt: str = ""
+    decode: JSON = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one checkpoint is among those of its family.
+
+    Attributes:
+        title: for people.
+        tasks: what it can be trained for, its own first.
+        parts: the folders that training reads, each with its role. One of them is the transformer, and one the VAE; text
+            encoders and tokenizers may be several.
+        size: (height, width, num_frames) where the config gives none.
+        fps: frames per second that it was trained at.
+        expert: which of two transformers is trained; None where there is one.
+        sigmas: the noise levels that this transformer denoises.
+        images: whether one-frame clips can train it.
+        sampling: how it is sampled.
+        architecture: its name in the metadata of shared adapter files.
+    """
+
+    title: str
+    tasks: tuple[Task, ...]
+    parts: Mapping[str, Role]
+    size: tuple[int, int, int]
+    fps: float
+    expert: Expert | None = None
+    sigmas: tuple[float, float] = (0.0, 1.0)
+    images: bool = True
+    sampling: Sampling = Sampling()
+    architecture: str = field(kw_only=True)
+
+    def folders(self, *roles: Role) -> tuple[str, ...]:
+        """The parts of some roles, in the order of `parts`."""
+        return tuple(folder for folder, role in self.parts.items() if role in roles)
+
+    @property
+    def transformer(self) -> str:
+        """The part that is trained."""
+        (folder,) = self.folders("transformer")
+        return folder
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The parts that hold safetensors."""
+        return self.folders("transformer", "vae", "text_encoder", "text_connector", "image_encoder")
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """The parts that decide how a caption is encoded."""
+        return self.folders("text_encoder", "tokenizer", "text_connector")
+
+    @property
+    def image_parts(self) -> tuple[str, ...]:
+        """The parts that decide how a clip's first frame is encoded."""
+        return self.folders("vae", "image_encoder", "image_processor")
+
+
+class Unsupported(Exception):
+    """A checkpoint that can't be trained, with the reason."""
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """One DiT family. The code that handles its tensors is the module of its name in `crepatrain.families`.
+
+    Attributes:
+        title: for people.
+        transformer_class: its name in diffusers.
+        pipelines: the pipeline class of every task.
+        default_block: `crepa_block_index` where the config gives none.
+        lora_targets: names of the Linear layers that LoRA adapts by default, matched at the end of a module's name.
+        linears: every Linear layer that a block may have, by its name inside the block.
+        blocks: attribute of the transformer that holds its blocks.
+        text_length: tokens of a caption at most.
+        text_parameters: of the released models' text encoders together.
+        text_is_padded: whether captions of several lengths fit into one batch.
+        geometry: computes strides, patch and depth from a checkpoint's transformer and VAE config.
+        variant: decides what a checkpoint is; with two experts, for one of them. Raises Unsupported.
+        released: released models by name.
+        comfyui: prefixes that the keys of an adapter file may have for ComfyUI, before the original's names; empty: ComfyUI
+            has no such model.
+    """
+
+    name: str
+    title: str
+    transformer_class: str
+    pipelines: Mapping[Task, str]
+    default_block: int
+    lora_targets: tuple[str, ...]
+    linears: tuple[str, ...]
+    blocks: str
+    text_length: int
+    text_parameters: int
+    text_is_padded: bool
+    geometry: Callable[[JSON, JSON], Geometry]
+    variant: Callable[[Checkpoint, Expert | None], Variant]
+    released: Mapping[str, ModelShapes]
+    comfyui: tuple[str, ...] = ("diffusion_model.", "lora_unet_")
+
+    def default_variant(self) -> Variant:
+        """Of the first released model."""
+        return self.variant(self.first.checkpoint, None)
+
+    @property
+    def first(self) -> ModelShapes:
+        """The first released model."""
+        return next(iter(self.released.values()))

@@ -1,0 +1,128 @@
+"""LTX-Video 0.9."""
+
+from types import MappingProxyType
+
+from crepatrain.geometry import Geometry
+from crepatrain.specs.autoencoders import ltx_latents
+from crepatrain.specs.base import (
+    ATTENTION,
+    ATTENTIONS,
+    JSON,
+    Checkpoint,
+    Expert,
+    FamilySpec,
+    ModelShapes,
+    Sampling,
+    Unsupported,
+    Variant,
+    usual_parts,
+)
+
+_NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
+
+
+def _geometry(transformer: JSON, vae: JSON) -> Geometry:
+    temporal, spatial, channels = ltx_latents(vae)
+    return Geometry(
+        temporal_stride=temporal,
+        spatial_stride=spatial,
+        patch=(transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]),
+        latent_channels=channels,
+        depth=transformer["num_layers"],
+        width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
+    )
+
+
+def _variant(files: Checkpoint, _expert: Expert | None) -> Variant:
+    if (files.transformer["patch_size"], files.transformer["patch_size_t"]) != (1, 1):
+        raise Unsupported("its transformer has patches of several latents")
+    # A VAE with timestep conditioning does the last denoising step itself.
+    decode = {"decode_timestep": 0.05, "decode_noise_scale": 0.025} if files.vae.get("timestep_conditioning") else {}
+    sampling = Sampling(guidance=3.0, negative_prompt=_NEGATIVE, decode=decode)
+    return Variant(
+        "LTX-Video",
+        ("t2v", "i2v"),
+        usual_parts(),
+        size=(512, 704, 121),
+        fps=25.0,
+        sampling=sampling,
+        architecture="ltx-video",
+    )
+
+
+def _transformer(head_dim: int, layers: int) -> JSON:
+    return {
+        "in_channels": 128,
+        "out_channels": 128,
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "num_attention_heads": 32,
+        "attention_head_dim": head_dim,
+        "cross_attention_dim": 32 * head_dim,
+        "num_layers": layers,
+        "caption_channels": 4096,
+    }
+
+
+_VAE = {
+    "latent_channels": 128,
+    "block_out_channels": [128, 256, 512, 512],
+    "decoder_block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": [4, 3, 3, 3, 4],
+    "decoder_layers_per_block": [4, 3, 3, 3, 4],
+    "spatio_temporal_scaling": [True, True, True, False],
+    "decoder_spatio_temporal_scaling": [True, True, True, False],
+    "patch_size": 4,
+    "patch_size_t": 1,
+}
+_VAE_13B = _VAE | {
+    "block_out_channels": [128, 256, 512, 1024, 2048],
+    "down_block_types": ["LTXVideo095DownBlock3D"] * 4,
+    "decoder_block_out_channels": [256, 512, 1024],
+    "layers_per_block": [4, 6, 6, 2, 2],
+    "decoder_layers_per_block": [5, 5, 5, 5],
+    "spatio_temporal_scaling": [True, True, True, True],
+    "decoder_spatio_temporal_scaling": [True, True, True],
+    "decoder_inject_noise": [False, False, False, False],
+    "downsample_type": ["spatial", "temporal", "spatiotemporal", "spatiotemporal"],
+    "upsample_residual": [True, True, True],
+    "upsample_factor": [2, 2, 2],
+    "timestep_conditioning": True,
+    "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8,
+}
+_SAMPLER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "use_dynamic_shifting": True,
+    "base_shift": 0.95,
+    "max_shift": 2.05,
+    "base_image_seq_len": 1024,
+    "max_image_seq_len": 4096,
+    "shift_terminal": 0.1,
+}
+
+LTXVIDEO = FamilySpec(
+    name="ltxvideo",
+    title="LTX-Video 0.9",
+    transformer_class="LTXVideoTransformer3DModel",
+    pipelines={"t2v": "LTXPipeline", "i2v": "LTXImageToVideoPipeline"},
+    default_block=8,
+    lora_targets=ATTENTION,
+    linears=(
+        *ATTENTIONS,
+        "ff.net.0.proj",
+        "ff.net.2",
+    ),
+    blocks="transformer_blocks",
+    text_length=128,
+    text_parameters=4_762_310_656,
+    text_is_padded=True,
+    geometry=_geometry,
+    variant=_variant,
+    released=MappingProxyType(
+        {
+            "ltx-2b": ModelShapes("Lightricks/LTX-Video", _transformer(64, 28), _VAE, _SAMPLER),
+            "ltx-13b": ModelShapes("Lightricks/LTX-Video-0.9.7-dev", _transformer(128, 48), _VAE_13B, _SAMPLER),
+        }
+    ),
+)

@@ -1,0 +1,97 @@
+"""SANA-Video, with the VAE of Wan or of LTX-2."""
+
+from types import MappingProxyType
+
+from crepatrain.geometry import Geometry
+from crepatrain.specs.autoencoders import WAN_VAE, ltx_latents, wan_latents
+from crepatrain.specs.base import (
+    ATTENTION,
+    ATTENTIONS,
+    JSON,
+    Checkpoint,
+    Expert,
+    FamilySpec,
+    ModelShapes,
+    Sampling,
+    Unsupported,
+    Variant,
+    usual_parts,
+)
+
+_NEGATIVE = (
+    "A chaotic sequence with misshapen, deformed limbs in heavy motion blur, sudden disappearance, jump cuts, jerky movements, "
+    "rapid shot changes, frames out of sync, inconsistent character shapes, temporal artifacts, jitter, and ghosting effects, "
+    "creating a disorienting visual experience."
+)
+
+
+def _geometry(transformer: JSON, vae: JSON) -> Geometry:
+    patch_t, patch_h, patch_w = transformer["patch_size"]
+    temporal, spatial, channels = wan_latents(vae) if "z_dim" in vae else ltx_latents(vae)
+    return Geometry(
+        temporal_stride=temporal,
+        spatial_stride=spatial,
+        patch=(patch_t, patch_h, patch_w),
+        latent_channels=channels,
+        depth=transformer["num_layers"],
+        width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
+    )
+
+
+def _variant(files: Checkpoint, _expert: Expert | None) -> Variant:
+    if "z_dim" not in files.vae and "spatio_temporal_scaling" not in files.vae:
+        raise Unsupported(f"its VAE ({files.vae.get('_class_name', 'of an unknown class')}) encodes images, not video")
+    if files.transformer.get("guidance_embeds"):
+        raise Unsupported("its transformer takes the guidance scale as an input, as distilled models do")
+    hd = files.transformer.get("sample_size") == 22
+    size = (704, 1280, 81) if hd else (480, 832, 81)
+    sampling = Sampling(guidance=6.0, negative_prompt=_NEGATIVE)
+    return Variant("SANA-Video", ("t2v", "i2v"), usual_parts(), size, fps=16.0, sampling=sampling, architecture="sana-video")
+
+
+SANAVIDEO = FamilySpec(
+    name="sanavideo",
+    title="SANA-Video",
+    transformer_class="SanaVideoTransformer3DModel",
+    pipelines={"t2v": "SanaVideoPipeline", "i2v": "SanaImageToVideoPipeline"},
+    default_block=10,
+    lora_targets=ATTENTION,
+    linears=ATTENTIONS,
+    blocks="transformer_blocks",
+    text_length=300,
+    text_parameters=2_614_341_888,
+    text_is_padded=True,
+    geometry=_geometry,
+    variant=_variant,
+    comfyui=(),
+    released=MappingProxyType(
+        {
+            "sana-2b": ModelShapes(
+                "Efficient-Large-Model/SANA-Video_2B_480p_diffusers",
+                {
+                    "in_channels": 16,
+                    "out_channels": 16,
+                    "num_attention_heads": 20,
+                    "attention_head_dim": 112,
+                    "num_layers": 20,
+                    "num_cross_attention_heads": 20,
+                    "cross_attention_head_dim": 112,
+                    "cross_attention_dim": 2240,
+                    "caption_channels": 2304,
+                    "mlp_ratio": 3.0,
+                    "sample_size": 30,
+                    "patch_size": [1, 2, 2],
+                    "qk_norm": "rms_norm_across_heads",
+                    "rope_max_seq_len": 1024,
+                },
+                WAN_VAE,
+                {
+                    "_class_name": "DPMSolverMultistepScheduler",
+                    "prediction_type": "flow_prediction",
+                    "use_flow_sigmas": True,
+                    "flow_shift": 8.0,
+                },
+            ),
+        }
+    ),
+)
