@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crepatrain.adapters.adapter_file import AdapterFile, Model, read_adapter, shape_mismatch
 from crepatrain.adapters.compatibility import DAMAGE, Compatibility, comfyui_compatibility, diffusers_compatibility
@@ -225,18 +225,19 @@ def _in_words(factors: Mapping[str, Sequence[float]]) -> str:
 
 
 @torch.no_grad()
-def expect_same_adapter(path: Path, family: Family, transformer: nn.Module) -> None:
+def expect_same_adapter(path: Path, family: Family, transformer: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
     """Read a file that was just written, and compare it with the adapter that it was written from.
 
     The products lora_B lora_A are compared by their effect on a few random vectors, which takes no time.
 
     Args:
         transformer: with the adapter.
+        weights: of the adapter, as every process has gathered them; None: those that the transformer holds.
 
     Raises:
         UserError: a program would not read all of it, or it is not that adapter.
     """
-    live = live_adapter(transformer)
+    live = live_adapter(transformer, weights=weights)
     file, model = read_adapter(path), Model(family, transformer, family.variant.title)
     problems = list(check_adapter(file, model, zero_is_wrong=False).problems)
     pairs = {model.find(pair): pair for pair in file.pairs.values()}

@@ -25,22 +25,32 @@ from crepatrain.training.lora import baked_adapter, live_adapter
 
 
 def write_result(
-    folder: RunFolder, config: RunConfig, family: Family, fingerprint: Mapping[str, Any], transformer: Any, step: int
+    folder: RunFolder,
+    config: RunConfig,
+    family: Family,
+    fingerprint: Mapping[str, Any],
+    transformer: Any,
+    step: int,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter, once for this step and once as the run's last; or the whole transformer, only as the run's last.
+
+    Args:
+        weights: what `trained_state` gave, gathered from every process; None: what the transformer holds.
 
     Raises:
         UserError: the disk is full, or a program would not read the file that was written as this adapter.
     """
     if config.model_type == "full":
-        write_transformer(folder.root / family.variant.transformer, transformer, compute_dtype(config))
+        write_transformer(folder.root / family.variant.transformer, transformer, compute_dtype(config), weights=weights)
         return
     small = folder.adapter(adapter_name(config, family), step)
     layers = list(live_adapter(transformer))
     metadata = adapter_metadata(
         config, family, fingerprint, step, layers=layers, day=datetime.now(UTC).date(), averaged=config.use_ema
     )
-    write_adapter([small, folder.result_adapter], family, transformer, metadata)
+    write_adapter([small, folder.result_adapter], family, transformer, metadata, weights=weights)
 
 
 def write_adapter(
@@ -49,6 +59,8 @@ def write_adapter(
     transformer: nn.Module,
     metadata: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter with its scale baked in, so that every program applies it at strength 1.
 
@@ -56,19 +68,20 @@ def write_adapter(
         paths: of equal safetensors files, each written aside and renamed; the first is read back before that.
         metadata: their header.
         dtype: of the tensors on the disk.
+        weights: what `trained_state` gave, gathered from every process; None: what the transformer holds.
 
     Raises:
         UserError: the disk is full, or a program would not read the file that was written as this adapter.
     """
     tensors: dict[str, Tensor] = {}
-    for module, (lora_a, lora_b) in baked_adapter(transformer).items():
+    for module, (lora_a, lora_b) in baked_adapter(transformer, weights).items():
         name = family.export_name(module)
         tensors[f"{name}.lora_A.weight"] = lora_a.to(dtype)
         tensors[f"{name}.lora_B.weight"] = lora_b.to(dtype)
 
     def check(aside: Path) -> None:
         try:
-            expect_same_adapter(aside, family, transformer)
+            expect_same_adapter(aside, family, transformer, weights)
         except UserError as error:
             fix = "report this as a bug; the file that was there before is untouched"
             raise UserError.of([*error.problems, Problem(f"{paths[-1]} was not written", fix)]) from error
@@ -100,12 +113,13 @@ def write_single_file(path: Path, family: Family, transformer: nn.Module, names:
     replace_file(path, tensors, {"format": "pt", **family.original_metadata()}, check)
 
 
-def write_transformer(folder: Path, transformer: Any, dtype: torch.dtype) -> None:
+def write_transformer(folder: Path, transformer: Any, dtype: torch.dtype, *, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write a transformer's folder as a diffusers pipeline has it.
 
     Args:
         folder: replaced when the new one is complete.
         dtype: of the weights on the disk.
+        weights: by name, gathered from every process; None: what the transformer holds.
 
     Raises:
         UserError: the disk is full or can't be written to.
@@ -116,7 +130,7 @@ def write_transformer(folder: Path, transformer: Any, dtype: torch.dtype) -> Non
             shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
         transformer.save_config(aside)
-        state = {name: tensor.detach().to("cpu", dtype) for name, tensor in transformer.state_dict().items()}
+        state = {name: tensor.detach().to("cpu", dtype) for name, tensor in (weights or transformer.state_dict()).items()}
         save_torch_state_dict(state, aside, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size="5GB")
         for file in aside.iterdir():
             share(file)

@@ -104,23 +104,36 @@ def load_trained_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> N
     assert not [key for key in result.missing_keys if "lora_" in key], result.missing_keys
 
 
-def live_adapter(transformer: nn.Module, adapter: str = ADAPTER) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Per adapted module lora_A [r, in], lora_B [out, r], or of a convolution, and the scale that is applied to lora_B lora_A."""
+def live_adapter(
+    transformer: nn.Module, adapter: str = ADAPTER, weights: Mapping[str, Tensor] | None = None
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Per adapted module lora_A [r, in], lora_B [out, r], or of a convolution, and the scale that is applied to lora_B lora_A.
+
+    Args:
+        weights: what `trained_state` gave, in place of what the transformer holds now.
+    """
     live = {}
     for name, module in transformer.named_modules():
         if isinstance(module, LoraLayer):
-            down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            if weights is None:
+                down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            else:
+                down, up = weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]
             assert isinstance(down, Tensor)
             assert isinstance(up, Tensor)
             live[name] = (down.detach(), up.detach(), module.scaling[adapter])
     return live
 
 
-def baked_adapter(transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per adapted module lora_A [r, in] and lora_B [out, r] with the adapter's scale inside lora_B, on the CPU."""
+def baked_adapter(transformer: nn.Module, weights: Mapping[str, Tensor] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per adapted module lora_A [r, in] and lora_B [out, r] with the adapter's scale inside lora_B, on the CPU.
+
+    Args:
+        weights: what `trained_state` gave, in place of what the transformer holds now.
+    """
     return {
         name: (down.float().cpu().contiguous(), (up.float() * scale).cpu().contiguous())
-        for name, (down, up, scale) in live_adapter(transformer).items()
+        for name, (down, up, scale) in live_adapter(transformer, weights=weights).items()
     }
 
 
