@@ -26,11 +26,13 @@ demo: $(VENV)/installed
 	$(BIN)/crepatrain fit configs/demo.json --train_data "$(CLIPS)"
 	@echo "Next: make demo CLIPS=folder-of-your-clips, or start from configs/wan2.1-1.3b-t2v.json for a real model."
 
+# The quick tests: at most eight minutes on two cores.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2
 
-test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --numprocesses 2
+# Every test once.
+test-all: test
+	$(BIN)/python -m pytest -m slow --numprocesses 2
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -12,14 +12,11 @@ import av
 import numpy as np
 import pytest
 import torch
-from common import SHARED
+from hard_clips import STEP
 from PIL import Image
 from torch import Tensor
 
 from crepatrain.data.decode import ClipInfo, Unreadable, crop_resize, is_image, probe, read_frames, resample_frames
-
-HARD = SHARED / "hard_clips"
-STEP = 6  # of brightness, from frame to frame
 
 
 def render_numbers(path: Path, milliseconds: Sequence[int], *, width: int = 160, height: int = 64) -> None:
@@ -192,13 +189,36 @@ def test_clips_longer_than_a_chunk_are_in_order(tmp_path: Path):
     assert numbers_in(frames) == list(range(39))
 
 
-@pytest.mark.skipif(not HARD.is_dir(), reason="the hard clips are not here")
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels"),
+    [
+        ("av1.mp4", "av1", "yuv420p"),
+        ("hevc-10bit.mp4", "hevc", "yuv420p10le"),
+        ("vp9.webm", "vp9", "yuv420p"),
+        ("animation.gif", "gif", "bgra"),
+        ("variable-frame-rate.mp4", "h264", "yuv420p"),
+        ("unordered-timestamps.mov", "h264", "yuv420p"),
+    ],
+)
+def test_hard_clips_are_what_their_names_say(hard_clips: Path, name: str, codec: str, pixels: str):
+    with av.open(str(hard_clips / name)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.codec.canonical_name, stream.codec_context.pix_fmt) == (codec, pixels)
+        times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+    if name == "unordered-timestamps.mov":
+        assert times != sorted(times)
+    if name == "variable-frame-rate.mp4":
+        gaps = [later - earlier for earlier, later in itertools.pairwise(sorted(times))]
+        assert max(gaps) == 3 * min(gaps)
+
+
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
-def test_rotation_is_applied(degrees: int):
-    path = HARD / f"rotated-{degrees}.mov"
+def test_rotation_is_applied(hard_clips: Path, degrees: int):
+    path = hard_clips / f"rotated-{degrees}.mov"
     info = probe(path)
     with av.open(str(path)) as container:
         raw = next(container.decode(video=0))
+    assert (raw.width > raw.height, -raw.rotation % 360) == (True, degrees)
     upright = torch.from_numpy(np.rot90(raw.to_ndarray(format="rgb24"), raw.rotation // 90).copy())
     assert (info.height, info.width) == tuple(upright.shape[:2])
     assert (info.height > info.width) == (degrees in {90, 270})
@@ -206,15 +226,17 @@ def test_rotation_is_applied(degrees: int):
     assert (frame.permute(1, 2, 0).float() - upright.float()).abs().mean() < 3
 
 
-@pytest.mark.skipif(not HARD.is_dir(), reason="the hard clips are not here")
-@pytest.mark.parametrize("name", ["variable-frame-rate.mp4", "unordered-timestamps.mov", "animation.gif", "av1.mp4", "vp9.webm"])
-def test_hard_clips_give_every_frame_in_the_order_of_its_time(name: str):
-    with av.open(str(HARD / name)) as container:
+@pytest.mark.parametrize(
+    "name", ["variable-frame-rate.mp4", "unordered-timestamps.mov", "animation.gif", "av1.mp4", "hevc-10bit.mp4", "vp9.webm"]
+)
+def test_hard_clips_give_every_frame_in_the_order_of_its_time(hard_clips: Path, name: str):
+    with av.open(str(hard_clips / name)) as container:
         shown = sorted(container.decode(video=0), key=lambda frame: frame.pts)
         expected = [frame.to_ndarray(format="rgb24").mean() for frame in shown]
-    info = probe(HARD / name)
+    assert min(later - earlier for earlier, later in itertools.pairwise(expected)) > 4  # so that a wrong frame is noticed
+    info = probe(hard_clips / name)
     assert info.frames == len(expected)
-    frames = read_frames(HARD / name, tuple(range(info.frames)), (info.height, info.width))
+    frames = read_frames(hard_clips / name, tuple(range(info.frames)), (info.height, info.width))
     assert frames.float().mean(dim=(1, 2, 3)).tolist() == pytest.approx(expected, abs=2.5)
 
 

@@ -2,22 +2,19 @@
 
 import json
 import os
-import random
 import shutil
 from pathlib import Path
 
 import av
-import numpy as np
 import pytest
-from common import SHARED, render_clip, render_image
+from common import render_clip, render_image
+from hard_clips import damage, write_audio
 
 from crepatrain.data import index
 from crepatrain.data.decode import probe
 from crepatrain.data.digests import FileDigests
 from crepatrain.data.index import Clip, ClipIndex, Refusal, choose_captions, list_clips, refusal_error
 from crepatrain.errors import UserError
-
-HARD = SHARED / "hard_clips"
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +57,6 @@ def add(folder: Path, video: Path, name: str, caption: str | None = None) -> Pat
     if caption is not None:
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path
-
-
-def damage(source: Path, to: Path, *, size: int, seed: int) -> Path:
-    """A copy with `size` random bytes in the middle of its media."""
-    content = bytearray(source.read_bytes())
-    begin, end = content.index(b"mdat") + 4, content.rindex(b"moov") - 4
-    draw = random.Random(seed)
-    at = begin + (end - begin - size) // 2 + draw.randrange(-(end - begin) // 8, (end - begin) // 8)
-    content[at : at + size] = draw.randbytes(size)
-    to.write_bytes(content)
-    return to
 
 
 def decoder_complains(path: Path) -> bool:
@@ -240,15 +226,6 @@ def test_an_empty_sidecar_is_no_caption(folder: Path, video: Path):
     assert list_clips(folder)[0][1] is None
 
 
-def write_audio(path: Path) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
 def test_broken_files_are_refused_by_name_and_the_rest_goes_on(folder: Path, video: Path, tmp_path: Path):
     good = add(folder, video, "good.mp4", "fine")
     (folder / "cut.mp4").write_bytes(video.read_bytes()[: video.stat().st_size // 2])
@@ -362,9 +339,8 @@ def test_each_clip_advances_once(folder: Path, video: Path, tmp_path: Path):
     assert len(ticks) == 2
 
 
-@pytest.mark.skipif(not HARD.is_dir(), reason="the hard clips are not here")
-def test_hard_clips_are_read_or_refused_with_a_reason(tmp_path: Path):
-    clips, refused = read(HARD, tmp_path)
+def test_hard_clips_are_read_or_refused_with_a_reason(hard_clips: Path, tmp_path: Path):
+    clips, refused = read(hard_clips, tmp_path)
     assert {clip.path.name for clip in clips} == {
         "animation.gif",
         "av1.mp4",

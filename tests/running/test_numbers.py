@@ -27,7 +27,6 @@ from safetensors.torch import load_file
 from transformers import Dinov2Model
 
 
-@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(config_file: Write, tmp_path: Path):
     changes = {"max_train_steps": 4, "gradient_accumulation_steps": 2, "crepa_cutoff_step": 3, "crepa_warmup_steps": 1}
     alone = train(config_file, output_dir=str(tmp_path / "alone"), train_batch_size=2, **changes)
