@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from crepatrain.screen import Screen
     from crepatrain.training.context import Context
 
-SHARED = Path(__file__).parents[2] / "shared"
-
 
 def tiny_family(name: str = "wan", size: str = "tiny", **options: Any) -> "Family":
     """A family as one of its tiny checkpoints is.

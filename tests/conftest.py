@@ -11,6 +11,9 @@ import pytest
 import torch
 from common import render_clip, render_image, tiny_values
 
+# A comparison in a module of helpers explains what differs, as one in a test does.
+pytest.register_assert_rewrite("runs")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_and_apart(tmp_path_factory: pytest.TempPathFactory):

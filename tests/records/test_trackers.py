@@ -19,7 +19,7 @@ from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
 from crepatrain.records.event_files import EventFile, _masked_crc
-from crepatrain.records.events import Ended, Logged, StepBegins, VideosMade
+from crepatrain.records.events import Ended, Logged, StepDone, VideosMade
 from crepatrain.records.runfolder import RunFolder
 from crepatrain.records.trackers import scalars, tracking
 
@@ -105,7 +105,7 @@ def test_trackers_are_subscribers_to_what_happens(config_file, tmp_path: Path):
         with tracking(folder, 0) as subscribers:
             assert len(subscribers) == int(writes)
             for subscriber in subscribers:
-                subscriber(StepBegins(0))
+                subscriber(StepDone(1, 0.5))
                 subscriber(VideosMade(0, {"a": np.zeros((3, 8, 8, 3), np.uint8)}, file))
                 subscriber(Logged({"step": 1, "loss": 0.5}))
                 subscriber(Ended("completed", 1))
