@@ -3,8 +3,8 @@
 import torch
 
 from crepatrain.config.plan import Plan
-from crepatrain.memory import estimate as vram
-from crepatrain.memory.estimate import GIB, Estimate
+from crepatrain.memory.estimate import Estimate, estimate_memory
+from crepatrain.memory.stages import GIB
 from crepatrain.preparing import preflight
 from crepatrain.preparing.preflight import Dataset
 from crepatrain.screen import Screen
@@ -44,7 +44,7 @@ def estimate_vram(plan: Plan, dataset: Dataset, screen: Screen) -> Estimate:
         UserError: the model's step can't run on fake tensors.
     """
     screen.say("estimating GPU memory: the step itself, on tensors without values")
-    estimate = vram.estimate(plan, list(dataset.cut.buckets))
+    estimate = estimate_memory(plan, list(dataset.cut.buckets))
     owners = dict.fromkeys(owner for stage in estimate.stages.values() for owner in stage.by_owner)
     stages = estimate.stages.values()
     rows = [(owner, *(_gib(stage.by_owner[owner]) if owner in stage.by_owner else "-" for stage in stages)) for owner in owners]

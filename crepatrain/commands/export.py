@@ -15,9 +15,9 @@ from crepatrain.config.sections import RunConfig
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.outputs import expect_nothing_at
+from crepatrain.placement.precision import compute_dtype
 from crepatrain.records.runfolder import RunFolder, adapter_name, config_of, family_of
 from crepatrain.screen import Screen
-from crepatrain.training.build import compute_dtype
 from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, checkpoints, read_plain, read_tensors, step_of
 from crepatrain.training.lora import add_lora, live_adapter, load_trained_state, put_on_cpu, target_modules
 

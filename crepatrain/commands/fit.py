@@ -20,6 +20,8 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.data.loader import keyed_generator
 from crepatrain.errors import DivergedError, UserError
+from crepatrain.placement.precision import autocast
+from crepatrain.placement.processes import no_sync
 from crepatrain.preparing.precompute import fill_caches, free_memory, plan_caches
 from crepatrain.preparing.preflight import dataset_facts, hold_out, look_at_clips
 from crepatrain.records.layout import ADAPTER_FILE
@@ -335,6 +337,7 @@ def _launch(run: Run, batches: Iterator[Batch], stop: StopSignal) -> Launched:
     crepa = _crepa_term(run, weight, clock) if measured else None
     torch.manual_seed(keyed_generator("dropout", config.seed, state.step, run.accelerator.process_index).initial_seed())
 
+    modules = [module for module in (run.transformer, run.crepa) if module is not None]
     sums, clips = StepSums(), []
     scores = arriving = None
     for micro in range(config.gradient_accumulation_steps):
@@ -342,8 +345,8 @@ def _launch(run: Run, batches: Iterator[Batch], stop: StopSignal) -> Launched:
         with clock.waiting("data"):
             batch = next(batches).to(device)
         clips += batch.keys
-        with _gradients_shared_at_the_end(run, last=last):
-            with clock.part("forward"), build.autocast(config, device):
+        with no_sync(run.accelerator, modules, last=last):
+            with clock.part("forward"), autocast(config, device):
                 losses = training_loss(run.family, run.process, run.transformer, run.blocks, batch, crepa, run.layersync)
             sums.add(losses, batch.sigma)
             if last:
@@ -386,16 +389,6 @@ def _crepa_term(run: Run, weight: float, clock: StepClock) -> CrepaTerm:
     assert run.crepa is not None
     assert run.teacher is not None
     return build.crepa_term(run.config, run.crepa, run.teacher, weight, timed=lambda: clock.part("crepa"))
-
-
-@contextlib.contextmanager
-def _gradients_shared_at_the_end(run: Run, *, last: bool) -> Iterator[None]:
-    """Several processes exchange gradients in the last micro-batch only."""
-    with contextlib.ExitStack() as stack:
-        for module in (run.transformer, run.crepa):
-            if module is not None and not last:
-                stack.enter_context(run.accelerator.no_sync(module))
-        yield
 
 
 def _over_processes(run: Run, scores: Tensor, stop: StopSignal) -> Tensor:

@@ -19,6 +19,7 @@ from crepatrain.data.decode import Unreadable, as_video, read_frames
 from crepatrain.data.loader import Sample
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
+from crepatrain.placement.precision import encoding_dtype
 from crepatrain.preparing.preflight import Dataset, image_bytes, in_words, latents_bytes, teacher_bytes
 from crepatrain.screen import Screen
 from crepatrain.stopping import StopSignal
@@ -28,10 +29,9 @@ from crepatrain.training.build import (
     build_image_encoder,
     build_vae,
     encoder_folder,
-    encoding_dtype,
-    loading,
     model_folder,
 )
+from crepatrain.training.loading import loading
 
 _CAPTIONS_AT_ONCE = 8
 _DECODED_AHEAD = 2
@@ -210,8 +210,10 @@ def _fill_text(plan: Plan, caches: Caches, screen: Screen, device: torch.device,
     family = build_family(plan)
     folder = model_folder(plan)
     screen.say(f"loading the text encoder for {len(missing) + bool(negative)} texts")
-    with loading("text_encoder", folder):
-        encoder = family.load_text_encoder(str(folder), encoding_dtype(device)).to(device)
+    parts = tuple(part for part in plan.variant.parts if part.startswith(("text_encoder", "tokenizer")))
+    with loading(folder, parts):
+        encoder = family.load_text_encoder(str(folder), encoding_dtype(device))
+    encoder = encoder.to(device)
     with screen.progress("encoding captions", len(missing)) as advance, torch.no_grad():
         for start in range(0, len(missing), _CAPTIONS_AT_ONCE):
             stop.check(_KEPT)

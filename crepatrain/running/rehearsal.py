@@ -6,16 +6,15 @@ from torch import Tensor
 from crepatrain.config.plan import Plan
 from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
-from crepatrain.memory import estimate as vram
-from crepatrain.memory.estimate import GIB
+from crepatrain.memory.estimate import estimate_memory, largest_bucket
+from crepatrain.memory.stages import GIB, training_stage
+from crepatrain.placement.precision import autocast
+from crepatrain.placement.states import empty_states
 from crepatrain.preparing.precompute import free_memory
 from crepatrain.running.session import Run
 from crepatrain.screen import Screen
 from crepatrain.training import build
 from crepatrain.training.step import training_loss
-
-# Bytes of state that an optimizer keeps for each parameter.
-_STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0}
 
 
 def rehearse(run: Run, plan: Plan, buckets: list[Bucket], screen: Screen) -> None:
@@ -24,7 +23,7 @@ def rehearse(run: Run, plan: Plan, buckets: list[Bucket], screen: Screen) -> Non
     Raises:
         UserError: it does not fit; with what would.
     """
-    largest = vram.largest_bucket(plan, buckets)
+    largest = largest_bucket(plan, buckets)
     screen.say(f"rehearsing a step on the largest clips, {largest}")
     devices = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
     try:
@@ -44,7 +43,7 @@ def _step(run: Run, bucket: Bucket) -> None:
     crepa = None
     if run.crepa is not None and run.teacher is not None and schedule is not None and schedule.needs_score(step):
         crepa = build.crepa_term(config, run.crepa, run.teacher, config.crepa_lambda)
-    with build.autocast(config, device):
+    with autocast(config, device):
         losses = training_loss(run.family, run.process, run.transformer, run.blocks, batch, crepa, run.layersync)
     run.accelerator.backward(losses.total)
     del states
@@ -61,8 +60,7 @@ def _step_of(run: Run, bucket: Bucket) -> int:
 def _room_for_states(run: Run) -> list[Tensor]:
     """As much memory as the optimizers will take when they first move."""
     parameters = [parameter for learner in run.learners.values() for parameter in learner.parameters]
-    size = _STATES[run.config.optimizer]
-    return [torch.empty(parameter.numel() * size, dtype=torch.uint8, device=parameter.device) for parameter in parameters]
+    return empty_states(run.config.optimizer, parameters)
 
 
 def _give_back(run: Run) -> None:
@@ -74,7 +72,7 @@ def _give_back(run: Run) -> None:
 def _does_not_fit(plan: Plan, bucket: Bucket) -> UserError:
     what = f"out of GPU memory on the largest clips, {bucket}"
     try:
-        estimate = vram.estimate(plan, [bucket])
+        estimate = estimate_memory(plan, [bucket])
     except UserError:  # no estimate for this model
         return UserError(what, "lower num_frames, height and width, or train_batch_size; nothing was trained yet")
     training = estimate.stages["training"]
@@ -88,7 +86,7 @@ def _does_not_fit(plan: Plan, bucket: Bucket) -> UserError:
 def compare_memory(plan: Plan, buckets: list[Bucket], measured: int, screen: Screen) -> None:
     """The estimate beside what was measured, in bytes."""
     try:
-        estimated = vram.training_stage(plan, vram.largest_bucket(plan, buckets)).allocated
+        estimated = training_stage(plan, largest_bucket(plan, buckets)).allocated
     except UserError as error:
         screen.note(error.problems[0].what)
         return

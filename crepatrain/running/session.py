@@ -21,6 +21,8 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, read_batches
 from crepatrain.families.base import Family
+from crepatrain.placement.placing import place
+from crepatrain.placement.processes import wrap
 from crepatrain.preparing.precompute import Caches
 from crepatrain.preparing.preflight import Dataset, build_sampler, samples_digest, total_steps
 from crepatrain.records.reading import read_best
@@ -28,7 +30,6 @@ from crepatrain.records.runfolder import RunFolder
 from crepatrain.screen import Screen
 from crepatrain.tensors import Batch
 from crepatrain.training import build
-from crepatrain.training.build import Learner
 from crepatrain.training.checkpoint import (
     EMA_FILE,
     TRAINED_FILE,
@@ -43,6 +44,7 @@ from crepatrain.training.checkpoint import (
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.ema import WeightAverage
 from crepatrain.training.lora import begin_with, load_trained_state, trained_state
+from crepatrain.training.optim import ScheduledOptimizer, build_scheduled_optimizer
 from crepatrain.training.state import TrainState
 from crepatrain.training.step import LayerSyncTerm
 
@@ -126,7 +128,7 @@ class Run:
     projector: Crepa | None
     teacher: Teacher | None
     layersync: LayerSyncTerm | None
-    learners: dict[str, Learner]
+    learners: dict[str, ScheduledOptimizer]
     state: TrainState
     sampler: StepSampler
     open_batches: Callable[[int], Iterator[Batch]]
@@ -164,21 +166,25 @@ def build_run(
     family = build.build_family(plan)
     process = build.build_process(plan)
     torch.manual_seed(config.seed)
-    adapted = build.build_transformer(plan, family, device)
-    learners = {"transformer": build.build_learner(config, adapted, config.learning_rate, start.total)}
-    projector = None
-    if state.schedule:
-        torch.manual_seed(config.seed + 1)  # the projector's own: the adapter begins the same with and without CREPA
-        projector = build.build_crepa(plan).to(device)
-        assert config.crepa_projector_lr is not None
-        learners["projector"] = build.build_learner(config, projector, config.crepa_projector_lr, start.total)
+    adapted = build.load_transformer(plan, family)
+    build.adapt(plan, family, adapted)
+    if start.adapter:
+        begin_with(adapted, start.adapter)
+        screen.say(f"beginning with {config.init_adapter}")
+    place(config, adapted, family.blocks(adapted), device)
+    transformer = wrap(accelerator, adapted)
+    learners = {"transformer": build_scheduled_optimizer(config, adapted, config.learning_rate, start.total)}
     if config.compile:
         screen.note(
             "the blocks are compiled in the first step, and once more for a second bucket: that takes minutes, the rest is faster"
         )
-    if start.adapter:
-        begin_with(adapted, start.adapter)
-        screen.say(f"beginning with {config.init_adapter}")
+    projector = crepa = None
+    if state.schedule:
+        torch.manual_seed(config.seed + 1)  # the projector's own: the adapter begins the same with and without CREPA
+        projector = build.build_crepa(plan).to(device)
+        crepa = wrap(accelerator, projector)
+        assert config.crepa_projector_lr is not None
+        learners["projector"] = build_scheduled_optimizer(config, projector, config.crepa_projector_lr, start.total)
     average = WeightAverage(learners["transformer"].parameters, config.ema_decay) if config.use_ema else None
     if start.resume:
         restore(start.resume, config, adapted, projector, learners)
@@ -193,10 +199,10 @@ def build_run(
         accelerator=accelerator,
         folder=folder,
         fingerprint=fingerprint,
-        transformer=accelerator.prepare_model(adapted),
+        transformer=transformer,
         adapted=adapted,
         blocks=family.blocks(adapted),
-        crepa=accelerator.prepare_model(projector) if projector else None,
+        crepa=crepa,
         projector=projector,
         teacher=build.build_teacher(plan, family, device) if state.asks_teacher else None,
         layersync=build.build_layersync(config),
@@ -298,9 +304,9 @@ def save(run: Run) -> None:
 
 
 def restore(
-    checkpoint: Path, config: RunConfig, adapted: nn.Module, projector: Crepa | None, learners: Mapping[str, Learner]
+    checkpoint: Path, config: RunConfig, adapted: nn.Module, projector: Crepa | None, learners: Mapping[str, ScheduledOptimizer]
 ) -> None:
-    """Put a checkpoint's tensors into modules and learners that are built."""
+    """Put a checkpoint's tensors into modules and optimizers that are built."""
     with readable(checkpoint):
         load_trained_state(adapted, read_tensors(checkpoint, TRAINED_FILE[config.model_type]))
         if projector:

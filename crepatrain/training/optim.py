@@ -1,14 +1,17 @@
 """Optimizers and learning-rate schedules, one of each for the transformer and for the projector."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from crepatrain.config.sections import OptimConfig
+from crepatrain.config.sections import OptimConfig, RunConfig
+from crepatrain.training.lora import trainable_parameters
 
 
 def build_optimizer(config: OptimConfig, parameters: Sequence[nn.Parameter], learning_rate: float) -> Optimizer:
@@ -36,6 +39,58 @@ def build_lr_scheduler(config: OptimConfig, optimizer: Optimizer, max_train_step
     return get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=max_train_steps
     )
+
+
+@dataclass(frozen=True, eq=False)
+class ScheduledOptimizer:
+    """An optimizer over some parameters, with its learning-rate schedule."""
+
+    parameters: Sequence[nn.Parameter]
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the optimizer itself can leave the weights alone; torch's GradScaler asks the same."""
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
+    def step(self, found_inf: Tensor) -> None:
+        """Move the weights and the schedule, and drop the gradients.
+
+        Args:
+            found_inf: scalar; a guarded optimizer moves nothing where it is 1.
+        """
+        if self.guarded:
+            self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        # The schedule of a run whose length has changed holds from this step on, not from the one after it.
+        schedule = cast("LambdaLR", self.lr_scheduler)
+        rates = [base * at(schedule.last_epoch) for base, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
+
+
+def build_scheduled_optimizer(
+    config: RunConfig, module: nn.Module, learning_rate: float, max_train_steps: int
+) -> ScheduledOptimizer:
+    """An optimizer over what of a module is trained. Built after the module is placed."""
+    parameters = trainable_parameters(module)
+    optimizer = build_optimizer(config, parameters, learning_rate)
+    return ScheduledOptimizer(parameters, optimizer, build_lr_scheduler(config, optimizer, max_train_steps))
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
