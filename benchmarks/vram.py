@@ -42,12 +42,12 @@ def row(name: str, device: str) -> dict[str, Any]:
     frames, height, width = plan.size
     bucket = Bucket(frames, height, width)
     estimated = stages.training_stage(plan, bucket).allocated / stages.GIB
-    told = {"model": name, "clip": str(bucket), "estimated GiB": estimated, "measured GiB": None, "ratio": None}
+    found = {"model": name, "clip": str(bucket), "estimated GiB": estimated, "measured GiB": None, "ratio": None}
     if device == "cuda":
         measured = stages.measured_step(plan, bucket, torch.device("cuda")) / stages.GIB
         torch.cuda.empty_cache()
-        told |= {"measured GiB": measured, "ratio": estimated / measured}
-    return told
+        found |= {"measured GiB": measured, "ratio": estimated / measured}
+    return found
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class StorageAccount(TorchDispatchMode):
     """Counts the bytes of all tensors that are made while it is active, real or fake; on the meta device there are none.
 
     Attributes:
-        owner: whom new storages are counted for.
+        owner: the name under which new storages are counted.
         devices: the account of each device that holds something, or did.
     """
 

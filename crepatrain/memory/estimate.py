@@ -18,7 +18,7 @@ from crepatrain.placement.states import empty_states
 from crepatrain.quiet import quiet_libraries
 from crepatrain.training.lora import trainable_parameters
 
-# From then on the other estimates are worth processes of their own.
+# Where the first estimate takes longer, the others run in processes of their own.
 _SLOW_SECONDS = 2.0
 
 _STAGES: Mapping[str, Callable[[Plan, Bucket], Stage]] = {"caching": caching_stage, "sampling": sampling_stage}
@@ -29,9 +29,9 @@ class Estimate:
     """What a run needs.
 
     Attributes:
-        stages: caching text, caching clips, training; None where a stage can't be estimated.
+        stages: `caching text`, `caching clips`, `training`, and `sampling` where the run makes validation videos.
         crepa: bytes that CREPA adds to the training step with each teacher source, beginning with the config's own.
-        remedies: what would change the training step's peak, in the config's words, with the bytes it would come to.
+        remedies: changes to the config that make the training step's peak smaller, each with the bytes that are left; best first.
     """
 
     stages: Mapping[str, Stage]
@@ -45,16 +45,16 @@ class Estimate:
 
     @property
     def largest(self) -> str:
-        """The stage that decides."""
+        """The name of the stage that needs most."""
         return max(self.stages, key=lambda name: self.stages[name].peak)
 
     def as_json(self) -> dict[str, Any]:
-        """For programs; in GiB. Caching is the larger of its two parts, which stand in it too."""
-        told = {name: _plain(stage) for name, stage in self.stages.items()}
-        parts = {name: told.pop(f"caching {name}") for name in ("text", "clips")}
+        """Plain values for other programs, in GiB. `caching` is the larger of its two parts, and lists both."""
+        stages = {name: _plain(stage) for name, stage in self.stages.items()}
+        parts = {name: stages[f"caching {name}"] for name in ("text", "clips")}
         caching = max(parts.values(), key=lambda part: part["peak_gib"]) | {"parts": parts}
         return {
-            "stages": {"training": told.pop("training"), "caching": caching, "sampling": told.get("sampling")},
+            "stages": {"training": stages["training"], "caching": caching, "sampling": stages.get("sampling")},
             "peak_gib": self.peak / GIB,
             "calibrated": False,
             "crepa": {source: size / GIB for source, size in self.crepa.items()},
@@ -72,15 +72,15 @@ def _plain(stage: Stage) -> dict[str, Any]:
 
 
 def largest_bucket(plan: Plan, buckets: Sequence[Bucket]) -> Bucket:
-    """The one whose clips have the most tokens: it decides."""
+    """The bucket whose clips have the most tokens: its step needs most memory."""
     return max(buckets, key=lambda bucket: plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width).tokens)
 
 
 def estimate_memory(plan: Plan, buckets: Sequence[Bucket]) -> Estimate:
-    """Every stage of a run, CREPA's share of it, and what would make it smaller; each number out of a step of its own.
+    """The stages of a run, CREPA's share of training, and what would make it smaller; every number comes from a step of its own.
 
     Args:
-        buckets: of the dataset; the one of the most tokens decides.
+        buckets: of the dataset; the step is that of the one with the most tokens.
 
     Raises:
         UserError: the model's step can't run on fake tensors.
@@ -134,7 +134,7 @@ def _crepa_variants(plan: Plan) -> dict[str, RunConfig]:
 
 
 def _smaller(plan: Plan, bucket: Bucket) -> dict[str, tuple[RunConfig, Bucket]]:
-    """Configs that hold less."""
+    """Configs and buckets whose training needs less memory, by the change that they are."""
     config, found = plan.config, {}
     if not config.gradient_checkpointing:
         found["gradient_checkpointing: true"] = (config.model_copy(update={"gradient_checkpointing": True}), bucket)
@@ -148,7 +148,7 @@ def _smaller(plan: Plan, bucket: Bucket) -> dict[str, tuple[RunConfig, Bucket]]:
 
 
 def _job(job: tuple[str, RunConfig, Bucket]) -> Stage | None:
-    """One estimate, in this process or another; None where it can't be made."""
+    """One estimate, in this process or another; None where a changed config can't be estimated."""
     kind, config, bucket = job
     quiet_libraries()
     try:
@@ -162,7 +162,7 @@ def _job(job: tuple[str, RunConfig, Bucket]) -> Stage | None:
 
 @contextlib.contextmanager
 def _workers(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """`map`, over that many processes where there are any."""
+    """A `map` that runs over so many processes, or within this one for 0."""
     if count == 0:
         yield map
         return

@@ -60,7 +60,7 @@ class Stage:
 
     Attributes:
         by_owner: bytes, the largest first.
-        op: the operator after which that was; empty where the part was not run.
+        op: the operator after which that was; empty where nothing was run.
     """
 
     by_owner: Mapping[str, int]
@@ -73,7 +73,7 @@ class Stage:
 
     @property
     def margin(self) -> int:
-        """Bytes that no account of tensors sees: the CUDA context and what the allocator loses."""
+        """Bytes that are in no tensor: the CUDA context, and what the allocator loses to rounding."""
         return _CONTEXT_BYTES + int(_FRAGMENTED * self.allocated)
 
     @property
@@ -83,7 +83,7 @@ class Stage:
 
 
 def text_stage(plan: Plan) -> Stage:
-    """The text encoders' weights; what a few captions add to them is in the margin."""
+    """The text encoders' weights; the margin covers what a few captions add to them."""
     folder = Path(plan.config.pretrained_model_name_or_path)
     if plan.checkpoint.origin == "folder":
         parameters = sum(_parameters(folder / part) for part in plan.variant.parts if part.startswith("text_encoder"))
@@ -93,7 +93,7 @@ def text_stage(plan: Plan) -> Stage:
 
 
 def _parameters(folder: Path) -> int:
-    """Of a model in transformers' format, from its config.json."""
+    """How many parameters a model in transformers' format has, by its config.json."""
     config = AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
     with torch.device("meta"):
@@ -101,7 +101,7 @@ def _parameters(folder: Path) -> int:
 
 
 def caching_stage(plan: Plan, bucket: Bucket) -> Stage:
-    """A clip through the VAE and the vision encoder, which stay loaded together.
+    """Encoding a clip with the VAE and the vision encoder, which are loaded together.
 
     Raises:
         UserError: one of them can't run on fake tensors.
@@ -163,7 +163,7 @@ def training_stage(plan: Plan, bucket: Bucket, *, fake: bool = True) -> Stage:
 
 
 def measured_step(plan: Plan, bucket: Bucket, device: torch.device) -> int:
-    """Bytes that a CUDA device really allocates in the same step, with weights of no meaning."""
+    """Bytes that a CUDA device really allocates in the same step, with arbitrary weights."""
     step, account = _Step(plan, bucket), StorageAccount()
     with account:
         step.place(account, device)
@@ -219,7 +219,7 @@ def _optimizer(config: RunConfig, module: nn.Module) -> ScheduledOptimizer | _Kn
 
 
 class _Step:
-    """What `fit` holds on the device, and what it does with it in a step. Built on the meta device."""
+    """All that `fit` holds on the device, and its optimizer step. Built on the meta device."""
 
     def __init__(self, plan: Plan, bucket: Bucket) -> None:
         self._plan, self._bucket = plan, bucket
@@ -300,7 +300,7 @@ def empty_trained(plan: Plan) -> dict[str, Any]:
 
 
 def _teacher(plan: Plan, family: Family) -> tuple[Teacher, dict[str, nn.Module]]:
-    """The teacher, and what it holds by owner."""
+    """The teacher, and the modules that it needs, by owner."""
     owned: dict[str, nn.Module] = {}
 
     def encoder() -> VisionEncoder:
@@ -329,7 +329,7 @@ def _vae(plan: Plan, family: Family) -> nn.Module:
 
 
 def _batch(plan: Plan, family: Family, bucket: Bucket) -> Batch:
-    """What the loader hands over, without values."""
+    """A batch as the loader makes it, without values."""
     config, size = plan.config, plan.config.train_batch_size
     grid = plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width)
     latent = (plan.geometry.latent_channels, *plan.geometry.latent_shape(bucket.frames, bucket.height, bucket.width))

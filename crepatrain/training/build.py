@@ -65,7 +65,7 @@ def build_process(plan: Plan) -> FlowMatching:
 
 
 def build_schedule(config: RunConfig, max_train_steps: int) -> CrepaSchedule | None:
-    """CREPA's weight over the run; None where it is off."""
+    """CREPA's weight over the run; None where CREPA is off."""
     if not config.crepa_enabled:
         return None
     return CrepaSchedule(
@@ -122,7 +122,7 @@ def build_vae(plan: Plan, family: Family, device: torch.device) -> Any:
 
 
 def build_image_encoder(plan: Plan, family: Family, device: torch.device) -> Any:
-    """What else than the VAE sees a first frame; None where nothing does."""
+    """The encoder beside the VAE that sees a first frame; None where the model has none."""
     folder = model_folder(plan)
     with loading(folder, tuple(part for part in plan.variant.parts if part.startswith("image_"))):
         encoder = family.load_image_encoder(str(folder), encoding_dtype(device))
@@ -130,12 +130,12 @@ def build_image_encoder(plan: Plan, family: Family, device: torch.device) -> Any
 
 
 def build_teacher(plan: Plan, family: Family, device: torch.device) -> Teacher:
-    """The teacher of `crepa_feature_source`, with what it needs in memory: nothing, for the default."""
+    """The teacher of `crepa_feature_source`, with the modules that it needs loaded; `cached` needs none."""
     return choose_teacher(plan, family, lambda: build_encoder(plan, device), lambda: build_vae(plan, family, device))
 
 
 def choose_teacher(plan: Plan, family: Family, make_encoder: Callable[[], VisionEncoder], make_vae: Callable[[], Any]) -> Teacher:
-    """The teacher of `crepa_feature_source`, around modules that are made where it needs them."""
+    """The teacher of `crepa_feature_source`; a module is made only where it needs it."""
     config = plan.config
     if config.crepa_feature_source == "cached":
         return CachedTeacher()
@@ -222,13 +222,13 @@ def adapt(plan: Plan, family: Family, transformer: Any) -> None:
 
 
 def expect_trainable(plan: Plan, family: Family, device: torch.device) -> Any:
-    """Build what is trained on the meta device, to learn early that it can't be.
+    """Build the adapted transformer on the meta device, so that a run that can't be trained is refused early.
 
     Returns:
         The transformer, adapted where it is to be.
 
     Raises:
-        UserError: a target that is no layer of a block, or a model that this device can't train.
+        UserError: a target that is no layer of a block, or a model that can't be trained on this device.
     """
     reason = family.untrainable(device)
     if reason:

@@ -17,7 +17,7 @@ from crepatrain.training.lora import trainable_parameters
 def build_optimizer(config: OptimConfig, parameters: Sequence[nn.Parameter], learning_rate: float) -> Optimizer:
     """The config's optimizer over some parameters.
 
-    AdamW is the fused one: `found_inf` tells it on the device to leave the weights alone, so nothing has to be read first.
+    AdamW is the fused one: it reads `found_inf` on the device and then leaves the weights alone, so the host reads nothing first.
     """
     betas = (config.adam_beta1, config.adam_beta2)
     decay, epsilon = config.adam_weight_decay, config.adam_epsilon
@@ -55,14 +55,14 @@ class ScheduledOptimizer:
 
     @property
     def guarded(self) -> bool:
-        """Whether the optimizer itself can leave the weights alone; torch's GradScaler asks the same."""
+        """Whether the optimizer itself reads `found_inf`; torch's GradScaler decides by the same attribute."""
         return getattr(self.optimizer, "_step_supports_amp_scaling", False)
 
     def step(self, found_inf: Tensor) -> None:
         """Move the weights and the schedule, and drop the gradients.
 
         Args:
-            found_inf: scalar; a guarded optimizer moves nothing where it is 1.
+            found_inf: scalar on the device; a guarded optimizer moves nothing where it is 1.
         """
         if self.guarded:
             self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
@@ -94,7 +94,7 @@ def build_scheduled_optimizer(
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Clip to a norm (0: never) and give the norm from before, a scalar on the device."""
+    """Clip gradients to a norm (0: never), and return their norm from before, a scalar on the device."""
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     if not with_gradient:  # a projector whose weight is 0
         return parameters[0].new_zeros(())

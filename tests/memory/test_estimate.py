@@ -45,11 +45,11 @@ def test_an_estimate_of_everything(plan_of):
     assert list(remedies.values()) == sorted(remedies.values())
     half = stages.training_stage(plan_of(train_batch_size=1, gradient_checkpointing=False), bucket_of(plan))
     assert remedies["train_batch_size: 1"] == half.peak
-    told = estimate.as_json()
-    assert told["peak_gib"] == max(stage["peak_gib"] for stage in told["stages"].values() if stage)
-    for stage in filter(None, told["stages"].values()):
+    values = estimate.as_json()
+    assert values["peak_gib"] == max(stage["peak_gib"] for stage in values["stages"].values() if stage)
+    for stage in filter(None, values["stages"].values()):
         assert sum(stage["by_owner"].values()) == pytest.approx(stage["peak_gib"])
-    assert told["calibrated"] is False
+    assert values["calibrated"] is False
 
 
 @pytest.mark.parametrize("family", ["wan", pytest.param("ltxvideo", marks=pytest.mark.slow)])
@@ -65,8 +65,8 @@ def test_an_8bit_adamw_holds_what_the_estimate_offers(plan_of, monkeypatch):
     plan = plan_of(model_type="full")
     offered = dict(vram.estimate_memory(plan, [bucket_of(plan)]).remedies)["optimizer: adamw8bit"]
     taken = plan_of(model_type="full", optimizer="adamw8bit")
-    told_to_move = 2 * 512  # the fused AdamW of transformer and projector keeps whether it may move
-    assert abs(offered - stages.training_stage(taken, bucket_of(taken)).peak) <= 1.03 * told_to_move
+    found_inf = 2 * 512  # the fused AdamW of transformer and projector keeps a scalar that says whether it may move
+    assert abs(offered - stages.training_stage(taken, bucket_of(taken)).peak) <= 1.03 * found_inf
 
 
 def run(monkeypatch, *arguments):
@@ -107,7 +107,7 @@ def test_a_rehearsal_changes_no_number(config_file, tmp_path):
     assert len(losses[0]) == 3
 
 
-def test_what_does_not_fit_is_told_before_the_first_step(config_file, tmp_path, monkeypatch):
+def test_what_does_not_fit_is_reported_before_the_first_step(config_file, tmp_path, monkeypatch):
     def exhausted(*_args, **_kwargs):
         raise torch.OutOfMemoryError
 
@@ -120,11 +120,11 @@ def test_what_does_not_fit_is_told_before_the_first_step(config_file, tmp_path, 
 def test_json_is_all_that_is_printed(plan_of, tmp_path, monkeypatch, capsys):
     plan_of(crepa_enabled=False)
     assert run(monkeypatch, "dry-run", tmp_path / "config.json", "--estimate-vram", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert {"stages", "peak_gib", "calibrated", "remedies"} <= told.keys()
-    assert told["stages"].keys() == {"caching", "training", "sampling"}
-    parts = told["stages"]["caching"]["parts"]
-    assert told["stages"]["caching"]["peak_gib"] == max(parts["text"]["peak_gib"], parts["clips"]["peak_gib"])
+    values = json.loads(capsys.readouterr().out)
+    assert {"stages", "peak_gib", "calibrated", "remedies"} <= values.keys()
+    assert values["stages"].keys() == {"caching", "training", "sampling"}
+    parts = values["stages"]["caching"]["parts"]
+    assert values["stages"]["caching"]["peak_gib"] == max(parts["text"]["peak_gib"], parts["clips"]["peak_gib"])
 
 
 def test_a_model_without_an_estimate_has_an_exit_code(plan_of, tmp_path, monkeypatch, capsys):
@@ -138,9 +138,9 @@ def test_a_model_can_be_assumed(plan_of, tmp_path, monkeypatch, capsys):
     plan_of(num_frames=5, mixed_precision="bf16", crepa_enabled=False)
     command = ("dry-run", tmp_path / "config.json", "--assume-model", "wan2.1-1.3b", "--json")
     assert run(monkeypatch, *command) == 0
-    told = json.loads(capsys.readouterr().out)["stages"]
-    assert told["training"]["by_owner"]["transformer"] == pytest.approx(2.65, abs=0.01)
-    assert told["caching"]["parts"]["text"]["by_owner"]["text encoder"] == pytest.approx(10.58, abs=0.01)
+    values = json.loads(capsys.readouterr().out)["stages"]
+    assert values["training"]["by_owner"]["transformer"] == pytest.approx(2.65, abs=0.01)
+    assert values["caching"]["parts"]["text"]["by_owner"]["text encoder"] == pytest.approx(10.58, abs=0.01)
     assert run(monkeypatch, "dry-run", tmp_path / "config.json", "--assume-model", "wan2.1-1.3bb") == 2
     assert "did you mean wan2.1-1.3b?" in capsys.readouterr().err
 

@@ -90,7 +90,7 @@ def test_parts_weigh_what_they_weigh(plan_of):
     adapter = [p for p in transformer.parameters() if p.requires_grad]
     assert found["transformer"] == weigh(frozen)
     assert found["adapter"] == weigh(adapter)
-    steps = 512 * (len(adapter) + 1)  # AdamW counts them, one number each, and is told whether to move
+    steps = 512 * (len(adapter) + 1)  # AdamW counts them, one number each, and keeps a scalar that says whether to move
     assert found["optimizer"] == 2 * weigh(adapter) + steps
 
 
