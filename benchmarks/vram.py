@@ -9,7 +9,7 @@ from common import arguments, write
 from crepatrain.config.plan import make_plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.data.buckets import Bucket
-from crepatrain.memory import estimate as vram
+from crepatrain.memory import stages
 from crepatrain.specs import FAMILIES
 
 SIZES = ("wan2.1-1.3b", "wan2.1-14b", "wan2.2-5b", "ltx-2b", "ltx-13b", "sana-2b", "kandinsky5-lite")
@@ -41,13 +41,13 @@ def row(name: str, device: str) -> dict[str, Any]:
     plan = make_plan(config, online=False)
     frames, height, width = plan.size
     bucket = Bucket(frames, height, width)
-    estimated = vram.training_stage(plan, bucket).allocated / vram.GIB
-    told = {"model": name, "clip": str(bucket), "estimated GiB": estimated, "measured GiB": None, "ratio": None}
+    estimated = stages.training_stage(plan, bucket).allocated / stages.GIB
+    found = {"model": name, "clip": str(bucket), "estimated GiB": estimated, "measured GiB": None, "ratio": None}
     if device == "cuda":
-        measured = vram.measured_step(plan, bucket, torch.device("cuda")) / vram.GIB
+        measured = stages.measured_step(plan, bucket, torch.device("cuda")) / stages.GIB
         torch.cuda.empty_cache()
-        told |= {"measured GiB": measured, "ratio": estimated / measured}
-    return told
+        found |= {"measured GiB": measured, "ratio": estimated / measured}
+    return found
 
 
 if __name__ == "__main__":

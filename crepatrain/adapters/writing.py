@@ -17,9 +17,9 @@ from crepatrain.config.sections import RunConfig
 from crepatrain.errors import Problem, UserError
 from crepatrain.families.base import Family
 from crepatrain.files import share
+from crepatrain.placement.precision import compute_dtype
 from crepatrain.records.opening import adapter_name
 from crepatrain.records.runfolder import RunFolder
-from crepatrain.training.build import compute_dtype
 from crepatrain.training.checkpoint import replace_file
 from crepatrain.training.lora import baked_adapter, live_adapter
 

@@ -19,6 +19,8 @@ from crepatrain.data.encode import as_jpeg
 from crepatrain.data.loader import Draw
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
+from crepatrain.placement.placing import place
+from crepatrain.placement.precision import autocast
 from crepatrain.preparing.precompute import fill_caches, plan_caches
 from crepatrain.preparing.preflight import read_dataset
 from crepatrain.records.layout import RunLayout, checkpoints, step_of
@@ -88,7 +90,9 @@ class _Probe:
     @classmethod
     def load(cls, plan: Plan, checkpoint: Path, device: torch.device) -> "_Probe":
         family = build.build_family(plan)
-        transformer, crepa = build.build_transformer(plan, family, device), build.build_crepa(plan).to(device)
+        transformer, crepa = build.load_transformer(plan, family), build.build_crepa(plan).to(device)
+        build.adapt(plan, family, transformer)
+        place(plan.config, transformer, family.blocks(transformer), device)
         restore_modules(checkpoint, transformer, crepa)
         if plan.config.use_ema:  # the average is the run's result
             load_trained_state(transformer, read_trained(checkpoint, transformer, average=True))
@@ -108,8 +112,8 @@ class _Probe:
         assert block is not None
         noisy = self.process.add_noise(batch.latents, batch.noise, batch.sigma)
         blocks = self.family.blocks(self.transformer)
-        autocast = build.autocast(self.plan.config, batch.latents.device)
-        with autocast, capture_blocks(blocks, {block, *self.teacher.blocks}) as captured:
+        wanted, device = {block, *self.teacher.blocks}, batch.latents.device
+        with autocast(self.plan.config, device), capture_blocks(blocks, wanted) as captured:
             self.family.denoise(self.transformer, noisy, batch.sigma, batch)
         tokens = {index: self.family.video_tokens(output, batch.grid) for index, output in captured.items()}
         return self.crepa.patch_similarity(tokens[block], self.teacher.features(batch, tokens), batch.grid)[0]

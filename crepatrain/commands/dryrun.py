@@ -1,19 +1,18 @@
-"""Everything that can be said of a run without its weights."""
+"""What is known of a run before its weights are loaded: what it trains, and the GPU memory that it needs."""
 
 import torch
 
 from crepatrain.config.plan import Plan
-from crepatrain.memory import estimate as vram
-from crepatrain.memory.estimate import GIB, Estimate
+from crepatrain.memory.estimate import Estimate, estimate_memory
+from crepatrain.memory.stages import GIB, empty_trained
 from crepatrain.preparing import preflight
 from crepatrain.preparing.preflight import Dataset
 from crepatrain.screen import Screen
 from crepatrain.stopping import StopSignal
-from crepatrain.training import build
 from crepatrain.training.context import Context
 from crepatrain.training.lora import trainable_parameters
 
-# GiB that are free to use on a card of so many GB.
+# Usable GiB of a card that is sold as so many GB.
 _CARDS = {8: 7.8, 12: 11.8, 16: 15.8, 24: 23.6, 32: 31.5, 48: 47.5, 80: 79.1, 141: 139.7}
 
 
@@ -25,16 +24,10 @@ def dry_run(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
     """
     context = Context(plan, screen, torch.device("cpu"), stop)
     dataset, _ = preflight.read_datasets(context)
-    family = build.build_family(plan)
-    transformer = family.empty_transformer()
-    build.adapt(plan, family, transformer)
-    trainable = {
-        "transformer" if plan.config.model_type == "full" else "adapter": sum(
-            p.numel() for p in trainable_parameters(transformer)
-        )
-    }
-    if plan.config.crepa_enabled:
-        trainable["projector"] = sum(p.numel() for p in build.build_crepa(plan).parameters())
+    trained = empty_trained(plan)
+    trainable = {name: sum(p.numel() for p in trainable_parameters(module)) for name, module in trained.items()}
+    if plan.config.model_type == "lora":
+        trainable = {"adapter": trainable.pop("transformer")} | trainable
     preflight.describe(context, dataset, trainable)
     return dataset
 
@@ -46,7 +39,7 @@ def estimate_vram(plan: Plan, dataset: Dataset, screen: Screen) -> Estimate:
         UserError: the model's step can't run on fake tensors.
     """
     screen.say("estimating GPU memory: the step itself, on tensors without values")
-    estimate = vram.estimate(plan, list(dataset.clips.buckets))
+    estimate = estimate_memory(plan, list(dataset.clips.buckets))
     owners = dict.fromkeys(owner for stage in estimate.stages.values() for owner in stage.by_owner)
     stages = estimate.stages.values()
     rows = [(owner, *(_gib(stage.by_owner[owner]) if owner in stage.by_owner else "-" for stage in stages)) for owner in owners]
@@ -77,7 +70,7 @@ def estimate_vram(plan: Plan, dataset: Dataset, screen: Screen) -> Estimate:
 
 
 def fits(estimate: Estimate, gigabytes: float, screen: Screen) -> bool:
-    """Whether a run fits into so many GB, and say it."""
+    """Print and return whether a run fits on a card of so many GB."""
     room = _CARDS.get(int(gigabytes), gigabytes) if gigabytes == int(gigabytes) else gigabytes
     fitting = estimate.peak <= room * GIB
     screen.say(f"{_gib(estimate.peak)} GiB {'fit' if fitting else 'do not fit'} into {gigabytes:g} GB")

@@ -15,10 +15,10 @@ from crepatrain.config.sections import RunConfig
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.outputs import expect_nothing_at
+from crepatrain.placement.precision import compute_dtype
 from crepatrain.records.layout import RunLayout, checkpoints, numbered, step_of
 from crepatrain.records.opening import adapter_name, config_of, family_of
 from crepatrain.screen import Screen
-from crepatrain.training.build import compute_dtype
 from crepatrain.training.checkpoint_content import read_fingerprint
 from crepatrain.training.lora import live_adapter
 

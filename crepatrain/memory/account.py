@@ -1,45 +1,77 @@
-"""Every storage that a piece of work holds, and whose it is, at the moment when it holds most."""
+"""Every storage that a piece of work holds on each device, and whose it is, at the moment when the device holds most."""
 
 import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# CUDA's caching allocator hands out multiples of it.
+# CUDA's caching allocator gives memory in multiples of it.
 _ROUND = 512
 
 
-class StorageAccount(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is active, real or fake.
+def allocated_bytes(tensors: Iterator[Tensor] | list[Tensor]) -> int:
+    """What the allocator takes for tensors that share no storage."""
+    return sum(_rounded(tensor.nbytes) for tensor in tensors)
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _ROUND) * _ROUND
+
+
+@dataclass
+class DeviceAccount:
+    """Bytes on one device.
 
     Attributes:
-        owner: whom new storages are counted for.
-        peak: bytes of all at the fullest moment; peak_of: by owner; peak_op: the operator after which that was.
+        now: held at present; now_of: by owner.
+        peak: held at the fullest moment; peak_of: by owner; peak_op: the operator after which that was.
+    """
+
+    now: int = 0
+    now_of: Counter[str] = field(default_factory=Counter)
+    peak: int = 0
+    peak_of: Counter[str] = field(default_factory=Counter)
+    peak_op: str = ""
+
+    def change(self, size: int, owner: str) -> None:
+        """Hold so many bytes more, or fewer, for an owner."""
+        self.now += size
+        self.now_of[owner] += size
+
+    def mark(self, op: str) -> None:
+        """Take the present for the fullest moment."""
+        self.peak, self.peak_of, self.peak_op = self.now, self.now_of.copy(), op
+
+
+class StorageAccount(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is active, real or fake; on the meta device there are none.
+
+    Attributes:
+        owner: the name under which new storages are counted.
+        devices: the account of each device that holds something, or did.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.owner = "other"
-        self.peak_op = ""
-        self.peak = 0
-        self.peak_of: Counter[str] = Counter()
-        self._held: dict[int, tuple[int, str]] = {}
-        self._now = 0
-        self._now_of: Counter[str] = Counter()
+        self.devices: dict[torch.device, DeviceAccount] = {}
+        self._held: dict[int, tuple[DeviceAccount, int, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
-        if self._now > self.peak:
-            self.peak, self.peak_of, self.peak_op = self._now, self._now_of.copy(), str(func)
+        for account in self.devices.values():
+            if account.now > account.peak:
+                account.mark(str(func))
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -47,30 +79,33 @@ class StorageAccount(TorchDispatchMode):
         key = storage._cdata
         if key in self._held or tensor.device.type == "meta":
             return
-        size = -(-storage.nbytes() // _ROUND) * _ROUND
-        self._held[key] = (size, self.owner)
-        self._now += size
-        self._now_of[self.owner] += size
+        account, size = self.on(tensor.device), _rounded(storage.nbytes())
+        self._held[key] = (account, size, self.owner)
+        account.change(size, self.owner)
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
-        size, owner = self._held.pop(key)
-        self._now -= size
-        self._now_of[owner] -= size
+        account, size, owner = self._held.pop(key)
+        account.change(-size, owner)
+
+    def on(self, device: torch.device) -> DeviceAccount:
+        """The account of a device; an empty one where nothing was ever held there."""
+        return self.devices.setdefault(device, DeviceAccount())
 
     def give(self, tensor: Tensor, owner: str) -> None:
         """Count a tensor's storage for another owner from here on."""
         key = tensor.untyped_storage()._cdata
         if key not in self._held:  # made while the account was not active
             return
-        size, before = self._held[key]
-        self._held[key] = (size, owner)
-        self._now_of[before] -= size
-        self._now_of[owner] += size
+        account, size, before = self._held[key]
+        self._held[key] = (account, size, owner)
+        account.change(-size, before)
+        account.change(size, owner)
 
     def begin(self) -> None:
-        """Look for the fullest moment from here on."""
-        self.peak, self.peak_of, self.peak_op = self._now, self._now_of.copy(), ""
+        """Look for the fullest moments from here on."""
+        for account in self.devices.values():
+            account.mark("")
 
     @contextmanager
     def of(self, owner: str) -> Iterator[None]:
@@ -80,24 +115,3 @@ class StorageAccount(TorchDispatchMode):
             yield
         finally:
             self.owner = before
-
-
-def materialise(module: nn.Module, device: torch.device | str = "cpu") -> None:
-    """Give the tensors of a module on the meta device memory, real or fake, without values.
-
-    Also those that are plain attributes. Swapped one by one: under fake tensors `.to` does not.
-    """
-    known: dict[int, Tensor] = {}
-
-    def filled(tensor: Tensor) -> Tensor:
-        if id(tensor) not in known:
-            new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            parameter = isinstance(tensor, nn.Parameter)
-            known[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if parameter else new
-        return known[id(tensor)]
-
-    for part in module.modules():
-        for tensors in cast("list[dict[str, Any]]", [part._parameters, part._buffers, vars(part)]):
-            for name, tensor in list(tensors.items()):
-                if isinstance(tensor, Tensor) and tensor.device.type == "meta":
-                    tensors[name] = filled(tensor)

@@ -1,4 +1,4 @@
-"""What a run holds in GPU memory: its own step on fake tensors, every storage accounted for. No weights, no GPU, no network."""
+"""What a run needs in GPU memory: its stages, CREPA's share of them, and what would make them smaller."""
 
 import contextlib
 import multiprocessing
@@ -6,69 +6,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from transformers import AutoConfig
-
-from crepatrain.alignment.encoders import VisionEncoder, empty_encoder
-from crepatrain.alignment.teachers import Teacher
 from crepatrain.config.plan import Plan, make_plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.data.buckets import Bucket
-from crepatrain.data.decode import as_video
 from crepatrain.errors import UserError
-from crepatrain.families.base import Family
-from crepatrain.memory.account import StorageAccount, materialise
+from crepatrain.memory.account import allocated_bytes
+from crepatrain.memory.stages import GIB, Stage, caching_stage, empty_trained, sampling_stage, text_stage, training_stage
+from crepatrain.placement.states import empty_states
 from crepatrain.quiet import quiet_libraries
-from crepatrain.tensors import Batch, PatchFeatures
-from crepatrain.training import build
-from crepatrain.training.ema import WeightAverage
-from crepatrain.training.lora import is_adapted, trainable_parameters
-from crepatrain.training.optim import clip_gradients
-from crepatrain.training.step import training_loss
+from crepatrain.training.lora import trainable_parameters
 
-GIB = 1 << 30
-_CPU = torch.device("cpu")
-
-# Of a CUDA context with its libraries' workspaces, and the share that the allocator loses to rounding. Not calibrated.
-_CONTEXT_BYTES = int(0.6 * GIB)
-_FRAGMENTED = 0.02
-
-# From then on the other estimates are worth processes of their own.
+# Where the first estimate takes longer, the others run in processes of their own.
 _SLOW_SECONDS = 2.0
 
-
-@dataclass(frozen=True)
-class Stage:
-    """One part of a run at its fullest moment.
-
-    Attributes:
-        by_owner: bytes, the largest first.
-        op: the operator after which that was; empty where the part was not run.
-    """
-
-    by_owner: Mapping[str, int]
-    op: str
-
-    @property
-    def allocated(self) -> int:
-        """Bytes, as torch.cuda.max_memory_allocated counts them."""
-        return sum(self.by_owner.values())
-
-    @property
-    def margin(self) -> int:
-        """Bytes that no account of tensors sees: the CUDA context and what the allocator loses."""
-        return _CONTEXT_BYTES + int(_FRAGMENTED * self.allocated)
-
-    @property
-    def peak(self) -> int:
-        """Bytes that the GPU must have."""
-        return self.allocated + self.margin
+_STAGES: Mapping[str, Callable[[Plan, Bucket], Stage]] = {"caching": caching_stage, "sampling": sampling_stage}
 
 
 @dataclass(frozen=True)
@@ -76,9 +29,9 @@ class Estimate:
     """What a run needs.
 
     Attributes:
-        stages: caching text, caching clips, training; None where a stage can't be estimated.
+        stages: `caching text`, `caching clips`, `training`, and `sampling` where the run makes validation videos.
         crepa: bytes that CREPA adds to the training step with each teacher source, beginning with the config's own.
-        remedies: what would change the training step's peak, in the config's words, with the bytes it would come to.
+        remedies: changes to the config that make the training step's peak smaller, each with the bytes that are left; best first.
     """
 
     stages: Mapping[str, Stage]
@@ -92,16 +45,16 @@ class Estimate:
 
     @property
     def largest(self) -> str:
-        """The stage that decides."""
+        """The name of the stage that needs most."""
         return max(self.stages, key=lambda name: self.stages[name].peak)
 
     def as_json(self) -> dict[str, Any]:
-        """For programs; in GiB. Caching is the larger of its two parts, which stand in it too."""
-        told = {name: _plain(stage) for name, stage in self.stages.items()}
-        parts = {name: told.pop(f"caching {name}") for name in ("text", "clips")}
+        """Plain values for other programs, in GiB. `caching` is the larger of its two parts, and lists both."""
+        stages = {name: _plain(stage) for name, stage in self.stages.items()}
+        parts = {name: stages[f"caching {name}"] for name in ("text", "clips")}
         caching = max(parts.values(), key=lambda part: part["peak_gib"]) | {"parts": parts}
         return {
-            "stages": {"training": told.pop("training"), "caching": caching, "sampling": told.get("sampling")},
+            "stages": {"training": stages["training"], "caching": caching, "sampling": stages.get("sampling")},
             "peak_gib": self.peak / GIB,
             "calibrated": False,
             "crepa": {source: size / GIB for source, size in self.crepa.items()},
@@ -119,15 +72,15 @@ def _plain(stage: Stage) -> dict[str, Any]:
 
 
 def largest_bucket(plan: Plan, buckets: Sequence[Bucket]) -> Bucket:
-    """The one whose clips have the most tokens: it decides."""
+    """The bucket whose clips have the most tokens: its step needs most memory."""
     return max(buckets, key=lambda bucket: plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width).tokens)
 
 
-def estimate(plan: Plan, buckets: Sequence[Bucket]) -> Estimate:
-    """Every stage of a run, CREPA's share of it, and what would make it smaller; each number out of a step of its own.
+def estimate_memory(plan: Plan, buckets: Sequence[Bucket]) -> Estimate:
+    """The stages of a run, CREPA's share of training, and what would make it smaller; every number comes from a step of its own.
 
     Args:
-        buckets: of the dataset; the one of the most tokens decides.
+        buckets: of the dataset; the step is that of the one with the most tokens.
 
     Raises:
         UserError: the model's step can't run on fake tensors.
@@ -144,7 +97,7 @@ def estimate(plan: Plan, buckets: Sequence[Bucket]) -> Estimate:
     jobs |= {("remedy", name): job for name, job in _smaller(plan, largest).items()}
     with _workers(2 if slow else 0) as run_all:
         found = dict(zip(jobs, run_all(_job, [(name[0], *job) for name, job in jobs.items()]), strict=True))
-    stages = {"caching text": _text_stage(plan), "caching clips": found["caching", "caching"], "training": training}
+    stages = {"caching text": text_stage(plan), "caching clips": found["caching", "caching"], "training": training}
     stages |= {"sampling": found["sampling", "sampling"]} if config.validation_prompts else {}
     peaks = {name: stage.peak for name, stage in found.items() if stage is not None}
     crepa = {}
@@ -181,7 +134,7 @@ def _crepa_variants(plan: Plan) -> dict[str, RunConfig]:
 
 
 def _smaller(plan: Plan, bucket: Bucket) -> dict[str, tuple[RunConfig, Bucket]]:
-    """Configs that hold less."""
+    """Configs and buckets whose training needs less memory, by the change that they are."""
     config, found = plan.config, {}
     if not config.gradient_checkpointing:
         found["gradient_checkpointing: true"] = (config.model_copy(update={"gradient_checkpointing": True}), bucket)
@@ -195,7 +148,7 @@ def _smaller(plan: Plan, bucket: Bucket) -> dict[str, tuple[RunConfig, Bucket]]:
 
 
 def _job(job: tuple[str, RunConfig, Bucket]) -> Stage | None:
-    """One estimate, in this process or another; None where it can't be made."""
+    """One estimate, in this process or another; None where a changed config can't be estimated."""
     kind, config, bucket = job
     quiet_libraries()
     try:
@@ -209,7 +162,7 @@ def _job(job: tuple[str, RunConfig, Bucket]) -> Stage | None:
 
 @contextlib.contextmanager
 def _workers(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """`map`, over that many processes where there are any."""
+    """A `map` that runs over so many processes, or within this one for 0."""
     if count == 0:
         yield map
         return
@@ -218,310 +171,9 @@ def _workers(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
 
 
 def _with_8bit_states(plan: Plan, stage: Stage) -> Stage:
-    """The optimizer's two fp32 states as one byte each and a scale per 256, which is all that an 8-bit AdamW changes."""
+    """The stage with the states of an 8-bit AdamW in the place of those of AdamW, which is all that it changes."""
     if plan.config.optimizer != "adamw":
         return stage
-    smaller = int(stage.by_owner["optimizer"] * (1 + 4 / 256) / 4)
-    return replace(stage, by_owner={**stage.by_owner, "optimizer": smaller})
-
-
-def _text_stage(plan: Plan) -> Stage:
-    """The text encoders' weights; what a few captions add to them is in the margin."""
-    folder = Path(plan.config.pretrained_model_name_or_path)
-    if plan.checkpoint.origin == "folder":
-        parameters = sum(_parameters(folder / part) for part in plan.variant.folders("text_encoder"))
-    else:
-        parameters = plan.spec.text_parameters
-    return Stage({"text encoder": parameters * torch.bfloat16.itemsize}, "")
-
-
-def _parameters(folder: Path) -> int:
-    """Of a model in transformers' format, from its config.json."""
-    config = AutoConfig.from_pretrained(folder)
-    kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in kind(config).parameters())
-
-
-def caching_stage(plan: Plan, bucket: Bucket) -> Stage:
-    """A clip through the VAE and the vision encoder, which stay loaded together.
-
-    Raises:
-        UserError: one of them can't run on fake tensors.
-    """
-    family = build.build_family(plan)
-    vae = _vae(plan, family)
-    caches_features = plan.config.crepa_enabled and plan.config.crepa_feature_source == "cached"
-    encoder = _vision_encoder(plan) if caches_features else None
-    grid = plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width)
-    with _accounted(plan, fake=True) as account, torch.no_grad():
-        for owner, module in (("VAE", vae), ("teacher", encoder)):
-            if module is not None:
-                with account.of(owner):
-                    materialise(module)
-        account.begin()
-        frames = torch.empty(bucket.frames, 3, bucket.height, bucket.width, dtype=torch.uint8)
-        with account.of("activations"):
-            family.encode_video(vae, as_video(frames))
-            if encoder is not None:
-                encoder(frames[list(grid.teacher_frames)].unsqueeze(0), plan.encoder_size(grid))
-        return _stage(account)
-
-
-def sampling_stage(plan: Plan, bucket: Bucket, *, fake: bool = True) -> Stage:
-    """A validation video: the transformer without a gradient, prompt and negative prompt in one batch, then the VAE's decoder.
-
-    What training holds stays where it is.
-
-    Raises:
-        UserError: the model can't run on fake tensors.
-    """
-    twice = replace(plan, config=plan.config.model_copy(update={"train_batch_size": 2}))
-    step, family = _Step(twice, bucket), build.build_family(plan)
-    vae = _vae(plan, family)
-    with _accounted(plan, fake=fake) as account, torch.no_grad():
-        step.place(account)
-        with account.of("VAE"):
-            materialise(vae)
-        account.begin()
-        step.sample(account, vae)
-        return _stage(account)
-
-
-def training_stage(plan: Plan, bucket: Bucket, *, fake: bool = True) -> Stage:
-    """An optimizer step on clips of one size, with the optimizer's state in place.
-
-    Args:
-        fake: False to run it on real CPU tensors, which a test does with a tiny model.
-
-    Raises:
-        UserError: the model's step can't run on fake tensors.
-    """
-    step = _Step(plan, bucket)
-    with _accounted(plan, fake=fake) as account:
-        step.place(account)
-        account.begin()
-        step.run(account)
-        return _stage(account)
-
-
-_STAGES: Mapping[str, Callable[[Plan, Bucket], Stage]] = {"caching": caching_stage, "sampling": sampling_stage}
-
-
-def measured_step(plan: Plan, bucket: Bucket, device: torch.device) -> int:
-    """Bytes that a CUDA device really allocates in the same step, with weights of no meaning."""
-    step, account = _Step(plan, bucket), StorageAccount()
-    with account:
-        step.place(account, device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step.run(account)
-    return torch.cuda.max_memory_allocated(device)
-
-
-@contextlib.contextmanager
-def _accounted(plan: Plan, *, fake: bool) -> Iterator[StorageAccount]:
-    """An active account, over fake tensors; what can't run on these is told as what it is."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
-    account = StorageAccount()
-    try:
-        with mode, account:
-            yield account
-    except (NotImplementedError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"no estimate for {plan.config.pretrained_model_name_or_path}: its step does not run on tensors without values "
-            f"({reason})",
-            "measure it: fit logs peak_memory_gib",
-        ) from error
-
-
-def _stage(account: StorageAccount) -> Stage:
-    held = {owner: size for owner, size in account.peak_of.most_common() if size > 0}
-    return Stage(held, account.peak_op)
-
-
-def _adafactor_state(parameter: Tensor) -> list[Tensor]:
-    """A row and a column of second moments for a matrix."""
-    if parameter.ndim < 2:
-        return [torch.empty_like(parameter)]
-    shapes = (parameter.shape[:-1], (*parameter.shape[:-2], parameter.shape[-1]))
-    return [torch.empty(shape, device=parameter.device) for shape in shapes]
-
-
-def _adamw8bit_state(parameter: Tensor) -> list[Tensor]:
-    """Two bytes for each parameter, and two scales for each 256 of them."""
-    sizes = ((parameter.numel() * 2, torch.uint8), (parameter.numel() // 256 * 2 + 2, torch.float32))
-    return [torch.empty(size, dtype=dtype, device=parameter.device) for size, dtype in sizes]
-
-
-# Of optimizers whose own step looks at values, or runs on a GPU alone.
-_STATES = {"adafactor": _adafactor_state, "adamw8bit": _adamw8bit_state}
-
-
-class _StandIn:
-    """A learner of which only the state is known."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], state: Callable[[Tensor], list[Tensor]]) -> None:
-        self.parameters = parameters
-        self._new_state, self._state = state, []
-
-    def step(self, _found_inf: Tensor) -> None:
-        self._state = self._state or [self._new_state(parameter) for parameter in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None
-
-
-def _learner(config: RunConfig, module: nn.Module) -> build.Learner | _StandIn:
-    if config.optimizer in _STATES:
-        return _StandIn(trainable_parameters(module), _STATES[config.optimizer])
-    return build.build_learner(config, module, config.learning_rate, 100)
-
-
-class _Step:
-    """What `fit` holds on the device, and what it does with it in a step. Built on the meta device."""
-
-    def __init__(self, plan: Plan, bucket: Bucket) -> None:
-        self._plan, self._bucket = plan, bucket
-        self._family = build.build_family(plan)
-        self._transformer = _transformer(plan, self._family)
-        self._crepa, self._teacher, self._of_teacher = None, None, {}
-        if plan.config.crepa_enabled:
-            with torch.device("meta"):
-                self._crepa = build.build_crepa(plan)
-            self._teacher, self._of_teacher = _teacher(plan, self._family)
-
-    def place(self, account: StorageAccount, device: torch.device = _CPU) -> None:
-        """Give everything memory, the optimizers' state too, which the first step of a run leaves behind."""
-        self._device = device
-        owned = {"transformer": self._transformer, "projector": self._crepa, **self._of_teacher}
-        for owner, module in owned.items():
-            if module is not None:
-                with account.of(owner):
-                    materialise(module, device)
-        if is_adapted(self._transformer):
-            for parameter in trainable_parameters(self._transformer):
-                account.give(parameter, "adapter")
-        with account.of("batch"):
-            self._batch = _batch(self._plan, self._family, self._bucket).to(device)
-
-        def count_gradient(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            account.give(parameter.grad, "gradients")
-
-        config = self._plan.config
-        modules = [module for module in (self._transformer, self._crepa) if module is not None]
-        if config.use_ema:
-            with account.of("EMA"):
-                self._average = WeightAverage(trainable_parameters(self._transformer), config.ema_decay)
-        self._learners = [_learner(config, module) for module in modules]
-        for learner in self._learners:
-            for parameter in learner.parameters:
-                parameter.register_post_accumulate_grad_hook(count_gradient)
-                parameter.grad = torch.zeros_like(parameter)
-            with account.of("optimizer"):
-                learner.step(torch.zeros((), device=device))
-
-    def run(self, account: StorageAccount) -> None:
-        """One optimizer step."""
-        config = self._plan.config
-        blocks = self._family.blocks(self._transformer)
-        process = build.build_process(self._plan)
-        crepa = None
-        if self._crepa is not None and self._teacher is not None:
-            crepa = build.crepa_term(config, self._crepa, self._teacher, config.crepa_lambda)
-        # A second micro-batch finds the gradients of the first; a third finds no more.
-        for _ in range(min(config.gradient_accumulation_steps, 2)):
-            with account.of("activations"), build.autocast(config, self._device):
-                losses = training_loss(
-                    self._family, process, self._transformer, blocks, self._batch, crepa, build.build_layersync(config)
-                )
-            with account.of("temporaries"):
-                (losses.total / config.gradient_accumulation_steps).backward()
-            del losses
-        for learner in self._learners:
-            with account.of("optimizer"):
-                clip_gradients(learner.parameters, config.max_grad_norm)
-                learner.step(torch.zeros((), device=self._device))
-
-    def sample(self, account: StorageAccount, vae: nn.Module) -> None:
-        """One denoising step, and the video of its first sample."""
-        batch = self._batch
-        with account.of("activations"), build.autocast(self._plan.config, self._device):
-            self._family.denoise(self._transformer, batch.noise, batch.sigma, batch)
-            latents = batch.latents[:1]
-            self._family.decode_latents(vae, latents)
-
-
-def _transformer(plan: Plan, family: Family) -> Any:
-    transformer = family.empty_transformer()
-    keep = tuple(transformer._keep_in_fp32_modules or ())
-    dtype = build.weights_dtype(plan.config)
-    for name, parameter in transformer.named_parameters():
-        stays = any(part in keep for part in name.split("."))
-        parameter.data = parameter.data.to(torch.float32 if stays else dtype)
-    build.adapt(plan, family, transformer)
-    if plan.config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    return transformer.train()
-
-
-def _teacher(plan: Plan, family: Family) -> tuple[Teacher, dict[str, nn.Module]]:
-    """The teacher, and what it holds by owner."""
-    owned: dict[str, nn.Module] = {}
-
-    def encoder() -> VisionEncoder:
-        owned["teacher"] = made = _vision_encoder(plan)
-        return made
-
-    def vae() -> nn.Module:
-        owned["VAE"] = made = _vae(plan, family)
-        return made
-
-    return build.choose_teacher(plan, family, encoder, vae), owned
-
-
-def _vision_encoder(plan: Plan) -> VisionEncoder:
-    assert plan.encoder is not None
-    return empty_encoder(
-        plan.encoder.shapes,
-        plan.encoder.patch,
-        frames_per_forward=plan.config.crepa_encoder_frames_batch_size,
-        dtype=torch.bfloat16,
-    )
-
-
-def _vae(plan: Plan, family: Family) -> nn.Module:
-    return family.empty_vae().to(getattr(torch, plan.config.vae_dtype)).eval()
-
-
-def _batch(plan: Plan, family: Family, bucket: Bucket) -> Batch:
-    """What the loader hands over, without values."""
-    config, size = plan.config, plan.config.train_batch_size
-    grid = plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width)
-    latent = (plan.geometry.latent_channels, *plan.geometry.latent_shape(bucket.frames, bucket.height, bucket.width))
-    text = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in family.text_shapes().items()}
-    conditioning = {}
-    if plan.task == "i2v" and bucket.frames > 1:
-        conditioning = {name: torch.empty(size, *shape) for name, shape in family.image_shapes(latent).items()}
-        conditioning["given"] = torch.ones(size)
-    teacher = pixels = None
-    if config.crepa_enabled and config.crepa_feature_source == "cached":
-        assert plan.encoder is not None
-        rows, columns = plan.teacher_grid(grid)
-        values = torch.empty(size, grid.t, rows * columns, plan.encoder.width, dtype=torch.float16)
-        teacher = PatchFeatures(values, (rows, columns))
-    if config.crepa_enabled and config.crepa_feature_source == "pixels":
-        pixels = torch.empty(size, grid.t, 3, bucket.height, bucket.width, dtype=torch.uint8)
-    assert config.fps is not None
-    return Batch(
-        latents=torch.empty(size, *latent),
-        noise=torch.empty(size, *latent),
-        sigma=torch.full((size,), 0.5),
-        text=family.collate_text([text] * size),
-        grid=grid,
-        fps=config.fps,
-        keys=("",) * size,
-        conditioning=conditioning,
-        teacher=teacher,
-        pixels=pixels,
-    )
+    parameters = [parameter for module in empty_trained(plan).values() for parameter in trainable_parameters(module)]
+    before, after = (allocated_bytes(empty_states(optimizer, parameters)) for optimizer in ("adamw", "adamw8bit"))
+    return replace(stage, by_owner={**stage.by_owner, "optimizer": stage.by_owner["optimizer"] - before + after})

@@ -1,1 +1,1 @@
-"""How a loaded module gets to its device, and what its training keeps there."""
+"""How a loaded module gets to its device, in which precision it computes there, and what its optimizer will hold beside it."""

@@ -1,6 +1,5 @@
 """Fills the caches: text, latents, first frames, teacher features. One stage of models after the other."""
 
-import gc
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,8 @@ from crepatrain.data.decode import Unreadable, as_video, read_frames
 from crepatrain.data.loader import Sample
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
+from crepatrain.placement.placing import free_memory
+from crepatrain.placement.precision import encoding_dtype
 from crepatrain.preparing.preflight import Dataset, image_bytes, in_words, latents_bytes, teacher_bytes
 from crepatrain.training.build import (
     build_encoder,
@@ -26,11 +27,10 @@ from crepatrain.training.build import (
     build_image_encoder,
     build_vae,
     encoder_folder,
-    encoding_dtype,
-    loading,
     model_folder,
 )
 from crepatrain.training.context import Context
+from crepatrain.training.loading import loading
 
 _CAPTIONS_AT_ONCE = 8
 _DECODED_AHEAD = 2
@@ -212,8 +212,9 @@ def _fill_text(context: Context, caches: Caches) -> None:
     family = build_family(plan)
     folder = model_folder(plan)
     screen.say(f"loading the text encoder for {len(missing) + bool(negative)} texts")
-    with loading("text_encoder", folder):
-        encoder = family.load_text_encoder(str(folder), encoding_dtype(device)).to(device)
+    with loading(folder, plan.variant.text_parts):
+        encoder = family.load_text_encoder(str(folder), encoding_dtype(device))
+    encoder = encoder.to(device)
     with screen.progress("encoding captions", len(missing)) as advance, torch.no_grad():
         for start in range(0, len(missing), _CAPTIONS_AT_ONCE):
             context.stop.check(_KEPT)
@@ -324,10 +325,3 @@ def _check_disk(context: Context, caches: Caches, missing: Mapping[Kind, Collect
             f"cache_dir={root}: {in_words(needed)} are needed and {in_words(free)} are free",
             'set cache_dir to a larger disk, or a smaller crepa_encoder_image_size ("grid")',
         )
-
-
-def free_memory() -> None:
-    """Give back what the last stage held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

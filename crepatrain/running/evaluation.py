@@ -8,6 +8,7 @@ import torch
 
 from crepatrain.data.loader import Draw, TrainingSet
 from crepatrain.errors import DivergedError
+from crepatrain.placement.precision import autocast
 from crepatrain.preparing.precompute import Caches
 from crepatrain.running.session import Run, build_training_set
 from crepatrain.tensors import Batch
@@ -88,7 +89,7 @@ class Evaluation:
             crepa = build.crepa_term(config, run.projector, run.teacher, 0.0)
         losses, scores = [], []
         for batch in self._batches():
-            with build.autocast(config, device):
+            with autocast(config, device):
                 found = training_loss(run.family, run.process, run.transformer.module, run.blocks, batch.to(device), crepa)
             losses.append(found.diffusion)
             if found.crepa:

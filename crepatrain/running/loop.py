@@ -5,7 +5,6 @@ weight depends on. It is settled, its numbers checked and logged, only after the
 waits for the host.
 """
 
-import contextlib
 import math
 import time
 import traceback
@@ -18,7 +17,9 @@ from torch import Tensor
 
 from crepatrain.data.loader import keyed_generator
 from crepatrain.errors import DivergedError, UserError
-from crepatrain.preparing.precompute import free_memory
+from crepatrain.placement.placing import free_memory
+from crepatrain.placement.precision import autocast
+from crepatrain.placement.processes import no_sync
 from crepatrain.records.events import StepDone
 from crepatrain.running.evaluation import Evaluation
 from crepatrain.running.events import BatchReady, StepBegins, StepLaunched
@@ -178,6 +179,7 @@ def _launch(run: Run, batches: Iterator[Batch]) -> Launched:
     crepa = _crepa_term(run, weight, clock) if measured else None
     torch.manual_seed(keyed_generator("dropout", config.seed, state.step, run.accelerator.process_index).initial_seed())
 
+    wrappers = [model.wrapper for model in run.models.values()]
     sums, clips = StepSums(), []
     scores = arriving = None
     for micro in range(config.gradient_accumulation_steps):
@@ -186,8 +188,8 @@ def _launch(run: Run, batches: Iterator[Batch]) -> Launched:
             batch = next(batches).to(device)
         clips += batch.keys
         run.events.emit(BatchReady(batch))
-        with _gradients_shared_at_the_end(run, last=last):
-            with clock.part("forward"), build.autocast(config, device):
+        with no_sync(run.accelerator, wrappers, last=last):
+            with clock.part("forward"), autocast(config, device):
                 losses = training_loss(run.family, run.process, run.transformer.wrapper, run.blocks, batch, crepa, run.layersync)
             sums.add(losses, batch.sigma)
             if last:
@@ -231,16 +233,6 @@ def _launch(run: Run, batches: Iterator[Batch]) -> Launched:
 def _crepa_term(run: Run, weight: float, clock: StepClock) -> CrepaTerm:
     assert run.teacher is not None
     return build.crepa_term(run.config, run.models["projector"].wrapper, run.teacher, weight, timed=lambda: clock.part("crepa"))
-
-
-@contextlib.contextmanager
-def _gradients_shared_at_the_end(run: Run, *, last: bool) -> Iterator[None]:
-    """Several processes exchange gradients in the last micro-batch only."""
-    with contextlib.ExitStack() as stack:
-        for model in run.models.values():
-            if not last:
-                stack.enter_context(run.accelerator.no_sync(model.wrapper))
-        yield
 
 
 def _over_processes(run: Run, scores: Tensor) -> Tensor:

@@ -8,16 +8,15 @@ from torch import Tensor
 from crepatrain.config.plan import Plan
 from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
-from crepatrain.memory import estimate as vram
-from crepatrain.memory.estimate import GIB
-from crepatrain.preparing.precompute import free_memory
+from crepatrain.memory.estimate import estimate_memory, largest_bucket
+from crepatrain.memory.stages import GIB, training_stage
+from crepatrain.placement.placing import free_memory
+from crepatrain.placement.precision import autocast
+from crepatrain.placement.states import empty_states
 from crepatrain.running.session import Run
 from crepatrain.training import build
 from crepatrain.training.context import Context
 from crepatrain.training.step import training_loss
-
-# Bytes of state that an optimizer keeps for each parameter.
-_STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0}
 
 
 def rehearse(run: Run, buckets: Sequence[Bucket]) -> None:
@@ -27,7 +26,7 @@ def rehearse(run: Run, buckets: Sequence[Bucket]) -> None:
         UserError: it does not fit; with what would.
     """
     plan = run.context.plan
-    largest = vram.largest_bucket(plan, buckets)
+    largest = largest_bucket(plan, buckets)
     run.context.screen.say(f"rehearsing a step on the largest clips, {largest}")
     devices = [run.context.device] if run.context.device.type == "cuda" else []
     try:
@@ -47,7 +46,7 @@ def _step(run: Run, bucket: Bucket) -> None:
     crepa = None
     if run.teacher is not None and schedule is not None and schedule.needs_score(step):
         crepa = build.crepa_term(config, run.models["projector"].wrapper, run.teacher, config.crepa_lambda)
-    with build.autocast(config, device):
+    with autocast(config, device):
         losses = training_loss(run.family, run.process, run.transformer.wrapper, run.blocks, batch, crepa, run.layersync)
     run.accelerator.backward(losses.total)
     del states
@@ -64,8 +63,7 @@ def _step_of(run: Run, bucket: Bucket) -> int:
 def _room_for_states(run: Run) -> list[Tensor]:
     """As much memory as the optimizers will take when they first move."""
     parameters = [parameter for model in run.models.values() for parameter in model.optimizer.parameters]
-    size = _STATES[run.config.optimizer]
-    return [torch.empty(parameter.numel() * size, dtype=torch.uint8, device=parameter.device) for parameter in parameters]
+    return empty_states(run.config.optimizer, parameters)
 
 
 def _give_back(run: Run) -> None:
@@ -77,7 +75,7 @@ def _give_back(run: Run) -> None:
 def _does_not_fit(plan: Plan, bucket: Bucket) -> UserError:
     what = f"out of GPU memory on the largest clips, {bucket}"
     try:
-        estimate = vram.estimate(plan, [bucket])
+        estimate = estimate_memory(plan, [bucket])
     except UserError:  # no estimate for this model
         return UserError(what, "lower num_frames, height and width, or train_batch_size; nothing was trained yet")
     training = estimate.stages["training"]
@@ -92,7 +90,7 @@ def compare_memory(context: Context, buckets: Sequence[Bucket], measured: int) -
     """Say the estimate beside what was measured, in bytes."""
     plan, screen = context.plan, context.screen
     try:
-        estimated = vram.training_stage(plan, vram.largest_bucket(plan, buckets)).allocated
+        estimated = training_stage(plan, largest_bucket(plan, buckets)).allocated
     except UserError as error:
         screen.note(error.problems[0].what)
         return

@@ -17,6 +17,8 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, read_batches
 from crepatrain.families.base import Family
+from crepatrain.placement.placing import place
+from crepatrain.placement.processes import wrap
 from crepatrain.preparing.precompute import Caches
 from crepatrain.records.events import Events, Logged
 from crepatrain.records.layout import checkpoints
@@ -29,6 +31,7 @@ from crepatrain.training.context import Context
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.ema import WeightAverage
 from crepatrain.training.lora import copy_into_adapter, load_trained_state
+from crepatrain.training.optim import build_scheduled_optimizer
 from crepatrain.training.state import TrainState
 from crepatrain.training.step import LayerSyncTerm
 from crepatrain.training.trained import Trained
@@ -138,14 +141,16 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
     family = build.build_family(plan)
     process = build.build_process(plan)
     torch.manual_seed(config.seed)
-    transformer = build.build_transformer(plan, family, context.device)
+    transformer = build.load_transformer(plan, family)
+    build.adapt(plan, family, transformer)
+    if start.adapter:
+        copy_into_adapter(transformer, start.adapter)
+        screen.say(f"beginning with {config.init_adapter}")
+    place(config, transformer, family.blocks(transformer), context.device)
     if config.compile:
         screen.note(
             "the blocks are compiled in the first step, and once more for a second bucket: that takes minutes, the rest is faster"
         )
-    if start.adapter:
-        copy_into_adapter(transformer, start.adapter)
-        screen.say(f"beginning with {config.init_adapter}")
     models = {"transformer": _trained(context, accelerator, transformer, config.learning_rate, start.total)}
     models["transformer"].blocks = family.blocks(transformer)
     if config.use_ema:
@@ -180,8 +185,8 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
 
 def _trained(context: Context, accelerator: Accelerator, module: nn.Module, learning_rate: float, total: int) -> Trained:
     """Wrap a module that is placed, then give what of it is trained an optimizer."""
-    wrapper = accelerator.prepare_model(module)
-    return Trained(module, wrapper, build.build_learner(context.plan.config, module, learning_rate, total))
+    wrapper = wrap(accelerator, module)
+    return Trained(module, wrapper, build_scheduled_optimizer(context.plan.config, module, learning_rate, total))
 
 
 def restore_modules(checkpoint: Path, transformer: nn.Module, projector: nn.Module | None) -> None:

@@ -17,7 +17,9 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.sections import RunConfig
 from crepatrain.data.encode import grid_video, write_video
 from crepatrain.errors import UserError
-from crepatrain.preparing.precompute import Caches, free_memory
+from crepatrain.placement.placing import free_memory
+from crepatrain.placement.precision import autocast
+from crepatrain.preparing.precompute import Caches
 from crepatrain.records.events import VideosMade
 from crepatrain.records.runfolder import RunFolder
 from crepatrain.running.session import Run
@@ -102,7 +104,7 @@ class Validation:
             if config.validation_images and run.context.plan.task == "i2v":
                 asked["image"] = first_frame(Path(config.validation_images[number]), (settings["height"], settings["width"]))
             generator = torch.Generator().manual_seed(config.validation_seed)
-            with build.autocast(config, device):
+            with autocast(config, device):
                 videos.append(call(pipeline, asked, generator, self._denoised))
         return videos
 

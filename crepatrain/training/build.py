@@ -1,15 +1,11 @@
 """From a plan to the modules of a run. The only place that reads the config and loads torch models for training."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.encoders import VisionEncoder, load_encoder
@@ -21,27 +17,13 @@ from crepatrain.config.sources import BASE_KEY, expect_parts, fetch
 from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
+from crepatrain.placement.precision import encoding_dtype, weights_dtype
 from crepatrain.training.diffusion import FlowMatching
-from crepatrain.training.lora import add_lora, leave_casts_to_autocast, target_modules, trainable_parameters
-from crepatrain.training.optim import build_lr_scheduler, build_optimizer
+from crepatrain.training.loading import loading
+from crepatrain.training.lora import add_lora, leave_casts_to_autocast, target_modules
 from crepatrain.training.step import CrepaForward, CrepaTerm, LayerSyncTerm
 
 _ENCODER_FILES = ("*.json", "*.safetensors")
-
-
-def compute_dtype(config: RunConfig) -> torch.dtype:
-    """Of autocast, and of frozen weights."""
-    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-
-
-def weights_dtype(config: RunConfig) -> torch.dtype:
-    """Of the transformer in training: where its own weights move, in fp32, as bf16 would round small steps away."""
-    return torch.float32 if config.model_type == "full" else compute_dtype(config)
-
-
-def encoding_dtype(device: torch.device) -> torch.dtype:
-    """Of text and vision encoders: bf16 on a GPU, fp32 on a CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def model_folder(plan: Plan) -> Path:
@@ -61,9 +43,9 @@ def build_family(plan: Plan) -> Family:
 def count_caption_tokens(plan: Plan, captions: Sequence[str]) -> list[int]:
     """Tokens of each caption, of a family whose batches hold captions of one length alone."""
     key, path = BASE_KEY, plan.config.pretrained_model_name_or_path
-    tokenizers = (f"{part}/*" for part in plan.variant.folders("tokenizer"))
-    folder = fetch(key, path, plan.config.revision, ("model_index.json", *tokenizers))
-    with loading("tokenizer", folder):
+    tokenizers = plan.variant.folders("tokenizer")
+    folder = fetch(key, path, plan.config.revision, ("model_index.json", *(f"{part}/*" for part in tokenizers)))
+    with loading(folder, tokenizers):
         return build_family(plan).count_tokens(str(folder), captions)
 
 
@@ -71,18 +53,6 @@ def encoder_folder(plan: Plan) -> Path:
     """The vision encoder's local folder, downloaded where it is on the hub."""
     assert plan.encoder is not None
     return fetch("crepa_encoder", plan.encoder.repo, None, _ENCODER_FILES)
-
-
-@contextlib.contextmanager
-def loading(part: str, folder: Path) -> Iterator[None]:
-    """What diffusers and transformers raise on a damaged checkpoint, as what the user can do about it."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder / part} can't be loaded: {reason}", "download this part again") from error
 
 
 def build_process(plan: Plan) -> FlowMatching:
@@ -95,7 +65,7 @@ def build_process(plan: Plan) -> FlowMatching:
 
 
 def build_schedule(config: RunConfig, max_train_steps: int) -> CrepaSchedule | None:
-    """CREPA's weight over the run; None where it is off."""
+    """CREPA's weight over the run; None where CREPA is off."""
     if not config.crepa_enabled:
         return None
     return CrepaSchedule(
@@ -146,26 +116,26 @@ def build_encoder(plan: Plan, device: torch.device) -> VisionEncoder:
 def build_vae(plan: Plan, family: Family, device: torch.device) -> Any:
     """The VAE with its weights, frozen."""
     folder = model_folder(plan)
-    with loading("vae", folder):
+    with loading(folder, ("vae",)):
         vae = family.load_vae(str(folder), getattr(torch, plan.config.vae_dtype))
     return vae.to(device)
 
 
 def build_image_encoder(plan: Plan, family: Family, device: torch.device) -> Any:
-    """What else than the VAE sees a first frame; None where nothing does."""
+    """The encoder beside the VAE that sees a first frame; None where the model has none."""
     folder = model_folder(plan)
-    with loading("image_encoder", folder):
+    with loading(folder, plan.variant.folders("image_encoder", "image_processor")):
         encoder = family.load_image_encoder(str(folder), encoding_dtype(device))
     return encoder and encoder.to(device)
 
 
 def build_teacher(plan: Plan, family: Family, device: torch.device) -> Teacher:
-    """The teacher of `crepa_feature_source`, with what it needs in memory: nothing, for the default."""
+    """The teacher of `crepa_feature_source`, with the modules that it needs loaded; `cached` needs none."""
     return choose_teacher(plan, family, lambda: build_encoder(plan, device), lambda: build_vae(plan, family, device))
 
 
 def choose_teacher(plan: Plan, family: Family, make_encoder: Callable[[], VisionEncoder], make_vae: Callable[[], Any]) -> Teacher:
-    """The teacher of `crepa_feature_source`, around modules that are made where it needs them."""
+    """The teacher of `crepa_feature_source`; a module is made only where it needs it."""
     config = plan.config
     if config.crepa_feature_source == "cached":
         return CachedTeacher()
@@ -202,6 +172,28 @@ def build_layersync(config: RunConfig) -> LayerSyncTerm | None:
     return LayerSyncTerm(config.layersync_student_block, config.layersync_teacher_block, config.layersync_lambda)
 
 
+def load_transformer(plan: Plan, family: Family) -> Any:
+    """The transformer with its weights on the CPU: to be adapted, then placed, and only then given an optimizer.
+
+    Raises:
+        UserError: the checkpoint can't be reached, or a file of it is damaged.
+    """
+    folder = model_folder(plan)
+    with loading(folder, (plan.variant.transformer,)):
+        return family.load_transformer(str(folder), weights_dtype(plan.config))
+
+
+def empty_transformer(plan: Plan, family: Family) -> Any:
+    """The transformer on the meta device, in the data types that `load_transformer` gives."""
+    transformer = family.empty_transformer()
+    keep = tuple(transformer._keep_in_fp32_modules or ())
+    dtype = weights_dtype(plan.config)
+    for name, parameter in transformer.named_parameters():
+        stays = any(part in keep for part in name.split("."))
+        parameter.data = parameter.data.to(torch.float32 if stays else dtype)
+    return transformer
+
+
 def adapt(plan: Plan, family: Family, transformer: Any) -> None:
     """Make a transformer's trained weights trainable: all of them, or an adapter from torch's global generator.
 
@@ -230,13 +222,13 @@ def adapt(plan: Plan, family: Family, transformer: Any) -> None:
 
 
 def expect_trainable(plan: Plan, family: Family, device: torch.device) -> Any:
-    """Build what is trained on the meta device, to learn early that it can't be.
+    """Build the adapted transformer on the meta device, so that a run that can't be trained is refused early.
 
     Returns:
         The transformer, adapted where it is to be.
 
     Raises:
-        UserError: a target that is no layer of a block, or a model that this device can't train.
+        UserError: a target that is no layer of a block, or a model that can't be trained on this device.
     """
     reason = family.untrainable(device)
     if reason:
@@ -247,86 +239,3 @@ def expect_trainable(plan: Plan, family: Family, device: torch.device) -> Any:
     transformer = family.empty_transformer()
     adapt(plan, family, transformer)
     return transformer
-
-
-def build_transformer(plan: Plan, family: Family, device: torch.device) -> Any:
-    """The transformer with its weights, and a fresh adapter where one is trained, ready to train."""
-    folder = model_folder(plan)
-    with loading(plan.variant.transformer, folder):
-        transformer = family.load_transformer(str(folder), weights_dtype(plan.config))
-    adapt(plan, family, transformer)
-    if plan.config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if plan.config.attention_backend:
-        _set_attention_backend(transformer, plan.config.attention_backend)
-    transformer.to(device).train()
-    if plan.config.compile:  # block by block: they share one graph, and a second bucket makes it dynamic rather than one more
-        for block in family.blocks(transformer):
-            block.compile()
-    return transformer
-
-
-def _set_attention_backend(transformer: Any, backend: str) -> None:
-    if backend.endswith("_hub"):
-        raise UserError(
-            f"attention_backend={backend}: it runs code that it downloads", "install the kernels, and use their own name"
-        )
-    try:
-        transformer.set_attention_backend(backend)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"attention_backend={backend}: {error}", "use native, or leave it out") from error
-
-
-@dataclass(frozen=True, eq=False)
-class Learner:
-    """Some parameters with their optimizer and learning-rate schedule."""
-
-    parameters: Sequence[nn.Parameter]
-    optimizer: Optimizer
-    lr_scheduler: LRScheduler
-
-    @property
-    def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    @property
-    def guarded(self) -> bool:
-        """Whether the optimizer itself can leave the weights alone; torch's GradScaler asks the same."""
-        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
-
-    def step(self, found_inf: Tensor) -> None:
-        """Move the weights and the schedule, and drop the gradients.
-
-        Args:
-            found_inf: scalar; a guarded optimizer moves nothing where it is 1.
-        """
-        if self.guarded:
-            self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.lr_scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        # The schedule of a run whose length has changed holds from this step on, not from the one after it.
-        schedule = cast("LambdaLR", self.lr_scheduler)
-        rates = [base * at(schedule.last_epoch) for base, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        schedule._last_lr = rates
-
-
-def build_learner(config: RunConfig, module: nn.Module, learning_rate: float, max_train_steps: int) -> Learner:
-    """An optimizer over what of a module is trained."""
-    parameters = trainable_parameters(module)
-    optimizer = build_optimizer(config, parameters, learning_rate)
-    return Learner(parameters, optimizer, build_lr_scheduler(config, optimizer, max_train_steps))
-
-
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The precision of a step's forward."""
-    return torch.autocast(device.type, dtype=compute_dtype(config), enabled=config.mixed_precision != "no")

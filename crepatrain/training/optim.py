@@ -1,20 +1,23 @@
 """Optimizers and learning-rate schedules, one of each for the transformer and for the projector."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from crepatrain.config.sections import OptimConfig
+from crepatrain.config.sections import OptimConfig, RunConfig
+from crepatrain.training.lora import trainable_parameters
 
 
 def build_optimizer(config: OptimConfig, parameters: Sequence[nn.Parameter], learning_rate: float) -> Optimizer:
     """The config's optimizer over some parameters.
 
-    AdamW is the fused one: `found_inf` tells it on the device to leave the weights alone, so nothing has to be read first.
+    AdamW is the fused one: it reads `found_inf` on the device and then leaves the weights alone, so the host reads nothing first.
     """
     betas = (config.adam_beta1, config.adam_beta2)
     decay, epsilon = config.adam_weight_decay, config.adam_epsilon
@@ -38,8 +41,60 @@ def build_lr_scheduler(config: OptimConfig, optimizer: Optimizer, max_train_step
     )
 
 
+@dataclass(frozen=True, eq=False)
+class ScheduledOptimizer:
+    """An optimizer over some parameters, with its learning-rate schedule."""
+
+    parameters: Sequence[nn.Parameter]
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the optimizer itself reads `found_inf`; torch's GradScaler decides by the same attribute."""
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
+    def step(self, found_inf: Tensor) -> None:
+        """Move the weights and the schedule, and drop the gradients.
+
+        Args:
+            found_inf: scalar on the device; a guarded optimizer moves nothing where it is 1.
+        """
+        if self.guarded:
+            self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        # The schedule of a run whose length has changed holds from this step on, not from the one after it.
+        schedule = cast("LambdaLR", self.lr_scheduler)
+        rates = [base * at(schedule.last_epoch) for base, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
+
+
+def build_scheduled_optimizer(
+    config: RunConfig, module: nn.Module, learning_rate: float, max_train_steps: int
+) -> ScheduledOptimizer:
+    """An optimizer over what of a module is trained. Built after the module is placed."""
+    parameters = trainable_parameters(module)
+    optimizer = build_optimizer(config, parameters, learning_rate)
+    return ScheduledOptimizer(parameters, optimizer, build_lr_scheduler(config, optimizer, max_train_steps))
+
+
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Clip to a norm (0: never) and give the norm from before, a scalar on the device."""
+    """Clip gradients to a norm (0: never), and return their norm from before, a scalar on the device."""
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     if not with_gradient:  # a projector whose weight is 0
         return parameters[0].new_zeros(())

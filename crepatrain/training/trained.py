@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from crepatrain.training.build import Learner
 from crepatrain.training.ema import WeightAverage
+from crepatrain.training.optim import ScheduledOptimizer
 
 
 @dataclass(eq=False)
@@ -22,6 +22,6 @@ class Trained:
 
     module: nn.Module
     wrapper: nn.Module
-    optimizer: Learner
+    optimizer: ScheduledOptimizer
     blocks: nn.ModuleList | None = None
     average: WeightAverage | None = None

@@ -192,7 +192,8 @@ class FakeRun:
 
     def checkpoint(self, step, *, keep=True):
         torch.manual_seed(step)
-        transformer = build.build_transformer(self.plan, self.family, torch.device("cpu"))
+        transformer = build.load_transformer(self.plan, self.family)
+        build.adapt(self.plan, self.family, transformer)
         if self.plan.config.model_type == "lora":
             randomised(transformer, std=0.1 * step)
         write_result(self.folder, self.plan.config, self.family, self.fingerprint, transformer, step)

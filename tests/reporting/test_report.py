@@ -460,7 +460,9 @@ def test_the_map_holds_the_cosine_of_every_patch(request, tmp_path, monkeypatch:
     # The second clip once more, step by step.
     plan = read_plan(copied / "config.json", ["--output_dir", str(copied)])
     family = build.build_family(plan)
-    transformer = build.build_transformer(plan, family, torch.device("cpu")).eval()
+    transformer = build.load_transformer(plan, family)
+    build.adapt(plan, family, transformer)
+    transformer.eval()
     checkpoint = copied / "checkpoints" / f"step-{WHOLE:06d}"
     load_trained_state(transformer, read_tensors(checkpoint, weights))
     projector = read_tensors(checkpoint, "projector")

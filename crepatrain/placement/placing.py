@@ -1,0 +1,75 @@
+"""Placing an adapted transformer on its device. Optimizers come after it, as a parameter may be another one once it is placed."""
+
+import gc
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from crepatrain.config.sections import RunConfig
+from crepatrain.errors import UserError
+
+
+def place(config: RunConfig, transformer: Any, blocks: nn.ModuleList, device: torch.device) -> None:
+    """Put a transformer on a device in training mode, with gradient checkpointing, attention backend and compiled blocks.
+
+    A transformer on the meta device gets memory there, without values.
+
+    Args:
+        transformer: of diffusers, adapted where an adapter is trained.
+        blocks: of this transformer.
+
+    Raises:
+        UserError: an attention backend that is not installed, or that would download code.
+    """
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if config.attention_backend:
+        _set_attention_backend(transformer, config.attention_backend)
+    if next(transformer.parameters()).is_meta:
+        materialise(transformer, device)
+    else:
+        transformer.to(device)
+    transformer.train()
+    if config.compile:  # block by block: they share one graph, and a second bucket makes it dynamic rather than one more
+        for block in blocks:
+            block.compile()
+
+
+def _set_attention_backend(transformer: Any, backend: str) -> None:
+    if backend.endswith("_hub"):
+        raise UserError(
+            f"attention_backend={backend}: it runs code that it downloads", "install the kernels, and use their own name"
+        )
+    try:
+        transformer.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"attention_backend={backend}: {error}", "use native, or leave it out") from error
+
+
+def materialise(module: nn.Module, device: torch.device | str = "cpu") -> None:
+    """Give the tensors of a module on the meta device memory, real or fake, without values.
+
+    Also those that are plain attributes. Exchanged one by one, because `.to` does not do it under fake tensors.
+    """
+    known: dict[int, Tensor] = {}
+
+    def filled(tensor: Tensor) -> Tensor:
+        if id(tensor) not in known:
+            new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            parameter = isinstance(tensor, nn.Parameter)
+            known[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if parameter else new
+        return known[id(tensor)]
+
+    for part in module.modules():
+        for tensors in cast("list[dict[str, Any]]", [part._parameters, part._buffers, vars(part)]):
+            for name, tensor in list(tensors.items()):
+                if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+                    tensors[name] = filled(tensor)
+
+
+def free_memory() -> None:
+    """Give back what the last stage held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

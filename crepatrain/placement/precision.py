@@ -1,0 +1,25 @@
+"""The data types of a run: of weights, of what is computed with them, and of encoders."""
+
+import torch
+
+from crepatrain.config.sections import RunConfig
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """The data type of autocast, and of frozen weights."""
+    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+
+
+def weights_dtype(config: RunConfig) -> torch.dtype:
+    """The data type of the transformer in training: fp32 where its own weights move, as bf16 would round small steps away."""
+    return torch.float32 if config.model_type == "full" else compute_dtype(config)
+
+
+def encoding_dtype(device: torch.device) -> torch.dtype:
+    """The data type of text and vision encoders: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The precision of a step's forward."""
+    return torch.autocast(device.type, dtype=compute_dtype(config), enabled=config.mixed_precision != "no")

@@ -1,0 +1,54 @@
+"""The table of state sizes against the optimizers themselves."""
+
+import pytest
+import torch
+from torch import nn
+
+from crepatrain.config.sections import OptimConfig
+from crepatrain.placement.states import empty_states
+from crepatrain.training.optim import build_optimizer
+
+SHAPES = [(64, 128), (128,), (96, 3, 2, 2)]
+
+
+def states_of(optimizer: str) -> tuple[list[torch.Tensor], list[nn.Parameter]]:
+    """What an optimizer itself holds after a step."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    built = build_optimizer(OptimConfig(optimizer=optimizer), parameters, 1e-3)  # type: ignore[arg-type]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    built.step()
+    held = {
+        name: [state[name] for state in built.state.values() if isinstance(state.get(name), torch.Tensor)]
+        for name in {name for state in built.state.values() for name in state}
+    }
+    if optimizer == "adafactor":
+        del held["step"]  # which torch keeps on the host
+    shared = ("qmap1", "qmap2")  # one of 256 numbers for all parameters
+    return [tensor for name, tensors in held.items() if name not in shared for tensor in tensors], parameters
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "prodigy"])
+def test_the_table_has_what_the_optimizer_makes(optimizer: str):
+    if optimizer == "prodigy":
+        pytest.importorskip("prodigyopt")
+    held, parameters = states_of(optimizer)
+    known = empty_states(optimizer, parameters)
+    assert sorted((tensor.numel(), str(tensor.dtype)) for tensor in known) == sorted(
+        (tensor.numel(), str(tensor.dtype)) for tensor in held
+    )
+
+
+def test_an_8bit_adamw_holds_about_two_bytes_for_each_number():
+    parameters = [nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
+    known = empty_states("adamw8bit", parameters)
+    numbers = sum(parameter.numel() for parameter in parameters)
+    assert 2 * numbers <= sum(tensor.nbytes for tensor in known) <= 2.1 * numbers
+    assert {tensor.device.type for tensor in known} == {"meta"}
+    pytest.importorskip("bitsandbytes")
+    large = [nn.Parameter(torch.randn(64, 128))]  # it keeps those of less than 4096 numbers in fp32
+    held, _ = states_of("adamw8bit")
+    expected = sum(tensor.nbytes for tensor in empty_states("adamw8bit", large))
+    assert sum(tensor.nbytes for tensor in held if tensor.dtype == torch.uint8) == 2 * 64 * 128
+    assert expected - 2 * 64 * 128 == pytest.approx(2 * 4 * (64 * 128 // 256), rel=0.1)
