@@ -23,13 +23,13 @@ from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
 from crepatrain.records.runfolder import RunFolder
+from crepatrain.specs import FAMILIES
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.checkpoint import write_checkpoint
 from crepatrain.training.lora import ADAPTER, add_lora, live_adapter, target_modules, trained_state
 
 HEADER = {"format": "pt"}
-FAMILIES = ("wan", "ltxvideo", "sanavideo", "kandinsky5_video")
 
 
 def header(path):

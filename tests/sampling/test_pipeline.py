@@ -30,7 +30,7 @@ def test_it_makes_frames_of_encoded_prompts(tiny_checkpoint):
     (shape,) = family.text_shapes().values()
     text = family.collate_text([{name: torch.randn(shape, generator=generator) for name in family.text_shapes()}])
     steps = []
-    arguments = {"height": 64, "width": 96, "num_frames": 5, "num_inference_steps": 2} | family.ask_text(text, text)
+    arguments = {"height": 64, "width": 96, "num_frames": 5, "num_inference_steps": 2} | family.text_arguments(text, text)
     frames = call(pipeline, arguments | {"prompt": None}, generator, lambda: steps.append(1))
     assert frames.shape == (5, 64, 96, 3)
     assert len(steps) == 2
