@@ -1,7 +1,6 @@
 """From a config and a checkpoint's own JSON files to a run that can start, or to every reason why it can't. No torch."""
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,15 +76,11 @@ def read_plan(path: Path, options: Sequence[str] = (), *, online: bool = True) -
         plan = make_plan(config, online=online, without=wrong)
     except UserError as error:
         # What follows from a value that is wrong already would only be noise.
-        problems += [problem for problem in error.problems if not any(_names(problem, key) for key in wrong)]
+        problems += [problem for problem in error.problems if wrong.isdisjoint(problem.keys)]
         plan = None
     if problems or plan is None:
         raise UserError.of(problems)
     return plan
-
-
-def _names(problem: Problem, key: str) -> bool:
-    return re.search(rf"(?<![\w/]){key}(?=[=:,]| is missing)", problem.what) is not None
 
 
 def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str] = frozenset()) -> Plan:
@@ -134,7 +129,8 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
         problems += checks.check_targets(resolved, spec, geometry.depth)
         problems += checks.check_threshold(resolved, geometry)
     if problems or checkpoint is None or geometry is None:
-        raise UserError.of(problems or [Problem(f"{', '.join(sorted(without))}: not usable", "mend it")])
+        keys = tuple(sorted(without))
+        raise UserError.of(problems or [Problem(f"{', '.join(keys)}: not usable", "correct it", keys)])
     grid = geometry.token_grid(*checks.wanted_size(resolved))
     told = tuple(warnings(resolved, config, geometry, grid))
     return Plan(resolved, spec, checkpoint, variant, geometry, grid, encoder, told)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from crepatrain.config.load import FOREIGN_KEYS, parse, parse_options, read_values, unknown_key
+from crepatrain.config.foreign_keys import FOREIGN_KEYS
+from crepatrain.config.load import parse, parse_options, read_values, unknown_key
 from crepatrain.config.sections import RunConfig
 from crepatrain.errors import Problem, UserError
 
@@ -248,7 +249,7 @@ def test_a_misspelt_key_is_answered_with_the_one_meant(key, ours):
     ],
 )
 def test_other_trainers_keys_are_answered_with_ours(key, ours):
-    assert unknown_key(key) == Problem(f"{key}: unknown key", f"here it is called {ours}")
+    assert unknown_key(key) == Problem(f"{key}: unknown key", f"here it is called {ours}", (key,))
 
 
 def test_every_foreign_key_leads_to_a_key_of_ours_and_is_none_itself():
@@ -319,7 +320,7 @@ def test_keys_of_options_are_checked_as_those_of_files():
         ("output_name", "../up", "letters, digits"),
         ("lora_targets", 3, "list"),
         ("lora_targets", [], "list"),
-        ("lora_targets", "blocks.(", "list of names, or mend it"),
+        ("lora_targets", "blocks.(", "list of names, or correct it"),
         ("lora_use_rslora", 1, "true or false"),
         ("task", "v2v", "did you mean"),
         ("task", "text", "t2v, i2v"),
@@ -332,7 +333,7 @@ def test_keys_of_options_are_checked_as_those_of_files():
         ("caption_dropout", 1.5, "use 1"),
     ],
 )
-def test_a_wrong_value_is_told_with_key_value_and_remedy(key, value, remedy):
+def test_a_wrong_value_is_reported_with_key_value_and_remedy(key, value, remedy):
     _, problems = parsed(**{key: value})
     assert len(problems) == 1
     what, _, fix = problems[0].partition("\n  -> ")
@@ -340,11 +341,11 @@ def test_a_wrong_value_is_told_with_key_value_and_remedy(key, value, remedy):
     assert remedy in fix
 
 
-@pytest.mark.parametrize(("targets", "told"), [([""], '""'), (["to_q", 3], "3"), ([["to_q"]], '["to_q"]')])
-def test_a_wrong_name_in_a_list_is_told(targets, told):
+@pytest.mark.parametrize(("targets", "shown"), [([""], '""'), (["to_q", 3], "3"), ([["to_q"]], '["to_q"]')])
+def test_a_wrong_name_in_a_list_is_reported(targets, shown):
     _, problems = parsed(lora_targets=targets)
     assert len(problems) == 1
-    assert problems[0].startswith(f"lora_targets={told}: ")
+    assert problems[0].startswith(f"lora_targets={shown}: ")
 
 
 def test_a_whole_number_is_a_number():
@@ -354,7 +355,7 @@ def test_a_whole_number_is_a_number():
     assert (config.learning_rate, config.fps) == (1.0, 16.0)
 
 
-def test_a_missing_key_is_told_with_its_meaning():
+def test_a_missing_key_is_reported_with_its_meaning():
     problems: list[Problem] = []
     _, wrong = parse({}, problems)
     assert wrong == set(REQUIRED)
