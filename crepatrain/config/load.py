@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from crepatrain.config.foreign_keys import FOREIGN_KEYS
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.migrations import migrate
+from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.run_config import KEYS, RunConfig
 from crepatrain.errors import Problem, UserError, closest
 from crepatrain.specs import FAMILIES
 
@@ -46,15 +48,15 @@ _YamlLoader.add_implicit_resolver(
 
 
 def read_values(path: Path, options: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
-    """The plain values of a JSON or YAML file and of `--key value` options, which win.
+    """The plain values of a JSON or YAML file of any version, and of `--key value` options, which win.
 
     Args:
         problems: options that can't be read are added to it.
 
     Raises:
-        UserError: the file can't be read.
+        UserError: the file can't be read, or is of a newer version.
     """
-    values = _read_file(path)
+    values = migrate(_read_file(path), f"config {path}")
     values.update(parse_options(options, problems))
     return values
 
@@ -68,15 +70,41 @@ def parse(values: Mapping[str, Any], problems: list[Problem]) -> tuple[RunConfig
     Returns:
         The config, in which defaults or stand-ins take the place of what is wrong or missing; and the keys where they do.
     """
-    known = {key: value for key, value in values.items() if key in RunConfig.model_fields}
+    known = {key: value for key, value in values.items() if key in KEYS}
     problems += [unknown_key(key) for key in values if key not in known]
     try:
         return RunConfig.model_validate(known), frozenset()
     except ValidationError as error:
         problems += _explain(error)
-        wrong = frozenset(str(details["loc"][0]) for details in error.errors())
+        wrong = frozenset(map(_key_of, error.errors()))
     rest = {key: value for key, value in known.items() if key not in wrong}
     return RunConfig.model_validate({key: value for key, value in _STAND_INS.items() if key in wrong} | rest), wrong
+
+
+def read_run_config(values: object, file: object) -> tuple[ResolvedConfig, tuple[str, ...]]:
+    """The config of a run, from what its config.json holds, which another version may have written.
+
+    Args:
+        values: the object of keys that was read from the file.
+        file: what messages call the file.
+
+    Returns:
+        The config, and the names of keys that this version does not know, which are left out of it.
+
+    Raises:
+        UserError: it is of a newer version, or a value of it is missing or wrong.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{file} holds a {type(values).__name__}", "give the folder of a run, its output_dir")
+    migrated = migrate(values, file)
+    known = {key: value for key, value in migrated.items() if key in KEYS}
+    try:
+        RunConfig.model_validate(known)  # a ResolvedConfig narrows the types of some keys, and leaves their ranges to it
+        config = ResolvedConfig.model_validate(known)
+    except ValidationError as error:
+        problems = [Problem(f"{file}: {problem.what}", problem.fix, problem.keys) for problem in _explain(error)]
+        raise UserError.of(problems) from error
+    return config, tuple(key for key in migrated if key not in known)
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -156,15 +184,14 @@ def parse_options(options: Sequence[str], problems: list[Problem]) -> dict[str, 
 
 
 def _is_switch(key: str) -> bool:
-    field = RunConfig.model_fields.get(key)
-    return field is not None and _plain_types(field.annotation) == {bool}
+    return key in KEYS and _plain_types(KEYS[key].field.annotation) == {bool}
 
 
 def _option_value(key: str, text: str) -> Any:
-    field = RunConfig.model_fields.get(key)
+    annotation = KEYS[key].field.annotation if key in KEYS else None
     if text.lower() in {"null", "none"}:
         return None
-    if field is not None and _plain_types(field.annotation) == {str}:
+    if _plain_types(annotation) == {str}:
         return text
     if text.lower() in {"true", "false"}:
         return text.lower() == "true"
@@ -172,7 +199,7 @@ def _option_value(key: str, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         pass
-    is_list = field is not None and list in _plain_types(field.annotation) and text not in _choices(field.annotation)
+    is_list = list in _plain_types(annotation) and text not in _choices(annotation)
     if is_list and not _REGEX_SIGNS.search(text):
         return [name.strip() for name in text.split(",")]
     return text
@@ -222,7 +249,7 @@ def unknown_key(key: str) -> Problem:
         fix = "leave it out, as a config is copied into the run's folder: run `hf auth login`, or set HF_TOKEN"
     elif lowered in FOREIGN_KEYS:
         fix = f"here it is called {FOREIGN_KEYS[lowered]}"
-    elif close := closest(lowered, RunConfig.model_fields, cutoff=0.7):
+    elif close := closest(lowered, KEYS, cutoff=0.7):
         fix = f"did you mean {close}?"
     else:
         fix = "remove it; `crepatrain validate-config --schema` lists every key"
@@ -254,13 +281,18 @@ def _explain(error: ValidationError) -> list[Problem]:
     """One problem per key, whatever branches of a union failed under it."""
     by_key: dict[str, list[ErrorDetails]] = {}
     for details in error.errors():
-        by_key.setdefault(str(details["loc"][0]), []).append(details)
+        by_key.setdefault(_key_of(details), []).append(details)
     return [_explain_key(key, found) for key, found in by_key.items()]
+
+
+def _key_of(details: ErrorDetails) -> str:
+    _section, key, *_ = details["loc"]
+    return str(key)
 
 
 def _explain_key(key: str, found: list[ErrorDetails]) -> Problem:
     if found[0]["type"] == "missing":
-        return Problem(f"{key} is missing", f"add it: {RunConfig.model_fields[key].description}", (key,))
+        return Problem(f"{key} is missing", f"add it. {KEYS[key].field.description}", (key,))
     explained = [_reason_and_remedy(details) for details in found]
     reason = explained[0][0] if len({reason for reason, _ in explained}) == 1 else "not possible here"
     value = json.dumps(found[0]["input"], default=str)

@@ -7,7 +7,7 @@ import pytest
 
 from crepatrain.config.foreign_keys import FOREIGN_KEYS
 from crepatrain.config.load import parse, parse_options, read_values, unknown_key
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.run_config import KEYS, RunConfig
 from crepatrain.errors import Problem, UserError
 
 REQUIRED = {"model_family": "wan", "pretrained_model_name_or_path": "checkpoint", "train_data": "clips", "output_dir": "run"}
@@ -58,7 +58,7 @@ def test_a_number_in_yaml_is_a_number_however_it_is_written(tmp_path, text):
     config, problems = parsed(**values)
     assert not problems
     assert config is not None
-    assert config.learning_rate == 1e-4
+    assert config.optim.learning_rate == 1e-4
 
 
 def test_a_text_in_yaml_stays_a_text(tmp_path):
@@ -171,14 +171,14 @@ def test_options_are_read_as_the_key_means_them(words, expected):
     config, problems = parsed(**values)
     assert not problems
     assert config is not None
-    assert {key: getattr(config, key) for key in expected} == expected
+    assert {key: config.value(key) for key in expected} == expected
 
 
 def test_one_name_is_a_list_of_one():
     config, problems = parsed(**options("--lora_targets", "to_q"))
     assert not problems
     assert config is not None
-    assert config.lora_targets == ["to_q"]
+    assert config.lora.lora_targets == ["to_q"]
 
 
 @pytest.mark.parametrize("word", ["stray", "-x", "--", "crepa_lambda=0.3"])
@@ -253,8 +253,8 @@ def test_other_trainers_keys_are_answered_with_ours(key, ours):
 
 
 def test_every_foreign_key_leads_to_a_key_of_ours_and_is_none_itself():
-    assert set(FOREIGN_KEYS.values()) <= RunConfig.model_fields.keys()
-    assert not FOREIGN_KEYS.keys() & RunConfig.model_fields.keys()
+    assert set(FOREIGN_KEYS.values()) <= KEYS.keys()
+    assert not FOREIGN_KEYS.keys() & KEYS.keys()
     assert all(key == key.lower().replace("-", "_").lstrip("_") for key in FOREIGN_KEYS), "the lookup would never find it"
 
 
@@ -352,7 +352,7 @@ def test_a_whole_number_is_a_number():
     config, problems = parsed(learning_rate=1, fps=16)
     assert not problems
     assert config is not None
-    assert (config.learning_rate, config.fps) == (1.0, 16.0)
+    assert (config.optim.learning_rate, config.data.fps) == (1.0, 16.0)
 
 
 def test_a_missing_key_is_reported_with_its_meaning():
@@ -360,7 +360,7 @@ def test_a_missing_key_is_reported_with_its_meaning():
     _, wrong = parse({}, problems)
     assert wrong == set(REQUIRED)
     assert {problem.what for problem in problems} == {f"{key} is missing" for key in REQUIRED}
-    assert all(RunConfig.model_fields[key].description in str(problems) for key in REQUIRED)
+    assert all(KEYS[key].field.description in str(problems) for key in REQUIRED)
 
 
 def test_every_problem_of_a_file_at_once():
@@ -369,7 +369,7 @@ def test_every_problem_of_a_file_at_once():
     for key in ("rank", "crepa_lamda", "seed", "crepa_scheduler", "learning_rate"):
         assert sum(problem.startswith((f"{key}:", f"{key}=")) for problem in problems) == 1
     assert config is not None, "what could be understood goes on to be checked"
-    assert (config.fps, config.seed) == (25, RunConfig.model_fields["seed"].default)
+    assert (config.data.fps, config.loop.seed) == (25, KEYS["seed"].field.default)
 
 
 def test_a_yaml_file_may_merge_mappings(tmp_path):
