@@ -34,7 +34,7 @@ def maximum_score(config: CrepaConfig, token_frames: int) -> float:
 
 
 def check_paths(config: ResolvedConfig) -> list[Problem]:
-    """The dataset is there, and what is written can be written."""
+    """The dataset exists, and the folders of the run and of the cache can be written to."""
     problems = []
     train_data, about = Path(config.data.train_data), ("train_data",)
     if not train_data.exists():
@@ -102,8 +102,8 @@ def check_variant(config: ModelConfig, variant: Variant) -> list[Problem]:
     if config.task not in variant.tasks:
         problems.append(
             Problem(
-                f"task={config.task}: the checkpoint is {variant.title}, for {variant.tasks[0]} alone",
-                f"set task to {variant.tasks[0]}, or take another checkpoint",
+                f"task={config.task}: the checkpoint is {variant.title}, for {variant.tasks[0]} only",
+                f"set task to {variant.tasks[0]}, or use another checkpoint",
                 ("task",),
             )
         )
@@ -122,7 +122,7 @@ def check_variant(config: ModelConfig, variant: Variant) -> list[Problem]:
 
 
 def check_validation(config: ResolvedConfig, variant: Variant) -> list[Problem]:
-    """The videos that are asked for on the way can be made."""
+    """The videos that are asked for during the run can be made."""
     prompts, images = config.validation.validation_prompts, config.validation.validation_images
     if prompts is None:
         return []
@@ -139,7 +139,7 @@ def check_validation(config: ResolvedConfig, variant: Variant) -> list[Problem]:
 
 
 def check_init_adapter(config: ResolvedConfig) -> list[Problem]:
-    """The adapter to begin with is there, and by its header is one."""
+    """The adapter to begin with exists, and its header is that of an adapter."""
     if config.lora.init_adapter is None or config.model.model_type != "lora":
         return []
     path, about = Path(config.lora.init_adapter), ("init_adapter",)
@@ -147,11 +147,11 @@ def check_init_adapter(config: ResolvedConfig) -> list[Problem]:
         return [Problem(f"init_adapter={path}: there is no such file", "give a .safetensors file", about)]
     header = safetensors_header(path)
     if header is None:
-        what = f"init_adapter={path}: it is no safetensors file, or not a whole one"
+        what = f"init_adapter={path}: it is not a safetensors file, or not a complete one"
         return [Problem(what, "give a .safetensors file", about)]
     names = header.keys() - {"__metadata__"}
     if not any("lora" in name for name in names):
-        what = f"init_adapter={path}: none of its {len(names)} tensors is a LoRA's"
+        what = f"init_adapter={path}: none of its {len(names)} tensors belongs to a LoRA"
         return [Problem(what, "give the file of an adapter", about)]
     return []
 
@@ -185,11 +185,11 @@ def check_targets(config: ResolvedConfig, spec: FamilySpec, depth: int) -> list[
     if isinstance(targets, str):
         if any(re.fullmatch(targets, name) for name in names):
             return []
-        what = f"lora_targets={targets}: a regex that matches no whole name of a Linear of the blocks"
+        what = f"lora_targets={targets}: a regex that matches the whole name of no Linear layer of the blocks"
         return [Problem(what, f"the names are {names[0]} and the like; use a list to match their ends", about)]
     ends = f"use ends of {', '.join(spec.linears)}, or all-linear"
     return [
-        Problem(f"lora_targets: {target!r} is no Linear of a block", ends, about)
+        Problem(f"lora_targets: {target!r} is not a Linear layer of a block", ends, about)
         for target in targets
         if not any(name == target or name.endswith(f".{target}") for name in names)
     ]
@@ -205,7 +205,7 @@ def check_source(written: RunConfig) -> list[Problem]:
         return []
     flag = str(crepa.crepa_use_backbone_features).lower()
     what = f"crepa_feature_source={crepa.crepa_feature_source}, crepa_use_backbone_features={flag}: they disagree"
-    return [Problem(what, "keep crepa_feature_source alone", keys)]
+    return [Problem(what, "keep only crepa_feature_source", keys)]
 
 
 def check_encoder_size(config: CrepaConfig, encoder: EncoderSpec) -> list[Problem]:

@@ -114,7 +114,9 @@ def warnings(config: ResolvedConfig, written: RunConfig, geometry: Geometry, gri
         messages.append(f"crepa_adjacent_distance={distance} is taken as {largest}: clips have {grid.t} token frames")
     threshold = config.crepa.crepa_similarity_threshold
     if threshold is not None and threshold <= 0:
-        messages.append(f"crepa_similarity_threshold={threshold:g}: CREPA goes off almost at once, as the score begins near 0")
+        messages.append(
+            f"crepa_similarity_threshold={threshold:g}: CREPA is turned off almost at once, as the score begins near 0"
+        )
     return messages
 
 

@@ -1,4 +1,4 @@
-"""From a config and a checkpoint's own JSON files to a run that can start, or to every reason why it can't. No torch."""
+"""From a config and a checkpoint's own JSON files to a run that can start, or to every reason why it can't. Needs no torch."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -98,7 +98,7 @@ def _neighbours(plan: Plan) -> str:
         return "none: each frame with its own features"
     several = crepa.crepa_cumulative_neighbors and distance > 1
     which = f"the frames 1 to {distance} away" if several else f"the two frames {distance} away"
-    return f"{which}, weighing exp(-distance / {crepa.crepa_adjacent_tau:g})"
+    return f"{which}, weighted by exp(-distance / {crepa.crepa_adjacent_tau:g})"
 
 
 def _cutoff(plan: Plan) -> str:
@@ -119,7 +119,7 @@ def _cutoff(plan: Plan) -> str:
 
 def _targets(targets: Sequence[str] | str) -> str:
     if isinstance(targets, str):
-        return "every Linear of the blocks" if targets == "all-linear" else f"what {targets} matches"
+        return "every Linear of the blocks" if targets == "all-linear" else f"every layer that {targets} matches"
     return ", ".join(targets)
 
 
