@@ -7,30 +7,37 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong in a config: what it is, with its value, and the remedy."""
+    """One thing that is wrong: what it is, with its value, and the remedy.
+
+    Attributes:
+        keys: the keys of the config that it is about; none where it is about something else.
+    """
 
     what: str
     fix: str
+    keys: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.what}\n  -> {self.fix}"
 
 
 class UserError(Exception):
-    """Something that the user can mend. The command line prints it without a traceback and exits with 2.
+    """Something that the user can repair. The command line prints it without a traceback and exits with 2.
 
     Args:
         what: what is wrong, with the value that is.
         fix: what to do about it.
+        keys: the keys of the config that it is about.
     """
 
-    def __init__(self, what: str, fix: str) -> None:
-        super().__init__(str(Problem(what, fix)))
-        self.problems = [Problem(what, fix)]
+    def __init__(self, what: str, fix: str, keys: tuple[str, ...] = ()) -> None:
+        problem = Problem(what, fix, keys)
+        super().__init__(str(problem))
+        self.problems = [problem]
 
     @classmethod
     def of(cls, problems: list[Problem]) -> "UserError":
-        """One error that tells every problem at once."""
+        """One error that reports every problem at once."""
         assert problems
         error = cls(problems[0].what, problems[0].fix)
         error.problems = list(problems)

@@ -107,12 +107,14 @@ class Geometry:
             raise UserError(
                 f"num_frames={frames}: this model takes {self.frames_rule} frames",
                 "use " + " or ".join(str(legal) for legal in self.nearest_frames(frames)),
+                ("num_frames",),
             )
         for name, value, multiple in zip(("height", "width"), (height, width), self.size_multiple, strict=True):
             if value < multiple or value % multiple:
                 below = value // multiple * multiple
                 legal = [str(size) for size in (below, below + multiple) if size > 0]
-                raise UserError(f"{name}={value}: this model takes multiples of {multiple}", "use " + " or ".join(legal))
+                what = f"{name}={value}: this model takes multiples of {multiple}"
+                raise UserError(what, "use " + " or ".join(legal), (name,))
         lead = 1 if self.causal else 0
         return (frames - lead) // self.temporal_stride + lead, height // self.spatial_stride, width // self.spatial_stride
 

@@ -5,7 +5,9 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from crepatrain.config.sections import CrepaConfig, RunConfig
+from crepatrain.config.resolved import ResolvedConfig, ResolvedData
+from crepatrain.config.run_config import RunConfig
+from crepatrain.config.sections import CrepaConfig, LoopConfig, ModelConfig, ValidationConfig
 from crepatrain.errors import Problem, UserError
 from crepatrain.files import safetensors_header
 from crepatrain.geometry import Geometry
@@ -16,14 +18,6 @@ _OPTIMIZER_PACKAGES = {"adamw8bit": ("bitsandbytes", "8bit"), "prodigy": ("prodi
 
 # Where diffusers' polynomial schedule ends.
 _POLYNOMIAL_END = 1e-7
-
-
-def wanted_size(config: RunConfig) -> tuple[int, int, int]:
-    """(frames, height, width) of a resolved config."""
-    assert config.num_frames is not None
-    assert config.height is not None
-    assert config.width is not None
-    return config.num_frames, config.height, config.width
 
 
 def maximum_score(config: CrepaConfig, token_frames: int) -> float:
@@ -39,78 +33,78 @@ def maximum_score(config: CrepaConfig, token_frames: int) -> float:
     )
 
 
-def check_paths(config: RunConfig) -> list[Problem]:
-    """The dataset is there, and what is written can be written."""
+def check_paths(config: ResolvedConfig) -> list[Problem]:
+    """The dataset exists, and the folders of the run and of the cache can be written to."""
     problems = []
-    train_data = Path(config.train_data)
+    train_data, about = Path(config.data.train_data), ("train_data",)
     if not train_data.exists():
         problems.append(
-            Problem(f"train_data={train_data}: it does not exist", "give a folder of clips, or a .jsonl or .csv list")
+            Problem(f"train_data={train_data}: it does not exist", "give a folder of clips, or a .jsonl or .csv list", about)
         )
     elif train_data.is_dir() and not any(train_data.iterdir()):
-        problems.append(Problem(f"train_data={train_data}: the folder is empty", "put video files and NAME.txt captions into it"))
-    elif train_data.is_file() and train_data.suffix.lower() not in {".jsonl", ".csv"}:
         problems.append(
-            Problem(f"train_data={train_data}: neither a folder nor a .jsonl or .csv list", "give the folder of the clips")
+            Problem(f"train_data={train_data}: the folder is empty", "put video files and NAME.txt captions into it", about)
         )
-    if Path(config.output_dir).resolve() == train_data.resolve():
-        problems.append(Problem(f"output_dir={config.output_dir}: it is train_data too", "give a folder of its own"))
+    elif train_data.is_file() and train_data.suffix.lower() not in {".jsonl", ".csv"}:
+        what = f"train_data={train_data}: neither a folder nor a .jsonl or .csv list"
+        problems.append(Problem(what, "give the folder of the clips", about))
+    if Path(config.loop.output_dir).resolve() == train_data.resolve():
+        what = f"output_dir={config.loop.output_dir}: it is the folder of train_data"
+        problems.append(Problem(what, "give a folder of its own", ("output_dir",)))
     for key in ("output_dir", "cache_dir"):
-        path = Path(getattr(config, key))
+        path = Path(config.value(key))
         if path.exists() and not path.is_dir():
-            problems.append(Problem(f"{key}={path}: it is a file", "give a folder"))
+            problems.append(Problem(f"{key}={path}: it is a file", "give a folder", (key,)))
             continue
         existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK)):
-            problems.append(
-                Problem(f"{key}={path}: {existing} can't be written to", "give another folder, or mend its permissions")
-            )
+            what = f"{key}={path}: {existing} can't be written to"
+            problems.append(Problem(what, "give another folder, or change its permissions", (key,)))
     return problems
 
 
-def check_length(config: RunConfig) -> list[Problem]:
-    """A run's length is said once."""
+def check_length(config: LoopConfig) -> list[Problem]:
+    """A run's length is given in one way."""
     steps, epochs = config.max_train_steps, config.num_train_epochs
     if (steps is None) != (epochs is None):
         return []
     which = f"both are set, to {steps} and {epochs}" if steps else "neither is set"
-    return [Problem(f"max_train_steps, num_train_epochs: {which}", "set one of them")]
+    keys = ("max_train_steps", "num_train_epochs")
+    return [Problem(f"{', '.join(keys)}: {which}", "set one of them", keys)]
 
 
-def check_optimizer(config: RunConfig) -> list[Problem]:
+def check_optimizer(config: ResolvedConfig) -> list[Problem]:
     """The optimizer's package is installed, and its schedule can be built."""
     problems = []
-    package, extra = _OPTIMIZER_PACKAGES.get(config.optimizer, ("", ""))
+    package, extra = _OPTIMIZER_PACKAGES.get(config.optim.optimizer, ("", ""))
     if package and find_spec(package) is None:
-        problems.append(
-            Problem(f"optimizer={config.optimizer}: {package} is not installed", f'run pip install "crepatrain[{extra}]"')
-        )
+        what = f"optimizer={config.optim.optimizer}: {package} is not installed"
+        problems.append(Problem(what, f'run pip install "crepatrain[{extra}]"', ("optimizer",)))
     for key in ("learning_rate", "crepa_projector_lr"):
-        rate: float | None = getattr(config, key)
-        if config.lr_scheduler == "polynomial" and rate is not None and rate <= _POLYNOMIAL_END:
-            problems.append(
-                Problem(
-                    f"{key}={rate:g}: lr_scheduler=polynomial ends at {_POLYNOMIAL_END:g}", "use more, or another lr_scheduler"
-                )
-            )
+        rate: float | None = config.value(key)
+        if config.optim.lr_scheduler == "polynomial" and rate is not None and rate <= _POLYNOMIAL_END:
+            what = f"{key}={rate:g}: lr_scheduler=polynomial ends at {_POLYNOMIAL_END:g}"
+            problems.append(Problem(what, "use more, or another lr_scheduler", (key, "lr_scheduler")))
     return problems
 
 
-def check_trackers(config: RunConfig) -> list[Problem]:
+def check_trackers(config: LoopConfig) -> list[Problem]:
     """The packages that logged lines go to are installed."""
     if "wandb" not in config.report_to or find_spec("wandb") is not None:
         return []
-    return [Problem("report_to=wandb: wandb is not installed", 'run pip install "crepatrain[wandb]", or leave it out')]
+    fix = 'run pip install "crepatrain[wandb]", or leave it out'
+    return [Problem("report_to=wandb: wandb is not installed", fix, ("report_to",))]
 
 
-def check_variant(config: RunConfig, variant: Variant) -> list[Problem]:
+def check_variant(config: ModelConfig, variant: Variant) -> list[Problem]:
     """The checkpoint can do the task, and one of its experts is chosen where it has two."""
     problems = []
     if config.task not in variant.tasks:
         problems.append(
             Problem(
-                f"task={config.task}: the checkpoint is {variant.title}, for {variant.tasks[0]} alone",
-                f"set task to {variant.tasks[0]}, or take another checkpoint",
+                f"task={config.task}: the checkpoint is {variant.title}, for {variant.tasks[0]} only",
+                f"set task to {variant.tasks[0]}, or use another checkpoint",
+                ("task",),
             )
         )
     if variant.expert and config.wan_expert is None:
@@ -118,115 +112,116 @@ def check_variant(config: RunConfig, variant: Variant) -> list[Problem]:
             Problem(
                 "wan_expert is missing: the checkpoint has a transformer for high noise and one for low",
                 "set it to high or low, and train the other one in a run of its own",
+                ("wan_expert",),
             )
         )
     if config.wan_expert and not variant.expert:
-        problems.append(
-            Problem(f"wan_expert={config.wan_expert}: the checkpoint is {variant.title}, of one transformer", "leave it out")
-        )
+        what = f"wan_expert={config.wan_expert}: the checkpoint is {variant.title}, which has one transformer"
+        problems.append(Problem(what, "leave it out", ("wan_expert",)))
     return problems
 
 
-def check_validation(config: RunConfig, variant: Variant) -> list[Problem]:
-    """The videos that are asked for on the way can be made."""
-    prompts, images = config.validation_prompts, config.validation_images
+def check_validation(config: ResolvedConfig, variant: Variant) -> list[Problem]:
+    """The videos that are asked for during the run can be made."""
+    prompts, images = config.validation.validation_prompts, config.validation.validation_images
     if prompts is None:
         return []
     if variant.expert:
         use = "leave it out; `crepatrain sample` makes videos with both transformers"
-        return [Problem("validation_prompts: a video takes both experts, and a run holds one of them", use)]
-    if config.task == "i2v" and len(images or ()) != len(prompts):
+        what = "validation_prompts: a video needs both experts, and a run holds one of them"
+        return [Problem(what, use, ("validation_prompts",))]
+    about = ("validation_images",)
+    if config.model.task == "i2v" and len(images or ()) != len(prompts):
         what = f"validation_images: {len(images or ())} for {len(prompts)} validation_prompts"
-        return [Problem(what, "give one for each, as task is i2v")]
+        return [Problem(what, "give one for each, as task is i2v", about)]
     missing = [image for image in images or () if not Path(image).is_file()]
-    return [Problem(f"validation_images: {image} does not exist", "check the path") for image in missing]
+    return [Problem(f"validation_images: {image} does not exist", "check the path", about) for image in missing]
 
 
-def check_init_adapter(config: RunConfig) -> list[Problem]:
-    """The adapter to begin with is there, and by its header is one."""
-    if config.init_adapter is None or config.model_type != "lora":
+def check_init_adapter(config: ResolvedConfig) -> list[Problem]:
+    """The adapter to begin with exists, and its header is that of an adapter."""
+    if config.lora.init_adapter is None or config.model.model_type != "lora":
         return []
-    path = Path(config.init_adapter)
+    path, about = Path(config.lora.init_adapter), ("init_adapter",)
     if not path.is_file():
-        return [Problem(f"init_adapter={path}: there is no such file", "give a .safetensors file")]
+        return [Problem(f"init_adapter={path}: there is no such file", "give a .safetensors file", about)]
     header = safetensors_header(path)
     if header is None:
-        return [Problem(f"init_adapter={path}: it is no safetensors file, or not a whole one", "give a .safetensors file")]
+        what = f"init_adapter={path}: it is not a safetensors file, or not a complete one"
+        return [Problem(what, "give a .safetensors file", about)]
     names = header.keys() - {"__metadata__"}
     if not any("lora" in name for name in names):
-        return [Problem(f"init_adapter={path}: none of its {len(names)} tensors is a LoRA's", "give the file of an adapter")]
+        what = f"init_adapter={path}: none of its {len(names)} tensors belongs to a LoRA"
+        return [Problem(what, "give the file of an adapter", about)]
     return []
 
 
-def check_eval(config: RunConfig) -> list[Problem]:
+def check_eval(config: ValidationConfig) -> list[Problem]:
     """Held-out clips come from one place."""
     if config.eval_data and config.eval_share:
         what = f"eval_data={config.eval_data}, eval_share={config.eval_share:g}: both are set"
-        return [Problem(what, "set one of them")]
+        return [Problem(what, "set one of them", ("eval_data", "eval_share"))]
     if config.eval_data and not Path(config.eval_data).exists():
-        return [Problem(f"eval_data={config.eval_data}: it does not exist", "give a folder of clips, or a .jsonl or .csv list")]
+        what = f"eval_data={config.eval_data}: it does not exist"
+        return [Problem(what, "give a folder of clips, or a .jsonl or .csv list", ("eval_data",))]
     return []
 
 
-def check_images(config: RunConfig, variant: Variant, geometry: Geometry) -> list[Problem]:
-    """A transformer that must be told a first frame has frames behind it to learn."""
-    if config.num_frames != 1 or variant.images:
+def check_images(data: ResolvedData, variant: Variant, geometry: Geometry) -> list[Problem]:
+    """A transformer that is always given a clip's first frame has frames after it to learn."""
+    if data.num_frames != 1 or variant.images:
         return []
-    return [Problem(f"num_frames=1: {variant.title} is trained on clips alone", f"use {geometry.nearest_frames(1)[-1]} or more")]
+    what = f"num_frames=1: {variant.title} is trained on clips only, not on images"
+    return [Problem(what, f"use {geometry.nearest_frames(1)[-1]} or more", ("num_frames",))]
 
 
-def check_targets(config: RunConfig, spec: FamilySpec, depth: int) -> list[Problem]:
+def check_targets(config: ResolvedConfig, spec: FamilySpec, depth: int) -> list[Problem]:
     """Every target of the adapter names a layer that a block of the family may have."""
-    targets = config.lora_targets
-    if config.model_type != "lora" or targets == "all-linear":
+    if config.model.model_type != "lora" or config.lora.targets == "all-linear":
         return []
-    assert targets is not None
+    targets = config.lora.targets
     names = [f"{spec.blocks}.{block}.{linear}" for block in range(depth) for linear in spec.linears]
+    about = ("lora_targets",)
     if isinstance(targets, str):
         if any(re.fullmatch(targets, name) for name in names):
             return []
-        what = f"lora_targets={targets}: a regex that matches no whole name of a Linear of the blocks"
-        return [Problem(what, f"the names are {names[0]} and the like; use a list to match their ends")]
+        what = f"lora_targets={targets}: a regex that matches the whole name of no Linear layer of the blocks"
+        return [Problem(what, f"the names are {names[0]} and the like; use a list to match their ends", about)]
+    ends = f"use ends of {', '.join(spec.linears)}, or all-linear"
     return [
-        Problem(f"lora_targets: {target!r} is no Linear of a block", f"use ends of {', '.join(spec.linears)}, or all-linear")
+        Problem(f"lora_targets: {target!r} is not a Linear layer of a block", ends, about)
         for target in targets
         if not any(name == target or name.endswith(f".{target}") for name in names)
     ]
 
 
-def check_source(said: RunConfig) -> list[Problem]:
-    """Of the config as it was written: the two spellings of the backbone source must not disagree."""
-    backbone = said.crepa_feature_source == "backbone"
-    both = {"crepa_feature_source", "crepa_use_backbone_features"} <= said.model_fields_set
-    if not both or backbone == said.crepa_use_backbone_features:
+def check_source(written: RunConfig) -> list[Problem]:
+    """Of the config as it was written: the two ways to choose the backbone must not disagree."""
+    keys = ("crepa_feature_source", "crepa_use_backbone_features")
+    crepa = written.crepa
+    backbone = crepa.crepa_feature_source == "backbone"
+    both = written.explicitly_set.issuperset(keys)
+    if not both or backbone == crepa.crepa_use_backbone_features:
         return []
-    flag = str(said.crepa_use_backbone_features).lower()
-    return [
-        Problem(
-            f"crepa_feature_source={said.crepa_feature_source}, crepa_use_backbone_features={flag}: they disagree",
-            "keep crepa_feature_source alone",
-        )
-    ]
+    flag = str(crepa.crepa_use_backbone_features).lower()
+    what = f"crepa_feature_source={crepa.crepa_feature_source}, crepa_use_backbone_features={flag}: they disagree"
+    return [Problem(what, "keep only crepa_feature_source", keys)]
 
 
-def check_encoder_size(config: RunConfig, encoder: EncoderSpec) -> list[Problem]:
+def check_encoder_size(config: CrepaConfig, encoder: EncoderSpec) -> list[Problem]:
     """The encoder's input is whole patches."""
     size = config.crepa_encoder_image_size
     if size == "grid" or size % encoder.patch == 0:
         return []
     below = size // encoder.patch * encoder.patch
     legal = [str(n) for n in (below, below + encoder.patch) if n]
-    return [
-        Problem(
-            f"crepa_encoder_image_size={size}: {config.crepa_encoder} takes multiples of {encoder.patch}",
-            f"use {' or '.join(legal)}, or grid",
-        )
-    ]
+    what = f"crepa_encoder_image_size={size}: {config.crepa_encoder} takes multiples of {encoder.patch}"
+    return [Problem(what, f"use {' or '.join(legal)}, or grid", ("crepa_encoder_image_size",))]
 
 
-def check_size(config: RunConfig, geometry: Geometry) -> list[Problem]:
-    """Each of the three numbers by itself, so that all that are wrong are told."""
-    frames, height, width = wanted_size(config)
+def check_size(data: ResolvedData, geometry: Geometry) -> list[Problem]:
+    """Each of the three numbers by itself, so that all that are wrong are reported."""
+    frames, height, width = data.size
     rows, columns = geometry.size_multiple
     legal = frames if geometry.legal_frames(frames) else geometry.nearest_frames(frames)[-1]
     problems: list[Problem] = []
@@ -238,79 +233,75 @@ def check_size(config: RunConfig, geometry: Geometry) -> list[Problem]:
     return problems
 
 
-def check_blocks(config: RunConfig, depth: int, *, source_known: bool = True) -> list[Problem]:
+def check_blocks(config: ResolvedConfig, depth: int, *, source_known: bool = True) -> list[Problem]:
     """Blocks exist, and a teacher block is deeper than its student's.
 
     Args:
-        source_known: false where the spellings of the teacher's source disagree: then it may need no block.
+        source_known: false where the two ways to choose the teacher's source disagree: then it may need no block.
     """
     problems = []
-    if config.crepa_enabled:
-        if config.crepa_projector == "conv" and not config.crepa_spatial_align:
-            problems.append(
-                Problem(
-                    "crepa_projector=conv, crepa_spatial_align=false: a convolution needs the patches",
-                    "set crepa_spatial_align to true, or crepa_projector to linear",
-                )
-            )
-        problems += _check_block("crepa_block_index", config.crepa_block_index, depth)
-        if config.crepa_feature_source == "backbone" and source_known:
+    if config.crepa.crepa_enabled:
+        if config.crepa.crepa_projector == "conv" and not config.crepa.crepa_spatial_align:
+            what = "crepa_projector=conv, crepa_spatial_align=false: a convolution needs the patches"
+            fix = "set crepa_spatial_align to true, or crepa_projector to linear"
+            problems.append(Problem(what, fix, ("crepa_projector", "crepa_spatial_align")))
+        problems += _check_block("crepa_block_index", config.crepa.crepa_block_index, depth)
+        if config.crepa.crepa_feature_source == "backbone" and source_known:
             pair = ("crepa_block_index", "crepa_teacher_block_index")
-            problems += _check_deeper(config, *pair, depth, because="crepa_feature_source=backbone needs it")
-    if config.layersync_enabled:
-        problems += _check_block("layersync_student_block", config.layersync_student_block, depth)
+            problems += _check_deeper(config, *pair, depth, needed_by="crepa_feature_source")
+    if config.layersync.layersync_enabled:
+        problems += _check_block("layersync_student_block", config.layersync.layersync_student_block, depth)
         pair = ("layersync_student_block", "layersync_teacher_block")
-        problems += _check_deeper(config, *pair, depth, because="layersync_enabled needs it")
+        problems += _check_deeper(config, *pair, depth, needed_by="layersync_enabled")
     return problems
 
 
 def _check_block(key: str, block: int | None, depth: int) -> list[Problem]:
     use = f"use 0 to {depth - 1}"
     if block is None:
-        return [Problem(f"{key} is missing", use)]
+        return [Problem(f"{key} is missing", use, (key,))]
     if block >= depth:
-        return [Problem(f"{key}={block}: the transformer has {depth} blocks, counted from 0", use)]
+        return [Problem(f"{key}={block}: the transformer has {depth} blocks, counted from 0", use, (key,))]
     return []
 
 
-def _check_deeper(config: RunConfig, student_key: str, teacher_key: str, depth: int, because: str) -> list[Problem]:
-    student: int | None = getattr(config, student_key)
-    teacher: int | None = getattr(config, teacher_key)
-    than = f"{student_key}={student}"
-    if student is None or student >= depth:  # told already; the lowest block may still be it
-        student, than = 0, "any other block"
+def _check_deeper(config: ResolvedConfig, student_key: str, teacher_key: str, depth: int, needed_by: str) -> list[Problem]:
+    student: int | None = config.value(student_key)
+    teacher: int | None = config.value(teacher_key)
+    than, about = f"{student_key}={student}", (teacher_key, student_key)
+    if student is None or student >= depth:  # reported already; the lowest block may still be it
+        student, than, about = 0, "any other block", (teacher_key,)
     lowest, last = student + 1, depth - 1
     if lowest > last:
         use = f"lower {student_key}, it is the last block"
     else:
         use = f"use {last}" if lowest == last else f"use {lowest} to {last}"
     if teacher is None:
-        return [Problem(f"{teacher_key} is missing, and {because}", use)]
+        setting = config.value(needed_by)
+        what = f"{teacher_key} is missing, and {needed_by}={'true' if setting is True else setting} needs it"
+        return [Problem(what, use, (teacher_key, needed_by))]
     if teacher > last:
-        return [Problem(f"{teacher_key}={teacher}: the transformer has {depth} blocks, counted from 0", use)]
+        what = f"{teacher_key}={teacher}: the transformer has {depth} blocks, counted from 0"
+        return [Problem(what, use, (teacher_key,))]
     if teacher < lowest:
-        return [Problem(f"{teacher_key}={teacher} is not deeper than {than}", use)]
+        return [Problem(f"{teacher_key}={teacher} is not deeper than {than}", use, about)]
     return []
 
 
-def check_threshold(config: RunConfig, geometry: Geometry) -> list[Problem]:
+def check_threshold(config: ResolvedConfig, geometry: Geometry) -> list[Problem]:
     """The threshold can be reached."""
-    frames = wanted_size(config)[0]
-    threshold = config.crepa_similarity_threshold
-    if not config.crepa_enabled or threshold is None or not geometry.legal_frames(frames):
+    crepa, frames = config.crepa, config.data.num_frames
+    threshold = crepa.crepa_similarity_threshold
+    if not crepa.crepa_enabled or threshold is None or not geometry.legal_frames(frames):
         return []
     token_frames = geometry.token_grid(frames, *geometry.size_multiple).t
-    maximum = maximum_score(config, token_frames)
+    maximum = maximum_score(crepa, token_frames)
     if threshold <= maximum:
         return []
     where = (
         "self-similarity"
-        if config.crepa_threshold_metric == "self"
-        else f"distance {config.crepa_adjacent_distance}, tau {config.crepa_adjacent_tau:g}, {token_frames} token frames"
+        if crepa.crepa_threshold_metric == "self"
+        else f"distance {crepa.crepa_adjacent_distance}, tau {crepa.crepa_adjacent_tau:g}, {token_frames} token frames"
     )
-    return [
-        Problem(
-            f"crepa_similarity_threshold={threshold:g}: the score can't exceed {maximum:.3f} ({where})",
-            f"use {maximum:.3f} or less",
-        )
-    ]
+    what = f"crepa_similarity_threshold={threshold:g}: the score can't exceed {maximum:.3f} ({where})"
+    return [Problem(what, f"use {maximum:.3f} or less", ("crepa_similarity_threshold",))]

@@ -11,105 +11,14 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.foreign_keys import FOREIGN_KEYS
+from crepatrain.config.migrations import migrate
+from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.run_config import KEYS, RunConfig
 from crepatrain.errors import Problem, UserError, closest
 from crepatrain.specs import FAMILIES
 
 _SECRETS = {"hub_token", "hf_token", "huggingface_token", "token", "use_auth_token"}
-
-# What SimpleTuner, musubi-tuner, diffusers' scripts, finetrainers, ai-toolkit and diffusion-pipe call the same thing.
-FOREIGN_KEYS: Mapping[str, str] = {
-    "pretrained_transformer_model_name_or_path": "pretrained_model_name_or_path",
-    "pretrained_model_path": "pretrained_model_name_or_path",
-    "pretrained_model": "pretrained_model_name_or_path",
-    "name_or_path": "pretrained_model_name_or_path",
-    "model_name": "model_family",
-    "model_path": "pretrained_model_name_or_path",
-    "model_id": "pretrained_model_name_or_path",
-    "ckpt_path": "pretrained_model_name_or_path",
-    "dit": "pretrained_model_name_or_path",
-    "model": "pretrained_model_name_or_path",
-    "model_flavour": "pretrained_model_name_or_path",
-    "arch": "model_family",
-    "family": "model_family",
-    "model_revision": "revision",
-    "training_type": "model_type",
-    "lora_type": "model_type",
-    "rank": "lora_rank",
-    "network_dim": "lora_rank",
-    "linear": "lora_rank",
-    "alpha": "lora_alpha",
-    "network_alpha": "lora_alpha",
-    "linear_alpha": "lora_alpha",
-    "network_dropout": "lora_dropout",
-    "target_modules": "lora_targets",
-    "lora_target_modules": "lora_targets",
-    "lora_layers": "lora_targets",
-    "flux_lora_target": "lora_targets",
-    "dataset": "train_data",
-    "dataset_config": "train_data",
-    "data_backend_config": "train_data",
-    "data_root": "train_data",
-    "dataset_name": "train_data",
-    "train_data_dir": "train_data",
-    "instance_data_dir": "train_data",
-    "instance_data_root": "train_data",
-    "folder_path": "train_data",
-    "video_directory": "train_data",
-    "resolution": "height",
-    "max_num_frames": "num_frames",
-    "target_frames": "num_frames",
-    "frames": "num_frames",
-    "target_fps": "fps",
-    "source_fps": "fps",
-    "framerate": "fps",
-    "caption_dropout_probability": "caption_dropout",
-    "caption_dropout_rate": "caption_dropout",
-    "caption_dropout_p": "caption_dropout",
-    "cache_directory": "cache_dir",
-    "discrete_flow_shift": "flow_shift",
-    "flow_schedule_shift": "flow_shift",
-    "weighting_scheme": "timestep_sampling",
-    "flow_weighting_scheme": "timestep_sampling",
-    "timestep_type": "timestep_sampling",
-    "lr": "learning_rate",
-    "optimizer_type": "optimizer",
-    "beta1": "adam_beta1",
-    "beta2": "adam_beta2",
-    "weight_decay": "adam_weight_decay",
-    "epsilon": "adam_epsilon",
-    "gradient_clipping": "max_grad_norm",
-    "clip_grad_norm": "max_grad_norm",
-    "lr_warmup": "lr_warmup_steps",
-    "warmup_steps": "lr_warmup_steps",
-    "steps": "max_train_steps",
-    "train_steps": "max_train_steps",
-    "max_steps": "max_train_steps",
-    "epochs": "num_train_epochs",
-    "max_train_epochs": "num_train_epochs",
-    "batch_size": "train_batch_size",
-    "per_device_train_batch_size": "train_batch_size",
-    "micro_batch_size_per_gpu": "train_batch_size",
-    "gradient_accumulation": "gradient_accumulation_steps",
-    "save_every": "checkpointing_steps",
-    "save_every_n_steps": "checkpointing_steps",
-    "checkpoint_step_interval": "checkpointing_steps",
-    "max_step_saves_to_keep": "checkpoints_total_limit",
-    "save_last_n_steps": "checkpoints_total_limit",
-    "resume": "resume_from_checkpoint",
-    "logging_dir": "output_dir",
-    "log_with": "report_to",
-    "save_root": "output_dir",
-    "num_workers": "dataloader_num_workers",
-    "max_data_loader_n_workers": "dataloader_num_workers",
-    "dtype": "mixed_precision",
-    "crepa_weight": "crepa_lambda",
-    "crepa_distance": "crepa_adjacent_distance",
-    "crepa_tau": "crepa_adjacent_tau",
-    "crepa_cumulative_neighbours": "crepa_cumulative_neighbors",
-    "crepa_normalize_neighbor_sum": "crepa_normalize_neighbour_sum",
-}
-
 
 # Stand in for required keys that are missing or wrong, so that the others can still be checked against each other.
 _STAND_INS: Mapping[str, Any] = {
@@ -120,7 +29,7 @@ _STAND_INS: Mapping[str, Any] = {
 }
 
 
-# What a list of names never holds.
+# Signs that the name of a layer never has.
 _REGEX_SIGNS = re.compile(r"[\\*+?|()\[\]{}^$]")
 
 
@@ -139,15 +48,15 @@ _YamlLoader.add_implicit_resolver(
 
 
 def read_values(path: Path, options: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
-    """The plain values of a JSON or YAML file and of `--key value` options, which win.
+    """The plain values of a JSON or YAML file of any version, and of `--key value` options, which win.
 
     Args:
         problems: options that can't be read are added to it.
 
     Raises:
-        UserError: the file can't be read.
+        UserError: the file can't be read, or is of a newer version.
     """
-    values = _read_file(path)
+    values = migrate(_read_file(path), f"config {path}")
     values.update(parse_options(options, problems))
     return values
 
@@ -161,15 +70,41 @@ def parse(values: Mapping[str, Any], problems: list[Problem]) -> tuple[RunConfig
     Returns:
         The config, in which defaults or stand-ins take the place of what is wrong or missing; and the keys where they do.
     """
-    known = {key: value for key, value in values.items() if key in RunConfig.model_fields}
+    known = {key: value for key, value in values.items() if key in KEYS}
     problems += [unknown_key(key) for key in values if key not in known]
     try:
         return RunConfig.model_validate(known), frozenset()
     except ValidationError as error:
         problems += _explain(error)
-        wrong = frozenset(str(details["loc"][0]) for details in error.errors())
+        wrong = frozenset(map(_key_of, error.errors()))
     rest = {key: value for key, value in known.items() if key not in wrong}
     return RunConfig.model_validate({key: value for key, value in _STAND_INS.items() if key in wrong} | rest), wrong
+
+
+def read_run_config(values: object, file: object) -> tuple[ResolvedConfig, tuple[str, ...]]:
+    """The config of a run, from what its config.json holds, which another version may have written.
+
+    Args:
+        values: the object of keys that was read from the file.
+        file: what messages call the file.
+
+    Returns:
+        The config, and the names of keys that this version does not know, which are left out of it.
+
+    Raises:
+        UserError: it is of a newer version, or a value of it is missing or wrong.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{file} holds a {type(values).__name__}", "give the folder of a run, its output_dir")
+    migrated = migrate(values, file)
+    known = {key: value for key, value in migrated.items() if key in KEYS}
+    try:
+        RunConfig.model_validate(known)  # a ResolvedConfig narrows the types of some keys, and leaves their ranges to it
+        config = ResolvedConfig.model_validate(known)
+    except ValidationError as error:
+        problems = [Problem(f"{file}: {problem.what}", problem.fix, problem.keys) for problem in _explain(error)]
+        raise UserError.of(problems) from error
+    return config, tuple(key for key in migrated if key not in known)
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -184,7 +119,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"config {path} is not text", "give a .json or .yaml file in UTF-8") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"config {path} can't be read: {error}", "mend its name or permissions") from None
+        raise UserError(f"config {path} can't be read: {error}", "correct its name or its permissions") from None
     try:
         if path.suffix.lower() == ".json":
             values = json.loads(text, object_pairs_hook=_no_repeats)
@@ -193,10 +128,10 @@ def _read_file(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(
             f"config {path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})",
-            "mend that line (a missing or trailing comma is the usual cause)",
+            "correct that line (a missing or trailing comma is the usual cause)",
         ) from None
     except yaml.YAMLError as error:
-        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}", "mend that line") from None
+        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}", "correct that line") from None
     except (RecursionError, ValueError, TypeError) as error:
         raise UserError(f"config {path} can't be read: {error}", "write one flat object of keys and plain values") from None
     if values is None:
@@ -211,7 +146,8 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
-            raise UserError(f"{key} stands twice in the config, as {seen[key]!r} and {value!r}", "keep one of them")
+            what = f"{key} stands twice in the config, as {seen[key]!r} and {value!r}"
+            raise UserError(what, "keep one of them", (key,))
         seen[key] = value
     return seen
 
@@ -241,22 +177,21 @@ def parse_options(options: Sequence[str], problems: list[Problem]) -> dict[str, 
         elif not given and _is_switch(key):
             value = "true"
         elif not given:
-            problems.append(Problem(f"--{name} has no value", f"write --{name} VALUE"))
+            problems.append(Problem(f"--{name} has no value", f"write --{name} VALUE", (key,)))
             continue
         values[key] = _option_value(key, value)
     return values
 
 
 def _is_switch(key: str) -> bool:
-    field = RunConfig.model_fields.get(key)
-    return field is not None and _plain_types(field.annotation) == {bool}
+    return key in KEYS and _plain_types(KEYS[key].field.annotation) == {bool}
 
 
 def _option_value(key: str, text: str) -> Any:
-    field = RunConfig.model_fields.get(key)
+    annotation = KEYS[key].field.annotation if key in KEYS else None
     if text.lower() in {"null", "none"}:
         return None
-    if field is not None and _plain_types(field.annotation) == {str}:
+    if _plain_types(annotation) == {str}:
         return text
     if text.lower() in {"true", "false"}:
         return text.lower() == "true"
@@ -264,7 +199,7 @@ def _option_value(key: str, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         pass
-    is_list = field is not None and list in _plain_types(field.annotation) and text not in _choices(field.annotation)
+    is_list = list in _plain_types(annotation) and text not in _choices(annotation)
     if is_list and not _REGEX_SIGNS.search(text):
         return [name.strip() for name in text.split(",")]
     return text
@@ -292,7 +227,7 @@ def _choices(annotation: Any) -> set[Any]:
 
 
 def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> tuple[Any, ...]:
-    """Finite numbers between commas.
+    """Finite numbers, separated by commas.
 
     Raises:
         UserError: something else.
@@ -303,7 +238,7 @@ def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> tupl
         numbers = (math.nan,)
     if not all(map(math.isfinite, numbers)):
         example = "500,1000" if kind is int else "0.7,1.0"
-        raise UserError(f"{option} {text}: not numbers between commas", f"write {option} {example}")
+        raise UserError(f"{option} {text}: not numbers separated by commas", f"write {option} {example}")
     return numbers
 
 
@@ -311,13 +246,14 @@ def unknown_key(key: str) -> Problem:
     """What to answer to a key that is not ours."""
     lowered = key.lower().replace("-", "_").lstrip("_")
     if lowered in _SECRETS:
-        return Problem(f"{key}: unknown key", "a config is copied into the run's folder: run `hf auth login`, or set HF_TOKEN")
-    if lowered in FOREIGN_KEYS:
-        return Problem(f"{key}: unknown key", f"here it is called {FOREIGN_KEYS[lowered]}")
-    close = closest(lowered, RunConfig.model_fields, cutoff=0.7)
-    if close:
-        return Problem(f"{key}: unknown key", f"did you mean {close}?")
-    return Problem(f"{key}: unknown key", "remove it; `crepatrain validate-config --schema` lists every key")
+        fix = "leave it out, as a config is copied into the run's folder: run `hf auth login`, or set HF_TOKEN"
+    elif lowered in FOREIGN_KEYS:
+        fix = f"here it is called {FOREIGN_KEYS[lowered]}"
+    elif close := closest(lowered, KEYS, cutoff=0.7):
+        fix = f"did you mean {close}?"
+    else:
+        fix = "remove it; `crepatrain validate-config --schema` lists every key"
+    return Problem(f"{key}: unknown key", fix, (key,))
 
 
 # Of pydantic's error types: what is wrong, and the remedy.
@@ -333,11 +269,11 @@ _WRONG: Mapping[str, tuple[str, str]] = {
     "bool_type": ("wrong type", "write true or false"),
     "string_type": ("wrong type", 'write a text in "quotes"'),
     "list_type": ("wrong type", "write a list"),
-    "too_short": ("an empty list", "write a list with a name in it, or leave the key out"),
+    "too_short": ("an empty list", "write a list of one entry or more, or leave the key out"),
     "string_too_short": ("empty", "write a value"),
-    "string_pattern_mismatch": ("a name that can't be", "use letters, digits, dot, dash and underscore"),
-    "impossible_regex": ("no regular expression", "write a list of names, or mend it"),
-    "impossible_path": ("no system has such a path", "give a shorter path"),
+    "string_pattern_mismatch": ("not a possible name", "use letters, digits, dot, dash and underscore"),
+    "impossible_regex": ("not a regular expression", "write a list of names, or correct it"),
+    "impossible_path": ("not a possible path", "give a shorter path"),
 }
 
 
@@ -345,17 +281,23 @@ def _explain(error: ValidationError) -> list[Problem]:
     """One problem per key, whatever branches of a union failed under it."""
     by_key: dict[str, list[ErrorDetails]] = {}
     for details in error.errors():
-        by_key.setdefault(str(details["loc"][0]), []).append(details)
+        by_key.setdefault(_key_of(details), []).append(details)
     return [_explain_key(key, found) for key, found in by_key.items()]
+
+
+def _key_of(details: ErrorDetails) -> str:
+    _section, key, *_ = details["loc"]
+    return str(key)
 
 
 def _explain_key(key: str, found: list[ErrorDetails]) -> Problem:
     if found[0]["type"] == "missing":
-        return Problem(f"{key} is missing", f"add it: {RunConfig.model_fields[key].description}")
-    told = [_reason_and_remedy(details) for details in found]
-    reason = told[0][0] if len({reason for reason, _ in told}) == 1 else "not possible here"
+        return Problem(f"{key} is missing", f"add it. {KEYS[key].field.description}", (key,))
+    explained = [_reason_and_remedy(details) for details in found]
+    reason = explained[0][0] if len({reason for reason, _ in explained}) == 1 else "not possible here"
     value = json.dumps(found[0]["input"], default=str)
-    return Problem(f"{key}={value}: {reason}", ", or ".join(dict.fromkeys(remedy for _, remedy in told)))
+    remedies = ", or ".join(dict.fromkeys(remedy for _, remedy in explained))
+    return Problem(f"{key}={value}: {reason}", remedies, (key,))
 
 
 def _reason_and_remedy(details: ErrorDetails) -> tuple[str, str]:

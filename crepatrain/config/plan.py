@@ -1,7 +1,6 @@
-"""From a config and a checkpoint's own JSON files to a run that can start, or to every reason why it can't. No torch."""
+"""From a config and a checkpoint's own JSON files to a run that can start, or to every reason why it can't. Needs no torch."""
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, TypeVar
 from crepatrain.config import checks
 from crepatrain.config.load import parse, read_values
 from crepatrain.config.notes import warnings
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.run_config import RunConfig
 from crepatrain.config.sources import read_checkpoint, read_encoder, readable
 from crepatrain.errors import Problem, UserError
 from crepatrain.geometry import Geometry, TokenGrid
@@ -30,7 +30,7 @@ class Plan:
         warnings: what the user should know though nothing is wrong.
     """
 
-    config: RunConfig
+    config: ResolvedConfig
     spec: FamilySpec
     checkpoint: Checkpoint
     variant: Variant
@@ -42,17 +42,17 @@ class Plan:
     @property
     def size(self) -> tuple[int, int, int]:
         """(frames, height, width) of the config."""
-        return checks.wanted_size(self.config)
+        return self.config.data.size
 
     @property
     def task(self) -> Task:
-        assert self.config.task is not None
-        return self.config.task
+        """What the run trains for."""
+        return self.config.model.task
 
     def encoder_size(self, grid: TokenGrid) -> tuple[int, int]:
         """Pixels (height, width) at which the vision encoder sees a frame of this grid."""
         assert self.encoder is not None
-        size = self.config.crepa_encoder_image_size
+        size = self.config.crepa.crepa_encoder_image_size
         if size == "grid":
             return self.encoder.patch * grid.h, self.encoder.patch * grid.w
         return int(size), int(size)
@@ -77,15 +77,11 @@ def read_plan(path: Path, options: Sequence[str] = (), *, online: bool = True) -
         plan = make_plan(config, online=online, without=wrong)
     except UserError as error:
         # What follows from a value that is wrong already would only be noise.
-        problems += [problem for problem in error.problems if not any(_names(problem, key) for key in wrong)]
+        problems += [problem for problem in error.problems if wrong.isdisjoint(problem.keys)]
         plan = None
     if problems or plan is None:
         raise UserError.of(problems)
     return plan
-
-
-def _names(problem: Problem, key: str) -> bool:
-    return re.search(rf"(?<![\w/]){key}(?=[=:,]| is missing)", problem.what) is not None
 
 
 def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str] = frozenset()) -> Plan:
@@ -98,14 +94,14 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     Raises:
         UserError: with every problem that was found.
     """
-    spec = FAMILIES[config.model_family]
+    spec = FAMILIES[config.model.model_family]
     problems: list[Problem] = []
     found = geometry = encoder = None
     if not without & {"model_family", "pretrained_model_name_or_path"}:
         found = _attempt(
             problems,
             lambda: read_checkpoint(
-                config.pretrained_model_name_or_path, config.revision, spec, config.wan_expert, online=online
+                config.model.pretrained_model_name_or_path, config.model.revision, spec, config.model.wan_expert, online=online
             ),
         )
     if found:
@@ -113,31 +109,32 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     checkpoint, variant = found or (None, spec.default_variant())
     resolved = _resolve(config, spec, variant, checkpoint, geometry)
     problems += checks.check_paths(resolved)
-    problems += checks.check_length(resolved)
-    problems += checks.check_eval(resolved)
+    problems += checks.check_length(resolved.loop)
+    problems += checks.check_eval(resolved.validation)
     problems += checks.check_init_adapter(resolved)
     problems += checks.check_optimizer(resolved)
-    problems += checks.check_trackers(resolved)
+    problems += checks.check_trackers(resolved.loop)
     disagreeing = checks.check_source(config)
     problems += disagreeing
     if checkpoint:
-        problems += checks.check_variant(resolved, variant)
+        problems += checks.check_variant(resolved.model, variant)
         problems += checks.check_validation(resolved, variant)
-    if resolved.crepa_enabled and resolved.crepa_feature_source != "backbone":
-        encoder = _attempt(problems, lambda: read_encoder(resolved.crepa_encoder))
+    if resolved.crepa.crepa_enabled and resolved.crepa.crepa_feature_source != "backbone":
+        encoder = _attempt(problems, lambda: read_encoder(resolved.crepa.crepa_encoder))
     if encoder:
-        problems += checks.check_encoder_size(resolved, encoder)
+        problems += checks.check_encoder_size(resolved.crepa, encoder)
     if geometry:
-        problems += checks.check_size(resolved, geometry)
-        problems += checks.check_images(resolved, variant, geometry)
+        problems += checks.check_size(resolved.data, geometry)
+        problems += checks.check_images(resolved.data, variant, geometry)
         problems += checks.check_blocks(resolved, geometry.depth, source_known=not disagreeing)
         problems += checks.check_targets(resolved, spec, geometry.depth)
         problems += checks.check_threshold(resolved, geometry)
     if problems or checkpoint is None or geometry is None:
-        raise UserError.of(problems or [Problem(f"{', '.join(sorted(without))}: not usable", "mend it")])
-    grid = geometry.token_grid(*checks.wanted_size(resolved))
-    told = tuple(warnings(resolved, config, geometry, grid))
-    return Plan(resolved, spec, checkpoint, variant, geometry, grid, encoder, told)
+        keys = tuple(sorted(without))
+        raise UserError.of(problems or [Problem(f"{', '.join(keys)}: not usable", "correct it", keys)])
+    grid = geometry.token_grid(*resolved.data.size)
+    messages = tuple(warnings(resolved, config, geometry, grid))
+    return Plan(resolved, spec, checkpoint, variant, geometry, grid, encoder, messages)
 
 
 def _attempt(problems: list[Problem], action: Callable[[], _T]) -> _T | None:
@@ -149,13 +146,13 @@ def _attempt(problems: list[Problem], action: Callable[[], _T]) -> _T | None:
 
 
 def _geometry(config: RunConfig, spec: FamilySpec, checkpoint: Checkpoint) -> Geometry:
-    with readable(config.pretrained_model_name_or_path, spec):
+    with readable(config.model.pretrained_model_name_or_path, spec):
         return spec.geometry(checkpoint.transformer, checkpoint.vae)
 
 
 def _resolve(
     config: RunConfig, spec: FamilySpec, variant: Variant, checkpoint: Checkpoint | None, geometry: Geometry | None
-) -> RunConfig:
+) -> ResolvedConfig:
     """The config with every default filled in that depends on the family or the checkpoint."""
     height, width, frames = variant.size
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crepatrain"
@@ -168,15 +165,14 @@ def _resolve(
         "flow_shift": 1.0,
         "cache_dir": str(cache),
     }
-    if config.model_type == "lora":
-        defaults |= {"lora_alpha": float(config.lora_rank), "lora_targets": list(spec.lora_targets)}
-    if config.crepa_enabled:
-        defaults |= {"crepa_block_index": spec.default_block, "crepa_projector_lr": config.learning_rate}
-    update = {key: value for key, value in defaults.items() if getattr(config, key) is None}
-    if config.crepa_use_backbone_features or config.crepa_feature_source == "backbone":
+    if config.model.model_type == "lora":
+        defaults |= {"lora_alpha": float(config.lora.lora_rank), "lora_targets": list(spec.lora_targets)}
+    if config.crepa.crepa_enabled:
+        defaults |= {"crepa_block_index": spec.default_block, "crepa_projector_lr": config.optim.learning_rate}
+    update = {key: value for key, value in defaults.items() if config.value(key) is None}
+    if config.crepa.crepa_use_backbone_features or config.crepa.crepa_feature_source == "backbone":
         update |= {"crepa_use_backbone_features": True, "crepa_feature_source": "backbone"}
-    resolved = config.model_copy(update=update)
-    if config.flow_shift is None and checkpoint and geometry and not checks.check_size(resolved, geometry):
-        tokens = geometry.token_grid(*checks.wanted_size(resolved)).tokens
-        resolved = resolved.model_copy(update={"flow_shift": checkpoint.flow_shift(tokens)})
+    resolved = ResolvedConfig.model_validate(config.model_dump() | update)
+    if config.diffusion.flow_shift is None and checkpoint and geometry and not checks.check_size(resolved.data, geometry):
+        resolved = resolved.changed(flow_shift=checkpoint.flow_shift(geometry.token_grid(*resolved.data.size).tokens))
     return resolved

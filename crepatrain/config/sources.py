@@ -46,7 +46,7 @@ def read_checkpoint(
         close = closest(path, [model.repo for model in spec.released.values() if model.repo], cutoff=0.8)
         if close is None or close == path:
             raise
-        raise UserError(error.problems[0].what, f"did you mean {close}?") from error
+        raise UserError(error.problems[0].what, f"did you mean {close}?", (key,)) from error
     if local:
         expect_parts(key, folder, ("vae", "scheduler") if expert == "low" else ("transformer", "vae", "scheduler"), ())
     model_index = _read_json(key, folder, "model_index.json")
@@ -58,7 +58,8 @@ def read_checkpoint(
     if found != spec.transformer_class:
         raise UserError(
             f"{key}={path}: its transformer is a {found}, and model_family={spec.name} needs a {spec.transformer_class}",
-            "set the model_family of this checkpoint, or another checkpoint" if key == BASE_KEY else "give another one",
+            "set the model_family of this checkpoint, or use another checkpoint" if key == BASE_KEY else "give another one",
+            (key, "model_family"),
         )
     checkpoint = Checkpoint(model_index, transformer, vae, scheduler, origin="folder" if local else "hub")
     with readable(path, spec):
@@ -66,7 +67,7 @@ def read_checkpoint(
             variant = spec.variant(checkpoint, expert)
         except Unsupported as reason:
             raise UserError(
-                f"{key}={path}: {reason}, which this version can't train", f"use a {spec.title} checkpoint"
+                f"{key}={path}: {reason}, which this version can't train", f"use a {spec.title} checkpoint", (key,)
             ) from reason
     if local:
         expect_parts(key, folder, variant.parts, variant.weights)
@@ -75,14 +76,15 @@ def read_checkpoint(
 
 @contextmanager
 def readable(path: str, spec: FamilySpec) -> Iterator[None]:
-    """What reading a strange config.json raises, as what the user can do about it."""
+    """Turn what reading an unexpected config.json raises into a UserError."""
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"pretrained_model_name_or_path={path}: a config.json of its parts is not that of a {spec.title} model "
+            f"{BASE_KEY}={path}: a config.json of its parts is not that of a {spec.title} model "
             f"({type(error).__name__}: {error})",
             "download it again",
+            (BASE_KEY,),
         ) from error
 
 
@@ -99,7 +101,8 @@ def read_encoder(name: str) -> EncoderSpec:
         if "/" not in name:
             close = closest(name, ENCODERS)
             hint = f"did you mean {close}? Otherwise " if close else ""
-            raise UserError(f"{key}={name}: no such encoder", f"{hint}use one of {', '.join(ENCODERS)}, a folder or a hub id")
+            use = f"{hint}use one of {', '.join(ENCODERS)}, a folder or a hub id"
+            raise UserError(f"{key}={name}: no such encoder", use, (key,))
         _expect_hub_id(key, name, "transformers")
     values = _read_json(key, fetch(key, name, None, ("config.json",)), "config.json")
     width, patch = values.get("hidden_size"), values.get("patch_size")
@@ -107,15 +110,17 @@ def read_encoder(name: str) -> EncoderSpec:
         raise UserError(
             f"{key}={name}: its config.json has no hidden_size and patch_size, so it is not a plain vision transformer",
             "use a DINOv2 or DINOv3 model in transformers' format",
+            (key,),
         )
     if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
-        raise UserError(f"{key}={name}: it lacks *.safetensors", "copy the whole model folder")
+        raise UserError(f"{key}={name}: it lacks *.safetensors", "copy the whole model folder", (key,))
     return EncoderSpec(name, width, patch, values)
 
 
 def _expect_hub_id(key: str, path: str, kind: str) -> None:
     if not _HUB_ID.match(path):
-        raise UserError(f"{key}={path}: no such folder", f"give a {kind} folder that exists, or a hub id such as owner/name")
+        use = f"give a {kind} folder that exists, or a hub id such as owner/name"
+        raise UserError(f"{key}={path}: no such folder", use, (key,))
 
 
 def expect_parts(key: str, folder: Path, parts: Collection[str], weights: Collection[str]) -> None:
@@ -137,6 +142,7 @@ def expect_parts(key: str, folder: Path, parts: Collection[str], weights: Collec
         raise UserError(
             f"{key}={folder}: not a whole diffusers pipeline, it lacks {', '.join(missing)}",
             "download the repository whose name ends in -Diffusers, or write one with `crepatrain make-random`",
+            (key,),
         )
 
 
@@ -144,11 +150,12 @@ def _read_json(key: str, folder: Path, name: str) -> dict[str, Any]:
     try:
         values = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{key}={folder}: it has no {name}", "use a folder in diffusers' or transformers' format") from None
+        use = "use a folder in diffusers' or transformers' format"
+        raise UserError(f"{key}={folder}: it has no {name}", use, (key,)) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}={folder}: {name} can't be read ({error})", "download it again") from None
+        raise UserError(f"{key}={folder}: {name} can't be read ({error})", "download it again", (key,)) from None
     if not isinstance(values, dict):
-        raise UserError(f"{key}={folder}: {name} holds a {type(values).__name__}", "download it again")
+        raise UserError(f"{key}={folder}: {name} holds a {type(values).__name__}", "download it again", (key,))
     return values
 
 
@@ -187,7 +194,7 @@ def _absent_folder(key: str) -> str:
 
 @contextmanager
 def _hub_errors(key: str, repo: str, revision: str | None) -> Iterator[None]:
-    """What the hub client raises, as what the user can do about it."""
+    """Turn what the hub client raises into a UserError."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -202,23 +209,19 @@ def _hub_errors(key: str, repo: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except GatedRepoError as error:
-        raise UserError(
-            what + "the hub wants you to accept its terms", "accept them on its page, then run `hf auth login`"
-        ) from error
+        fix = "accept them on its page, then run `hf auth login`"
+        raise UserError(what + "the hub wants you to accept its terms", fix, (key,)) from error
     except RepositoryNotFoundError as error:
-        raise UserError(
-            what + "the hub has no such repository, or it is private",
-            f"check the name; for a private one run `hf auth login`{or_folder}",
-        ) from error
+        fix = f"check the name; for a private one run `hf auth login`{or_folder}"
+        raise UserError(what + "the hub has no such repository, or it is private", fix, (key,)) from error
     except RevisionNotFoundError as error:
-        raise UserError(what + f"it has no revision {revision}", "check revision") from error
+        raise UserError(what + f"it has no revision {revision}", "check revision", (key, "revision")) from error
     except LocalEntryNotFoundError as error:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub can't be reached"
-        raise UserError(
-            what + f"it is not on this machine, and {offline}",
-            f"connect once (`hf auth login` if gated), or run `hf download {repo}` elsewhere and give the folder{or_folder}",
-        ) from error
+        fix = f"connect once (`hf auth login` if gated), or run `hf download {repo}` elsewhere and give the folder{or_folder}"
+        raise UserError(what + f"it is not on this machine, and {offline}", fix, (key,)) from error
     except EntryNotFoundError as error:
-        raise UserError(what + "a file of it is missing", "use a repository in diffusers' or transformers' format") from error
+        fix = "use a repository in diffusers' or transformers' format"
+        raise UserError(what + "a file of it is missing", fix, (key,)) from error
     except HfHubHTTPError as error:
-        raise UserError(what + f"the hub answered: {error}", "try again later") from error
+        raise UserError(what + f"the hub answered: {error}", "try again later", (key,)) from error

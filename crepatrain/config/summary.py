@@ -1,8 +1,11 @@
 """A plan in words."""
 
+from collections.abc import Sequence
+
 from crepatrain.config.checks import maximum_score
 from crepatrain.config.plan import Plan
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.sections import CrepaConfig, LoopConfig, OptimConfig
 
 
 def summarize(plan: Plan) -> list[tuple[str, str]]:
@@ -11,23 +14,24 @@ def summarize(plan: Plan) -> list[tuple[str, str]]:
     frames, height, width = plan.size
     known = " (not on this machine yet; checked against its known shapes)" if plan.checkpoint.origin == "package" else ""
     rows = [
-        ("model", f"{_model(plan)}, {config.pretrained_model_name_or_path}{known}"),
+        ("model", f"{_model(plan)}, {config.model.pretrained_model_name_or_path}{known}"),
         ("task", _task(plan)),
         ("trained", _trained(config)),
-        ("clips", f"{config.train_data}: {frames} frames of {height} x {width} at {config.fps:g} fps"),
+        ("clips", f"{config.data.train_data}: {frames} frames of {height} x {width} at {config.data.fps:g} fps"),
         ("tokens", f"{grid} = {grid.tokens} a clip, in {geometry.depth} blocks of width {geometry.width}"),
-        ("steps", _steps(config)),
-        ("optimizer", _optimizer(config)),
-        ("precision", f"{_precision(config)}; gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}"),
+        ("steps", _steps(config.loop)),
+        ("optimizer", _optimizer(config.optim)),
+        ("precision", f"{_precision(config)}; gradient checkpointing {'on' if config.loop.gradient_checkpointing else 'off'}"),
     ]
-    if config.crepa_enabled:
+    if config.crepa.crepa_enabled:
         rows += _crepa(plan)
     else:
         rows.append(("CREPA", "off; set crepa_enabled to true"))
-    if config.layersync_enabled:
-        student, teacher = config.layersync_student_block, config.layersync_teacher_block
-        rows.append(("LayerSync", f"block {student} follows block {teacher}, weight {config.layersync_lambda:g}"))
-    return [*rows, ("output", config.output_dir)]
+    if config.layersync.layersync_enabled:
+        sync = config.layersync
+        words = f"block {sync.student_block} follows block {sync.teacher_block}, weight {sync.layersync_lambda:g}"
+        rows.append(("LayerSync", words))
+    return [*rows, ("output", config.loop.output_dir)]
 
 
 def _model(plan: Plan) -> str:
@@ -39,46 +43,47 @@ def _model(plan: Plan) -> str:
 def _task(plan: Plan) -> str:
     if plan.task == "t2v":
         return "text-to-video"
-    dropped = plan.config.i2v_dropout
+    dropped = plan.config.data.i2v_dropout
     return "image-to-video from each clip's first frame" + (f", {dropped:.0%} of the samples without it" if dropped else "")
 
 
-def _trained(config: RunConfig) -> str:
-    if config.model_type == "full":
+def _trained(config: ResolvedConfig) -> str:
+    if config.model.model_type == "full":
         return "every weight of the transformer"
-    scale = "sqrt(rank)" if config.lora_use_rslora else "rank"
-    return f"LoRA rank {config.lora_rank}, scaled by alpha {config.lora_alpha:g} / {scale}, on {_targets(config)}"
+    scale = "sqrt(rank)" if config.lora.lora_use_rslora else "rank"
+    lora = config.lora
+    return f"LoRA rank {lora.lora_rank}, scaled by alpha {lora.alpha:g} / {scale}, on {_targets(lora.targets)}"
 
 
-def _precision(config: RunConfig) -> str:
-    if config.mixed_precision == "no":
+def _precision(config: ResolvedConfig) -> str:
+    if config.loop.mixed_precision == "no":
         return "fp32"
-    return "bf16 arithmetic, fp32 weights" if config.model_type == "full" else "bf16, adapter and projector fp32"
+    return "bf16 arithmetic, fp32 weights" if config.model.model_type == "full" else "bf16, adapter and projector fp32"
 
 
 def _crepa(plan: Plan) -> list[tuple[str, str]]:
-    config = plan.config
+    crepa = plan.config.crepa
     last = plan.geometry.depth - 1
     return [
-        ("CREPA", f"block {config.crepa_block_index} of 0 to {last} learns from {_teacher(plan)}, {_meeting(plan)}"),
+        ("CREPA", f"block {crepa.block} of 0 to {last} learns from {_teacher(plan)}, {_meeting(plan)}"),
         ("neighbours", _neighbours(plan)),
-        ("weight", _schedule(config) + _over_frames(plan)),
+        ("weight", _schedule(crepa) + _over_frames(plan)),
         ("cutoff", _cutoff(plan)),
     ]
 
 
 def _teacher(plan: Plan) -> str:
     if plan.encoder is None:
-        return f"block {plan.config.crepa_teacher_block_index} of the same transformer"
+        return f"block {plan.config.crepa.teacher_block} of the same transformer"
     size = "x".join(map(str, plan.encoder_size(plan.grid)))
     rows, columns = plan.teacher_grid(plan.grid)
-    source = plan.config.crepa_feature_source
-    return f"{plan.config.crepa_encoder} at {size} ({source}): {rows} x {columns} patches a frame"
+    source = plan.config.crepa.crepa_feature_source
+    return f"{plan.config.crepa.crepa_encoder} at {size} ({source}): {rows} x {columns} patches a frame"
 
 
 def _meeting(plan: Plan) -> str:
     rows, columns = plan.teacher_grid(plan.grid)
-    if not plan.config.crepa_spatial_align:
+    if not plan.config.crepa.crepa_spatial_align:
         return "frame means only"
     if (rows, columns) == (plan.grid.h, plan.grid.w):
         return "patch on patch"
@@ -87,24 +92,24 @@ def _meeting(plan: Plan) -> str:
 
 
 def _neighbours(plan: Plan) -> str:
-    config = plan.config
-    distance = min(config.crepa_adjacent_distance, plan.grid.t - 1)
+    crepa = plan.config.crepa
+    distance = min(crepa.crepa_adjacent_distance, plan.grid.t - 1)
     if distance == 0:
         return "none: each frame with its own features"
-    several = config.crepa_cumulative_neighbors and distance > 1
+    several = crepa.crepa_cumulative_neighbors and distance > 1
     which = f"the frames 1 to {distance} away" if several else f"the two frames {distance} away"
-    return f"{which}, weighing exp(-distance / {config.crepa_adjacent_tau:g})"
+    return f"{which}, weighted by exp(-distance / {crepa.crepa_adjacent_tau:g})"
 
 
 def _cutoff(plan: Plan) -> str:
-    config = plan.config
-    maximum = maximum_score(config, plan.grid.t)
-    threshold = config.crepa_similarity_threshold
-    parts = [f"off from step {config.crepa_cutoff_step}"] if config.crepa_cutoff_step else []
+    crepa = plan.config.crepa
+    maximum = maximum_score(crepa, plan.grid.t)
+    threshold = crepa.crepa_similarity_threshold
+    parts = [f"off from step {crepa.crepa_cutoff_step}"] if crepa.crepa_cutoff_step else []
     if threshold is not None:
-        of_self = config.crepa_threshold_metric == "self"
+        of_self = crepa.crepa_threshold_metric == "self"
         parts.append(
-            f"off ({config.crepa_threshold_mode}) when the EMA of the {'self-similarity' if of_self else 'alignment score'} "
+            f"off ({crepa.crepa_threshold_mode}) when the EMA of the {'self-similarity' if of_self else 'alignment score'} "
             f"reaches {threshold:g}"
         )
         if not of_self:
@@ -112,15 +117,13 @@ def _cutoff(plan: Plan) -> str:
     return f"{'; '.join(parts) or 'none'} (the score's maximum here is {maximum:.3f})"
 
 
-def _targets(config: RunConfig) -> str:
-    targets = config.lora_targets
-    assert targets is not None
+def _targets(targets: Sequence[str] | str) -> str:
     if isinstance(targets, str):
-        return "every Linear of the blocks" if targets == "all-linear" else f"what {targets} matches"
+        return "every Linear of the blocks" if targets == "all-linear" else f"every layer that {targets} matches"
     return ", ".join(targets)
 
 
-def _steps(config: RunConfig) -> str:
+def _steps(config: LoopConfig) -> str:
     length = f"{config.max_train_steps} optimizer steps" if config.max_train_steps else f"{config.num_train_epochs} epoch(s)"
     clips = f"{config.train_batch_size} clip{'s' * (config.train_batch_size > 1)}"
     if config.gradient_accumulation_steps > 1:
@@ -128,12 +131,12 @@ def _steps(config: RunConfig) -> str:
     return f"{length} of {clips} on each device, a checkpoint every {config.checkpointing_steps}"
 
 
-def _optimizer(config: RunConfig) -> str:
+def _optimizer(config: OptimConfig) -> str:
     warmup = f" after {config.lr_warmup_steps} warm-up steps" if config.lr_warmup_steps else ""
     return f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.lr_scheduler}{warmup}"
 
 
-def _schedule(config: RunConfig) -> str:
+def _schedule(config: CrepaConfig) -> str:
     start, end = config.crepa_lambda, config.crepa_lambda_end
     warmup = config.crepa_warmup_steps
     text = f"{start:g}" if not warmup else f"0 to {start:g} in {warmup} steps"
@@ -147,6 +150,6 @@ def _schedule(config: RunConfig) -> str:
 
 
 def _over_frames(plan: Plan) -> str:
-    if plan.config.crepa_normalize_by_frames:
+    if plan.config.crepa.crepa_normalize_by_frames:
         return ""
     return f", on the sum over the token frames ({plan.grid.t} at this size), which grows with a clip's length"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from crepatrain.config.load import FOREIGN_KEYS, parse, parse_options, read_values, unknown_key
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.foreign_keys import FOREIGN_KEYS
+from crepatrain.config.load import parse, parse_options, read_values, unknown_key
+from crepatrain.config.run_config import KEYS, RunConfig
 from crepatrain.errors import Problem, UserError
 
 REQUIRED = {"model_family": "wan", "pretrained_model_name_or_path": "checkpoint", "train_data": "clips", "output_dir": "run"}
@@ -57,7 +58,7 @@ def test_a_number_in_yaml_is_a_number_however_it_is_written(tmp_path, text):
     config, problems = parsed(**values)
     assert not problems
     assert config is not None
-    assert config.learning_rate == 1e-4
+    assert config.optim.learning_rate == 1e-4
 
 
 def test_a_text_in_yaml_stays_a_text(tmp_path):
@@ -170,14 +171,14 @@ def test_options_are_read_as_the_key_means_them(words, expected):
     config, problems = parsed(**values)
     assert not problems
     assert config is not None
-    assert {key: getattr(config, key) for key in expected} == expected
+    assert {key: config.value(key) for key in expected} == expected
 
 
 def test_one_name_is_a_list_of_one():
     config, problems = parsed(**options("--lora_targets", "to_q"))
     assert not problems
     assert config is not None
-    assert config.lora_targets == ["to_q"]
+    assert config.lora.lora_targets == ["to_q"]
 
 
 @pytest.mark.parametrize("word", ["stray", "-x", "--", "crepa_lambda=0.3"])
@@ -248,12 +249,12 @@ def test_a_misspelt_key_is_answered_with_the_one_meant(key, ours):
     ],
 )
 def test_other_trainers_keys_are_answered_with_ours(key, ours):
-    assert unknown_key(key) == Problem(f"{key}: unknown key", f"here it is called {ours}")
+    assert unknown_key(key) == Problem(f"{key}: unknown key", f"here it is called {ours}", (key,))
 
 
 def test_every_foreign_key_leads_to_a_key_of_ours_and_is_none_itself():
-    assert set(FOREIGN_KEYS.values()) <= RunConfig.model_fields.keys()
-    assert not FOREIGN_KEYS.keys() & RunConfig.model_fields.keys()
+    assert set(FOREIGN_KEYS.values()) <= KEYS.keys()
+    assert not FOREIGN_KEYS.keys() & KEYS.keys()
     assert all(key == key.lower().replace("-", "_").lstrip("_") for key in FOREIGN_KEYS), "the lookup would never find it"
 
 
@@ -319,7 +320,7 @@ def test_keys_of_options_are_checked_as_those_of_files():
         ("output_name", "../up", "letters, digits"),
         ("lora_targets", 3, "list"),
         ("lora_targets", [], "list"),
-        ("lora_targets", "blocks.(", "list of names, or mend it"),
+        ("lora_targets", "blocks.(", "list of names, or correct it"),
         ("lora_use_rslora", 1, "true or false"),
         ("task", "v2v", "did you mean"),
         ("task", "text", "t2v, i2v"),
@@ -332,7 +333,7 @@ def test_keys_of_options_are_checked_as_those_of_files():
         ("caption_dropout", 1.5, "use 1"),
     ],
 )
-def test_a_wrong_value_is_told_with_key_value_and_remedy(key, value, remedy):
+def test_a_wrong_value_is_reported_with_key_value_and_remedy(key, value, remedy):
     _, problems = parsed(**{key: value})
     assert len(problems) == 1
     what, _, fix = problems[0].partition("\n  -> ")
@@ -340,26 +341,26 @@ def test_a_wrong_value_is_told_with_key_value_and_remedy(key, value, remedy):
     assert remedy in fix
 
 
-@pytest.mark.parametrize(("targets", "told"), [([""], '""'), (["to_q", 3], "3"), ([["to_q"]], '["to_q"]')])
-def test_a_wrong_name_in_a_list_is_told(targets, told):
+@pytest.mark.parametrize(("targets", "shown"), [([""], '""'), (["to_q", 3], "3"), ([["to_q"]], '["to_q"]')])
+def test_a_wrong_name_in_a_list_is_reported(targets, shown):
     _, problems = parsed(lora_targets=targets)
     assert len(problems) == 1
-    assert problems[0].startswith(f"lora_targets={told}: ")
+    assert problems[0].startswith(f"lora_targets={shown}: ")
 
 
 def test_a_whole_number_is_a_number():
     config, problems = parsed(learning_rate=1, fps=16)
     assert not problems
     assert config is not None
-    assert (config.learning_rate, config.fps) == (1.0, 16.0)
+    assert (config.optim.learning_rate, config.data.fps) == (1.0, 16.0)
 
 
-def test_a_missing_key_is_told_with_its_meaning():
+def test_a_missing_key_is_reported_with_its_meaning():
     problems: list[Problem] = []
     _, wrong = parse({}, problems)
     assert wrong == set(REQUIRED)
     assert {problem.what for problem in problems} == {f"{key} is missing" for key in REQUIRED}
-    assert all(RunConfig.model_fields[key].description in str(problems) for key in REQUIRED)
+    assert all(KEYS[key].field.description in str(problems) for key in REQUIRED)
 
 
 def test_every_problem_of_a_file_at_once():
@@ -368,7 +369,7 @@ def test_every_problem_of_a_file_at_once():
     for key in ("rank", "crepa_lamda", "seed", "crepa_scheduler", "learning_rate"):
         assert sum(problem.startswith((f"{key}:", f"{key}=")) for problem in problems) == 1
     assert config is not None, "what could be understood goes on to be checked"
-    assert (config.fps, config.seed) == (25, RunConfig.model_fields["seed"].default)
+    assert (config.data.fps, config.loop.seed) == (25, KEYS["seed"].field.default)
 
 
 def test_a_yaml_file_may_merge_mappings(tmp_path):

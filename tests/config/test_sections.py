@@ -1,15 +1,14 @@
-"""The sections: one home for every key and default, all told to the user."""
+"""The sections: one home for every key and default, each described to the user."""
 
-import dataclasses
-import itertools
 import json
 
 import pytest
-from pydantic import model_validator
+from pydantic import ValidationError
 
 from crepatrain.config.load import parse
 from crepatrain.config.plan import make_plan, read_plan
-from crepatrain.config.sections import SECTIONS, RunConfig, Section
+from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.run_config import KEYS, SECTIONS, RunConfig
 from crepatrain.config.summary import summarize
 from crepatrain.specs import FAMILIES
 
@@ -91,60 +90,70 @@ ISSUE_KEYS = [
 ]
 
 
-def own_fields(section) -> set[str]:
-    return section.__annotations__.keys() & section.model_fields.keys()
+def test_every_key_is_in_one_section():
+    keys = [key for section in SECTIONS.values() for key in section.model_fields]
+    assert len(keys) == len(set(keys))
+    assert list(KEYS) == keys
+    assert all(key in SECTIONS[info.section].model_fields for key, info in KEYS.items())
+    assert not set(keys) & set(SECTIONS), "a section is never taken for a key"
 
 
-def own_validators(section) -> set[str]:
-    decorators = section.__pydantic_decorators__
-    kinds = [getattr(decorators, kind.name) for kind in dataclasses.fields(decorators)]
-    return {name for kind in kinds if isinstance(kind, dict) for name in kind} - vars(Section).keys()
+def test_a_config_is_made_from_and_dumped_as_one_flat_object(values):
+    config = RunConfig.model_validate(values)
+    assert list(config.model_dump()) == list(KEYS)
+    assert config.model_dump().items() >= values.items()
+    assert config.crepa.crepa_enabled is config.value("crepa_enabled") is True
+    assert config.explicitly_set == values.keys()
+    assert RunConfig.model_validate(config.model_dump()) == config
+    assert json.loads(config.model_dump_json()) == json.loads(json.dumps(config.model_dump()))
 
 
-@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(SECTIONS, 2)))
-def test_no_two_sections_define_the_same(one, other):
-    # Pydantic would drop one of them, silently.
-    assert not own_fields(one) & own_fields(other)
-    assert not own_validators(one) & own_validators(other)
+@pytest.mark.parametrize("unknown", ["crepa", "model", "crepa_lamda"])
+def test_a_key_that_is_none_is_refused_and_so_is_a_sections_name(values, unknown):
+    with pytest.raises(ValidationError, match=unknown):
+        RunConfig.model_validate(values | {unknown: {}})
 
 
-def test_the_clash_of_validators_would_be_seen():
-    class One(Section):
-        @model_validator(mode="after")
-        def check(self):
-            return self
-
-    assert own_validators(One) == {"check"}
-
-
-def test_the_run_is_its_sections():
-    assert RunConfig.__bases__ == SECTIONS
-    assert RunConfig.model_fields.keys() == set().union(*map(own_fields, SECTIONS))
+def test_a_changed_config_is_another_one_of_the_same_kind(values, config_file):
+    config = RunConfig.model_validate(values)
+    changed = config.changed(crepa_lambda=0.25, seed=1)
+    assert (changed.crepa.crepa_lambda, changed.loop.seed) == (0.25, 1)
+    assert changed.explicitly_set == values.keys() | {"crepa_lambda", "seed"}
+    assert config == RunConfig.model_validate(values)
+    with pytest.raises(ValidationError):
+        config.changed(crepa_lambda=-1)
+    with pytest.raises(KeyError):
+        config.changed(crepa_lamda=1)
+    resolved = read_plan(config_file()).config
+    assert isinstance(resolved.changed(height=128), ResolvedConfig)
+    assert resolved.changed(height=128).data.size == (9, 128, 96)
 
 
 @pytest.mark.parametrize(("key", "default"), (REFERENCE_DEFAULTS | METHOD_DEFAULTS).items())
 def test_the_methods_defaults(key, default):
-    found = RunConfig.model_fields[key].default
+    found = KEYS[key].field.default
     assert found == default
     assert type(found) is type(default)
 
 
 @pytest.mark.parametrize("key", DESIGN_KEYS + ISSUE_KEYS)
 def test_the_keys_that_were_promised(key):
-    assert key in RunConfig.model_fields
+    assert key in KEYS
 
 
 def test_the_block_is_the_familys_where_none_is_named(config_file):
-    assert RunConfig.model_fields["crepa_block_index"].default is None
+    assert KEYS["crepa_block_index"].field.default is None
     assert FAMILIES["wan"].default_block == 8
-    assert read_plan(config_file()).config.crepa_block_index == 8
+    assert read_plan(config_file()).config.crepa.crepa_block_index == 8
 
 
-@pytest.mark.parametrize("key", RunConfig.model_fields)
+@pytest.mark.parametrize("key", KEYS)
 def test_every_key_is_described_and_ranges_hold_their_default(key, values):
-    field = RunConfig.model_fields[key]
+    field = KEYS[key].field
     assert field.description
     assert field.description == field.description.strip()
+    assert field.description[0].isupper() or field.description.startswith(("t2v:", "no:", "true ", "permanent:")), "sentences"
+    assert field.description.endswith(".")
     if not field.is_required():
         problems = []
         parse(values | {key: field.default}, problems)
@@ -182,50 +191,68 @@ def test_a_resolved_config_means_the_same_again(config_file, changes):
 def test_a_resolved_config_has_every_default_filled_in(config_file):
     config = read_plan(config_file(height=..., width=..., num_frames=..., cache_dir=...)).config
     spec = FAMILIES["wan"]
-    assert (config.height, config.width, config.num_frames) == (480, 832, 81)
-    assert config.fps == 16
-    assert config.task == "t2v"
-    assert config.lora_alpha == config.lora_rank
-    assert config.lora_targets == list(spec.lora_targets)
-    assert config.crepa_projector_lr == config.learning_rate
-    assert config.flow_shift is not None
-    assert config.cache_dir is not None
-    assert config.cache_dir.endswith("crepatrain")
+    assert (config.data.height, config.data.width, config.data.num_frames) == (480, 832, 81)
+    assert config.data.fps == 16
+    assert config.model.task == "t2v"
+    assert config.lora.lora_alpha == config.lora.lora_rank
+    assert config.lora.lora_targets == list(spec.lora_targets)
+    assert config.crepa.crepa_projector_lr == config.optim.learning_rate
+    assert config.data.cache_dir.endswith("crepatrain")
 
 
 def test_a_resolved_config_of_another_family_has_its_defaults(config_file, tiny_checkpoint):
     of = {"model_family": "ltxvideo", "pretrained_model_name_or_path": str(tiny_checkpoint("ltxvideo"))}
     config = read_plan(config_file(**of, height=..., width=..., num_frames=...)).config
-    assert (config.height, config.width, config.num_frames, config.fps) == (512, 704, 121, 25)
-    assert config.flow_shift == pytest.approx(13.464, rel=1e-3), "at the config's own size"
+    assert (config.data.height, config.data.width, config.data.num_frames, config.data.fps) == (512, 704, 121, 25)
+    assert config.diffusion.flow_shift == pytest.approx(13.464, rel=1e-3), "at the config's own size"
     smaller = read_plan(config_file(**of)).config
-    assert smaller.flow_shift is not None
-    assert smaller.flow_shift < 3
+    assert smaller.diffusion.flow_shift < 3
     of = {"model_family": "kandinsky5_video", "pretrained_model_name_or_path": str(tiny_checkpoint("kandinsky5_video"))}
     config = read_plan(config_file(**of, height=..., width=..., num_frames=..., lora_rank=8)).config
-    assert (config.height, config.width, config.num_frames, config.fps) == (512, 768, 121, 24)
-    assert (config.lora_alpha, config.lora_targets) == (8, list(FAMILIES["kandinsky5_video"].lora_targets))
-    assert config.flow_shift == 5
+    assert (config.data.height, config.data.width, config.data.num_frames, config.data.fps) == (512, 768, 121, 24)
+    assert (config.lora.lora_alpha, config.lora.lora_targets) == (8, list(FAMILIES["kandinsky5_video"].lora_targets))
+    assert config.diffusion.flow_shift == 5
 
 
-def test_the_flow_shift_is_the_checkpoints_unless_it_is_said(config_file, wan):
+def test_the_flow_shift_is_the_checkpoints_unless_it_is_set(config_file, wan):
     scheduler = json.loads((wan / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     theirs = scheduler.get("flow_shift") or scheduler["shift"]
-    assert read_plan(config_file()).config.flow_shift == theirs
-    assert read_plan(config_file(flow_shift=7)).config.flow_shift == 7
+    assert read_plan(config_file()).config.diffusion.flow_shift == theirs
+    assert read_plan(config_file(flow_shift=7)).config.diffusion.flow_shift == 7
 
 
 def test_the_schema_lists_every_key_and_allows_no_other():
     schema = json.loads(json.dumps(RunConfig.model_json_schema(), allow_nan=False))
-    assert schema["properties"].keys() - {"$schema"} == RunConfig.model_fields.keys()
+    assert schema["properties"].keys() - {"$schema", "config_version"} == KEYS.keys()
     assert schema["additionalProperties"] is False
     assert set(schema["required"]) == {"model_family", "pretrained_model_name_or_path", "train_data", "output_dir"}
-    assert all(schema["properties"][key].get("description") for key in RunConfig.model_fields)
+    assert all(schema["properties"][key].get("description") for key in KEYS)
     assert schema["properties"]["model_family"]["enum"] == list(FAMILIES)
+    assert "$defs" not in schema
+    assert schema["properties"]["crepa_lambda"] == {
+        "default": 0.5,
+        "description": "Weight of the alignment loss.",
+        "minimum": 0,
+        "section": "crepa",
+        "title": "Crepa Lambda",
+        "type": "number",
+    }
+
+
+def test_the_schema_describes_the_sections_for_a_form():
+    schema = RunConfig.model_json_schema()
+    assert {key: schema["properties"][key]["section"] for key in KEYS} == {key: info.section for key, info in KEYS.items()}
+    assert [section["name"] for section in schema["sections"]] == list(reversed(SECTIONS))
+    assert all(section["title"] and section["description"] for section in schema["sections"])
+    assert schema["sections"][0] == {
+        "name": "model",
+        "title": "Model",
+        "description": "Which model is trained, and where it comes from.",
+    }
 
 
 def test_only_how_a_run_is_watched_or_how_long_it_is_may_change():
-    may = {key for key in RunConfig.model_fields if RunConfig.may_change(key)}
+    may = {key for key in KEYS if KEYS[key].may_change}
     assert {"max_train_steps", "checkpointing_steps", "logging_steps", "output_name"} <= may
     assert [key for key in may if key.startswith(("crepa_", "lora_", "layersync_", "adam_"))] == ["crepa_encoder"]
     assert not may & {"task", "wan_expert", "i2v_dropout", "model_type"}

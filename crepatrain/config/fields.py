@@ -1,0 +1,45 @@
+"""Values that a key of the config may have beyond plain numbers and texts."""
+
+import os
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from crepatrain.specs import FAMILIES
+
+
+def _known_family(name: str) -> str:
+    if name not in FAMILIES:
+        raise PydanticCustomError("literal_error", "unknown family", {"expected": ", ".join(map(repr, FAMILIES))})
+    return name
+
+
+FamilyName = Annotated[str, AfterValidator(_known_family), WithJsonSchema({"type": "string", "enum": list(FAMILIES)})]
+
+
+def _possible_path(text: str) -> str:
+    """A path that the system can take, with ~ expanded."""
+    expanded = os.path.expanduser(text)  # noqa: PTH111 - a hub id is no path, and stays as it is
+    if "\0" in expanded or len(expanded) > 4000 or any(len(os.fsencode(part)) > 255 for part in expanded.split("/")):
+        raise PydanticCustomError("impossible_path", "no system has such a path")
+    return expanded
+
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_possible_path)]
+
+
+def _possible_regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise PydanticCustomError("impossible_regex", "{reason}", {"reason": str(error)}) from error
+    return text
+
+
+LoraTargets = (
+    Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    | Literal["all-linear"]
+    | Annotated[str, Field(min_length=1), AfterValidator(_possible_regex)]
+)
