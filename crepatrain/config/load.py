@@ -94,16 +94,18 @@ def read_run_config(values: object, file: object) -> tuple[ResolvedConfig, tuple
     Raises:
         UserError: it is of a newer version, or a value of it is missing or wrong.
     """
+    fix = "give the folder of a run, its output_dir"
     if not isinstance(values, Mapping):
-        raise UserError(f"{file} holds a {type(values).__name__}", "give the folder of a run, its output_dir")
+        raise UserError(f"{file} can't be read (it holds a {type(values).__name__})", fix)
     migrated = migrate(values, file)
     known = {key: value for key, value in migrated.items() if key in KEYS}
     try:
         RunConfig.model_validate(known)  # a ResolvedConfig narrows the types of some keys, and leaves their ranges to it
         config = ResolvedConfig.model_validate(known)
     except ValidationError as error:
-        problems = [Problem(f"{file}: {problem.what}", problem.fix, problem.keys) for problem in _explain(error)]
-        raise UserError.of(problems) from error
+        problems = _explain(error)
+        keys = tuple(key for problem in problems for key in problem.keys)
+        raise UserError(f"{file} can't be read ({'; '.join(problem.what for problem in problems)})", fix, keys) from error
     return config, tuple(key for key in migrated if key not in known)
 
 
