@@ -7,7 +7,7 @@ import torch
 from common import arguments, write
 
 from crepatrain.config.plan import make_plan
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.run_config import RunConfig
 from crepatrain.data.buckets import Bucket
 from crepatrain.memory import stages
 from crepatrain.specs import FAMILIES

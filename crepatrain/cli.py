@@ -13,7 +13,7 @@ import typer
 import crepatrain
 from crepatrain.config.load import parse_numbers
 from crepatrain.config.plan import Plan, read_plan
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.run_config import RunConfig
 from crepatrain.config.summary import summarize
 from crepatrain.console import Screen
 from crepatrain.errors import DivergedError, UserError, closest
@@ -107,9 +107,7 @@ def validate_config(
 ) -> None:
     """Check a config and say in words what it will do. Loads neither torch nor weights."""
     if schema:
-        described = RunConfig.model_json_schema()
-        described["properties"]["$schema"] = {"type": "string"}  # where a config names this very schema
-        typer.echo(json.dumps(described, indent=2))
+        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
         return
     if config is None:
         raise UserError("no config file was given", "run crepatrain validate-config config.json")

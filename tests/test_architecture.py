@@ -9,7 +9,8 @@ import pytest
 import crepatrain
 from crepatrain.config.load import parse, read_values
 from crepatrain.config.plan import read_plan
-from crepatrain.config.sections import CrepaConfig, RunConfig
+from crepatrain.config.run_config import KEYS
+from crepatrain.config.sections import CrepaConfig
 from crepatrain.errors import Problem
 from crepatrain.specs import FAMILIES
 
@@ -29,15 +30,15 @@ METRICS = {
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*-*.json")), ids=lambda path: path.stem)
 def test_every_shipped_config_is_a_plan_without_a_download(path, clips):
     plan = read_plan(path, ["--train_data", str(clips)], online=False)
-    assert plan.config.crepa_enabled
-    assert plan.config.crepa_scheduler == ("constant" if plan.task == "i2v" else "cosine") or "solid" in path.stem
+    assert plan.config.crepa.crepa_enabled
+    assert plan.config.crepa.crepa_scheduler == ("constant" if plan.task == "i2v" else "cosine") or "solid" in path.stem
     assert plan.warnings == ()
 
 
 def test_every_family_and_task_has_a_config():
     plans = [parse(read_values(path, (), []), [])[0] for path in (ROOT / "configs").glob("*-*.json")]
     known = {(spec.name, task) for spec in FAMILIES.values() for task in spec.pipelines}
-    assert {(plan.model_family, "i2v" if "i2v" in plan.output_name else "t2v") for plan in plans} == known
+    assert {(plan.model.model_family, "i2v" if "i2v" in plan.loop.output_name else "t2v") for plan in plans} == known
 
 
 def test_every_shipped_config_parses():
@@ -51,7 +52,7 @@ def test_every_shipped_config_parses():
 
 def test_the_readme_names_no_key_that_is_not_there():
     named = set(re.findall(r"\bcrepa_[a-z_]*[a-z]\b(?!\.py)", README))
-    assert named <= RunConfig.model_fields.keys() | METRICS
+    assert named <= KEYS.keys() | METRICS
 
 
 @pytest.mark.parametrize("key", CrepaConfig.model_fields)

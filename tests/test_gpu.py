@@ -30,7 +30,7 @@ def test_a_step_is_launched_without_waiting(config_file, source: str):
         fit(plan, Screen(quiet=True), subscribers=[watch])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert (Path(plan.config.output_dir) / "pytorch_lora_weights.safetensors").is_file()
+    assert (Path(plan.config.loop.output_dir) / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_training_holds_no_encoder_and_little_of_crepa(config_file, tmp_path):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from crepatrain.adapters.adapter_file import AdapterFile, Model, read_adapter
 from crepatrain.adapters.checks import check_content, check_layers
 from crepatrain.adapters.compatibility import diffusers_compatibility
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.errors import Problem, UserError
 from crepatrain.families.base import Family
 from crepatrain.training.checkpoint_content import read_trained
@@ -65,7 +65,7 @@ def load_initial_adapter(path: Path, family: Family, transformer: nn.Module) -> 
     return loaded
 
 
-def adapter_of_checkpoint(config: RunConfig, family: Family, checkpoint: Path, *, average: bool) -> nn.Module:
+def adapter_of_checkpoint(config: ResolvedConfig, family: Family, checkpoint: Path, *, average: bool) -> nn.Module:
     """A transformer on the meta device with the adapter of a checkpoint on the CPU.
 
     Args:
@@ -75,17 +75,15 @@ def adapter_of_checkpoint(config: RunConfig, family: Family, checkpoint: Path, *
     Raises:
         UserError: a file of the checkpoint is missing or damaged, or its adapter is not this run's.
     """
-    assert config.lora_targets is not None
-    assert config.lora_alpha is not None
     transformer = family.empty_transformer()
-    modules = target_modules(transformer, config.lora_targets, family.spec)
+    modules = target_modules(transformer, config.lora.targets, family.spec)
     add_lora(
         transformer,
         modules,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
+        rank=config.lora.lora_rank,
+        alpha=config.lora.alpha,
         dropout=0.0,
-        rslora=config.lora_use_rslora,
+        rslora=config.lora.lora_use_rslora,
     )
     put_on_cpu(transformer)
     load_trained_state(transformer, read_trained(checkpoint, transformer, average=average))

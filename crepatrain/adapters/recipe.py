@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import crepatrain
-from crepatrain.config.checks import wanted_size
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedConfig, ResolvedDiffusion
+from crepatrain.config.sections import CrepaConfig
 from crepatrain.families.base import TRAIN_TIMESTEPS, Family
 
 SCHEMA = 1
@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def adapter_metadata(
-    config: RunConfig,
+    config: ResolvedConfig,
     family: Family,
     fingerprint: Mapping[str, Any],
     step: int,
@@ -39,10 +39,10 @@ def adapter_metadata(
         day: on which it is written.
         averaged: whether its weights are those of use_ema.
     """
-    variant, rank = family.variant, str(config.lora_rank)
+    variant, rank = family.variant, str(config.lora.lora_rank)
     low, high = (round(sigma * TRAIN_TIMESTEPS) for sigma in variant.sigmas)
-    _, height, width = wanted_size(config)
-    title = config.output_name + (f", {variant.expert} noise" if variant.expert else "")
+    _, height, width = config.data.size
+    title = config.loop.output_name + (f", {variant.expert} noise" if variant.expert else "")
     metadata = {
         "format": "pt",
         "ss_network_module": "networks.lora",
@@ -51,11 +51,11 @@ def adapter_metadata(
         "ss_base_model_version": variant.architecture,
         "ss_steps": str(step),
         "ss_epoch": str(step * fingerprint["unit"] // fingerprint["windows"]),
-        "ss_learning_rate": str(config.learning_rate),
-        "ss_seed": str(config.seed),
-        "ss_discrete_flow_shift": str(_training_shift(config)),
-        "ss_timestep_sampling": config.timestep_sampling,
-        "ss_output_name": config.output_name,
+        "ss_learning_rate": str(config.optim.learning_rate),
+        "ss_seed": str(config.loop.seed),
+        "ss_discrete_flow_shift": str(_training_shift(config.diffusion)),
+        "ss_timestep_sampling": config.diffusion.timestep_sampling,
+        "ss_output_name": config.loop.output_name,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{variant.architecture}/lora",
         "modelspec.implementation": "diffusers",
@@ -70,52 +70,51 @@ def adapter_metadata(
         "crepatrain.scale": "baked",
         "crepatrain.recipe": json.dumps(recipe(config, family, fingerprint, step, layers, averaged=averaged)),
     }
-    if config.trigger_word:
-        metadata["modelspec.trigger_phrase"] = config.trigger_word
+    if config.loop.trigger_word:
+        metadata["modelspec.trigger_phrase"] = config.loop.trigger_word
     if variant.expert:
         metadata["crepatrain.expert"] = variant.expert
     return metadata
 
 
 def recipe(
-    config: RunConfig, family: Family, fingerprint: Mapping[str, Any], step: int, layers: Sequence[str], *, averaged: bool
+    config: ResolvedConfig, family: Family, fingerprint: Mapping[str, Any], step: int, layers: Sequence[str], *, averaged: bool
 ) -> dict[str, Any]:
     """What a program must know to sample as the adapter was trained, and a reader to train it again."""
-    frames, height, width = wanted_size(config)
-    assert config.fps is not None
+    frames, height, width = config.data.size
     return {
         "schema": SCHEMA,
         "family": family.spec.name,
         "variant": family.variant.title,
         "task": family.task,
         "base": {
-            "repo": public_name(config.pretrained_model_name_or_path),
-            "revision": config.revision,
+            "repo": public_name(config.model.pretrained_model_name_or_path),
+            "revision": config.model.revision,
             "sha256": fingerprint["models"][family.variant.transformer],
         },
         "expert": family.variant.expert,
-        "rank": config.lora_rank,
-        "alpha_trained": config.lora_alpha,
-        "rslora": config.lora_use_rslora,
+        "rank": config.lora.lora_rank,
+        "alpha_trained": config.lora.lora_alpha,
+        "rslora": config.lora.lora_use_rslora,
         "scale_baked": True,
         "targets": sorted({re.sub(r"^\w*blocks\.\d+\.", "", layer) for layer in layers}),
         "train": {
-            "shift": _training_shift(config),
-            "timestep_sampling": config.timestep_sampling,
+            "shift": _training_shift(config.diffusion),
+            "timestep_sampling": config.diffusion.timestep_sampling,
             "t_range": list(family.variant.sigmas),
-            "base_dtype": "bfloat16" if config.mixed_precision == "bf16" else "float32",
+            "base_dtype": "bfloat16" if config.loop.mixed_precision == "bf16" else "float32",
             "quant": None,
             "resolutions": [[height, width]],
-            "aspect_buckets": config.aspect_buckets,
+            "aspect_buckets": config.data.aspect_buckets,
             "frames": frames,
-            "fps": config.fps,
+            "fps": config.data.fps,
             "caption_max_tokens": family.spec.text_length,
             "prompt_template_id": family.spec.pipelines[family.task],  # whose encode_prompt the captions went through
-            "trigger": config.trigger_word,
+            "trigger": config.loop.trigger_word,
         },
-        "crepa": _crepa(config),
-        "sample": family.sample_defaults(frames, height, width, config.fps),
-        "ema": {"used": averaged, "decay": config.ema_decay if averaged else None},
+        "crepa": _crepa(config.crepa),
+        "sample": family.sample_defaults(frames, height, width, config.data.fps),
+        "ema": {"used": averaged, "decay": config.optim.ema_decay if averaged else None},
         "step": step,
         "versions": dict(fingerprint["versions"]),
     }
@@ -126,12 +125,11 @@ def public_name(model: str) -> str:
     return model if _HUB_ID.fullmatch(model) and not Path(model).exists() else Path(model).resolve().name
 
 
-def _training_shift(config: RunConfig) -> float:
-    assert config.flow_shift is not None
+def _training_shift(config: ResolvedDiffusion) -> float:
     return config.flow_shift if config.timestep_sampling == "shifted" else 1.0
 
 
-def _crepa(config: RunConfig) -> dict[str, Any] | None:
+def _crepa(config: CrepaConfig) -> dict[str, Any] | None:
     if not config.crepa_enabled:
         return None
     return {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from crepatrain.adapters.checks import expect_same_adapter
 from crepatrain.adapters.recipe import adapter_metadata
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.errors import Problem, UserError
 from crepatrain.families.base import Family
 from crepatrain.files import share
@@ -26,7 +26,7 @@ from crepatrain.training.lora import baked_adapter, live_adapter
 
 def write_result(
     folder: RunFolder,
-    config: RunConfig,
+    config: ResolvedConfig,
     family: Family,
     fingerprint: Mapping[str, Any],
     transformer: Any,
@@ -42,13 +42,13 @@ def write_result(
     Raises:
         UserError: the disk is full, or a program would not read the file that was written as this adapter.
     """
-    if config.model_type == "full":
-        write_transformer(folder.root / family.variant.transformer, transformer, compute_dtype(config), weights=weights)
+    if config.model.model_type == "full":
+        write_transformer(folder.root / family.variant.transformer, transformer, compute_dtype(config.loop), weights=weights)
         return
-    small = folder.adapter(adapter_name(config, family), step)
+    small = folder.adapter(adapter_name(config.loop, family), step)
     layers = list(live_adapter(transformer))
     metadata = adapter_metadata(
-        config, family, fingerprint, step, layers=layers, day=datetime.now(UTC).date(), averaged=config.use_ema
+        config, family, fingerprint, step, layers=layers, day=datetime.now(UTC).date(), averaged=config.optim.use_ema
     )
     write_adapter([small, folder.result_adapter], family, transformer, metadata, weights=weights)
 

@@ -49,8 +49,8 @@ def write_alignment_map(root: Path, screen: Screen) -> None:
         UserError: the run has no projector or no checkpoint, or what it was made from is gone.
     """
     layout = RunLayout(root)
-    plan = make_plan(config_of(root, screen).model_copy(update={"output_dir": str(root)}))
-    if not plan.config.crepa_enabled:
+    plan = make_plan(config_of(root, screen).changed(output_dir=str(root)))
+    if not plan.config.crepa.crepa_enabled:
         raise UserError(f"{root}: it was trained without CREPA, so it has no projector", "leave out --map")
     found = checkpoints(layout.checkpoints)
     if not found:
@@ -72,7 +72,7 @@ def write_alignment_map(root: Path, screen: Screen) -> None:
         batch = samples.read([Draw(index, step=0, slot=index)])
         fixed = replace(batch, sigma=torch.full_like(batch.sigma, probe.sigma))
         clips.append(_clip(window, probe.cosines(fixed.to(device)), fixed))
-    facts = {"step": step_of(found[-1]), "block": plan.config.crepa_block_index, "sigma": probe.sigma, "clips": clips}
+    facts = {"step": step_of(found[-1]), "block": plan.config.crepa.crepa_block_index, "sigma": probe.sigma, "clips": clips}
     replace_json(layout.alignment_map_file, facts)
 
 
@@ -94,7 +94,7 @@ class _Probe:
         build.adapt(plan, family, transformer)
         place(plan.config, transformer, family.blocks(transformer), device)
         restore_modules(checkpoint, transformer, crepa)
-        if plan.config.use_ema:  # the average is the run's result
+        if plan.config.optim.use_ema:  # the average is the run's result
             load_trained_state(transformer, read_trained(checkpoint, transformer, average=True))
         process, teacher = build.build_process(plan), build.build_teacher(plan, family, device)
         return cls(plan, family, process, transformer.eval(), crepa, teacher)
@@ -108,12 +108,11 @@ class _Probe:
     @torch.no_grad()
     def cosines(self, batch: Batch) -> Tensor:
         """[T, rows, columns] of a batch of one."""
-        block = self.plan.config.crepa_block_index
-        assert block is not None
+        block = self.plan.config.crepa.block
         noisy = self.process.add_noise(batch.latents, batch.noise, batch.sigma)
         blocks = self.family.blocks(self.transformer)
         wanted, device = {block, *self.teacher.blocks}, batch.latents.device
-        with autocast(self.plan.config, device), capture_blocks(blocks, wanted) as captured:
+        with autocast(self.plan.config.loop, device), capture_blocks(blocks, wanted) as captured:
             self.family.denoise(self.transformer, noisy, batch.sigma, batch)
         tokens = {index: self.family.video_tokens(output, batch.grid) for index, output in captured.items()}
         return self.crepa.patch_similarity(tokens[block], self.teacher.features(batch, tokens), batch.grid)[0]

@@ -21,6 +21,6 @@ def fill_caches(plan: Plan, screen: Screen) -> None:
     with StopSignal() as stop:
         context = Context(plan, screen, device, stop)
         for dataset in filter(None, read_datasets(context)):
-            caches = precompute.plan_caches(context, dataset, teacher=plan.config.crepa_enabled)
+            caches = precompute.plan_caches(context, dataset, teacher=plan.config.crepa.crepa_enabled)
             precompute.fill_caches(context, caches)
             screen.say(f"the caches of {len(caches.samples)} windows are full, in {caches.store.root}")

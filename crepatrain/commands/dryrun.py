@@ -26,7 +26,7 @@ def dry_run(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
     dataset, _ = preflight.read_datasets(context)
     trained = empty_trained(plan)
     trainable = {name: sum(p.numel() for p in trainable_parameters(module)) for name, module in trained.items()}
-    if plan.config.model_type == "lora":
+    if plan.config.model.model_type == "lora":
         trainable = {"adapter": trainable.pop("transformer")} | trainable
     preflight.describe(context, dataset, trainable)
     return dataset
@@ -61,7 +61,7 @@ def estimate_vram(plan: Plan, dataset: Dataset, screen: Screen) -> Estimate:
     lines += [(change, f"{_gib(peak)} GiB in training") for change, peak in estimate.remedies]
     if estimate.largest == "caching text":
         lines.append(("caching text", "fill the cache once on a larger GPU: `crepatrain cache` with the same cache_dir"))
-    if plan.config.crepa_enabled and plan.config.crepa_feature_source == "cached":
+    if plan.config.crepa.crepa_enabled and plan.config.crepa.crepa_feature_source == "cached":
         lines.append(
             ("a smaller crepa_encoder", "changes nothing in training, as its features are cached; it does while caching")
         )

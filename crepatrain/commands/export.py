@@ -11,7 +11,7 @@ from crepatrain.adapters.compatibility import how_to_load
 from crepatrain.adapters.loading import adapter_of_checkpoint, adapter_of_file, trained_transformer
 from crepatrain.adapters.recipe import adapter_metadata
 from crepatrain.adapters.writing import write_adapter, write_single_file, write_transformer
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.outputs import expect_nothing_at
@@ -34,7 +34,7 @@ class _Source:
         adapter: the small adapter file that every checkpoint leaves; None: there is none.
     """
 
-    config: RunConfig
+    config: ResolvedConfig
     family: Family
     name: str
     step: int
@@ -60,12 +60,12 @@ def export(
     """
     source = _find(run, step, weights, screen)
     config = source.config
-    kind = getattr(torch, dtype) if dtype else torch.float32 if config.model_type == "lora" else compute_dtype(config)
-    which = "" if not config.use_ema else "-ema" if source.average else "-raw"
+    kind = getattr(torch, dtype) if dtype else torch.float32 if config.model.model_type == "lora" else compute_dtype(config.loop)
+    which = "" if not config.optim.use_ema else "-ema" if source.average else "-raw"
     default = RunLayout(run).exports / f"{numbered(source.name, source.step)}{which}-{str(kind).removeprefix('torch.')}"
     if output:
         expect_nothing_at(output)
-    if config.model_type == "full":
+    if config.model.model_type == "full":
         _export_transformer(source, output or default, kind, screen)
     else:
         _export_adapter(source, output or default.with_name(f"{default.name}.safetensors"), kind, screen)
@@ -75,16 +75,16 @@ def _find(run: Path, step: int | None, weights: str | None, screen: Screen) -> _
     config, layout = config_of(run, screen), RunLayout(run)
     family = family_of(config)
     saved = {step_of(path): path for path in checkpoints(layout.checkpoints)}
-    name = adapter_name(config, family)
-    adapters = {} if config.model_type == "full" else _small_adapters(layout, name)
+    name = adapter_name(config.loop, family)
+    adapters = {} if config.model.model_type == "full" else _small_adapters(layout, name)
     steps = sorted(saved.keys() | adapters.keys())
     chosen = step if step is not None else max(saved or adapters, default=None)
     if chosen is None or chosen not in steps:
         what = f"{run}: it holds no checkpoint" + (f" of step {step}" if step is not None else "")
         raise UserError(what, f"use one of {', '.join(map(str, steps))}" if steps else "train first")
-    if weights == "ema" and not config.use_ema:
+    if weights == "ema" and not config.optim.use_ema:
         raise UserError(f"--weights ema: {run} kept no average", "leave it out, or train with use_ema")
-    average = config.use_ema and weights != "raw"
+    average = config.optim.use_ema and weights != "raw"
     return _Source(config, family, name, chosen, average, saved.get(chosen), adapters.get(chosen))
 
 
@@ -108,7 +108,7 @@ def _export_adapter(source: _Source, path: Path, dtype: torch.dtype, screen: Scr
             day=datetime.now(UTC).date(),
             averaged=source.average,
         )
-    elif config.use_ema and not source.average:
+    elif config.optim.use_ema and not source.average:
         raise UserError(
             f"--weights raw: the checkpoint of step {source.step} was removed, as newer ones took its place",
             "leave --weights out: only the average of it is left",
@@ -121,7 +121,7 @@ def _export_adapter(source: _Source, path: Path, dtype: torch.dtype, screen: Scr
     write_adapter([path], family, transformer, metadata, dtype)
     screen.say(f"wrote {path}")
     model = Model(family, transformer, family.variant.title)
-    for line in how_to_load(read_adapter(path), model, config.pretrained_model_name_or_path):
+    for line in how_to_load(read_adapter(path), model, config.model.pretrained_model_name_or_path):
         screen.say(line)
 
 

@@ -12,7 +12,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from crepatrain.adapters.compatibility import load_call
 from crepatrain.commands.push import push
 from crepatrain.config.plan import Plan
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
 from crepatrain.preparing.preflight import dataset_facts
 from crepatrain.records.events import Ended, Events, Logged, StepDone, Subscriber
@@ -52,7 +52,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
     # The first process fills the caches while the others wait for it, however long that takes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
-    if plan.config.push_to_hub:
+    if plan.config.hub.push_to_hub:
         expect_pushable(plan.config)
     with RunFolder(plan.config, writes=accelerator.is_main_process) as folder, StopSignal() as stop:
         context = Context(plan, screen, accelerator.device, stop)
@@ -61,9 +61,9 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
         with accelerator.main_process_first():
             start = prepare_start(context, accelerator.num_processes, resume)
             # Known before any process can make them.
-            owed = Validation.owed(plan.config, folder, start.state.step, start.total)
+            owed = Validation.owed(plan.config.validation, folder, start.state.step, start.total)
             if start.complete:
-                screen.say(f"this run is complete: {start.state.step} steps. {_further(plan.config)} to go on")
+                screen.say(f"this run is complete: {start.state.step} steps. {_further(plan.config.loop)} to go on")
                 if not owed:
                     _close(folder, start.state.step, events, screen)
                     return
@@ -92,7 +92,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
     peak = run.measure_peak()
     if peak is not None and run.state.step > first:
         compare_memory(context, buckets, peak)
-    if plan.config.push_to_hub:
+    if plan.config.hub.push_to_hub:
         _push(folder, stop, screen)
 
 
@@ -122,11 +122,11 @@ def _close(folder: RunFolder, step: int, events: Events, screen: Screen) -> None
     if folder.writes and read_run(folder.root).status.get("status") != "completed":
         folder.status("completed", step)
         events.emit(Ended("completed", step))
-    if folder.config.push_to_hub:
+    if folder.config.hub.push_to_hub:
         screen.say(f"`crepatrain push {folder.root}` uploads it")
 
 
-def _further(config: RunConfig) -> str:
+def _further(config: LoopConfig) -> str:
     return f"raise {'num_train_epochs' if config.num_train_epochs else 'max_train_steps'}"
 
 
@@ -178,7 +178,7 @@ def _closing_table(run: Run, screen: Screen) -> None:
         [
             *_result(run),
             ("all numbers", str(run.folder.metrics)),
-            ("train on", f"{_further(run.config)} and give the same command"),
+            ("train on", f"{_further(run.config.loop)} and give the same command"),
         ],
     )
 
@@ -186,7 +186,7 @@ def _closing_table(run: Run, screen: Screen) -> None:
 def _result(run: Run) -> list[tuple[str, str]]:
     """What the run made, and how to load it."""
     root, variant = run.folder.root, run.family.variant
-    if run.config.model_type == "full":
+    if run.config.model.model_type == "full":
         load = f'{run.family.spec.transformer_class}.from_pretrained("{root}", subfolder="{variant.transformer}")'
         return [("transformer", str(root / variant.transformer)), ("load it", load)]
     return [("adapter", str(run.folder.result_adapter)), ("load it", load_call(root, ADAPTER_FILE, variant.expert))]

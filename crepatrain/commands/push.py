@@ -36,7 +36,7 @@ def push(
     family, run, card_file = family_of(config), read_run(root), RunLayout(root).card_file
     result = find_result(root, config, family, step)
     videos = find_videos(run, result.recipe["step"])
-    repo = repository(repo or config.hub_model_id or root.resolve().name, online=not dry)
+    repo = repository(repo or config.hub.hub_model_id or root.resolve().name, online=not dry)
     card = Card(run, family, repo, result.weights, result.recipe, list(videos.values()))
     write_card(card_file, card, None if dry else card_on_hub(repo), screen)
     files = {**result.files, **{shown.place: path for path, shown in videos.items()}, CARD_FILE: card_file}
@@ -48,6 +48,6 @@ def push(
     if dry:
         screen.say(f"nothing was uploaded; the card is {card_file}")
         return
-    wanted = config.hub_private_repo if private is None else private
+    wanted = config.hub.hub_private_repo if private is None else private
     url, is_private = upload(repo, files, private=wanted, message=f"Step {result.recipe['step']}, by crepatrain")
     screen.say(f"pushed to {url} ({'private: only you see it' if is_private else 'public'})")

@@ -12,8 +12,8 @@ from PIL import Image
 
 from crepatrain.adapters.adapter_file import read_adapter
 from crepatrain.adapters.recipe import SCHEMA, public_name
-from crepatrain.config.checks import wanted_size
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.sections import DataConfig
 from crepatrain.config.sources import BASE_KEY, read_checkpoint
 from crepatrain.data.encode import grid_video, write_video
 from crepatrain.data.index import choose_captions, list_clips
@@ -161,29 +161,29 @@ def _family_on(base: str, revision: str | None, name: str, task: Task, expert: E
 
 def _open_run(root: Path, options: SampleOptions, screen: Screen) -> _Source:
     config, layout = config_of(root, screen), RunLayout(root)
-    base = options.base or config.pretrained_model_name_or_path
-    revision = None if options.base else config.revision
-    assert config.task is not None
-    family = _family_on(base, revision, config.model_family, config.task, config.wan_expert, given=options.base is not None)
+    base = options.base or config.model.pretrained_model_name_or_path
+    revision = None if options.base else config.model.revision
+    family = _family_on(
+        base, revision, config.model.model_family, config.model.task, config.model.wan_expert, given=options.base is not None
+    )
     adapters, transformer = _trained_files(layout, config, family, options)
     if transformer:
         saved = checkpoints(layout.checkpoints)
-        assert config.fps is not None
-        settings, step = family.sample_defaults(*wanted_size(config), config.fps), step_of(saved[-1]) if saved else None
+        settings, step = family.sample_defaults(*config.data.size, config.data.fps), step_of(saved[-1]) if saved else None
     else:
         recipe = read_adapter(next(iter(adapters.values()))).recipe()
         settings, step = dict(recipe["sample"]), None if options.at else recipe["step"]
-    prompts = config.validation_prompts
-    prompt = prompts[0] if prompts else _some_caption(config)
+    prompts = config.validation.validation_prompts
+    prompt = prompts[0] if prompts else _some_caption(config.data)
     model = TrainedModel(family, base, revision, adapters, transformer)
     return _Source(model, settings, prompt, not prompts, layout.samples, step)
 
 
 def _trained_files(
-    layout: RunLayout, config: RunConfig, family: Family, options: SampleOptions
+    layout: RunLayout, config: ResolvedConfig, family: Family, options: SampleOptions
 ) -> tuple[dict[str, Path], Path | None]:
     """The adapters of a run by label, or the folder of the whole transformer that it trained."""
-    if config.model_type == "full":
+    if config.model.model_type == "full":
         transformer = layout.root / family.variant.transformer
         if options.at:
             raise UserError("--at: this run trained the whole transformer, and keeps only the last one", "leave it out")
@@ -191,7 +191,7 @@ def _trained_files(
             raise UserError("--strength: this run trained the whole transformer, which has none", "leave it out")
         missing, adapters = None if transformer.is_dir() else transformer, {}
     else:
-        name, transformer = adapter_name(config, family), None
+        name, transformer = adapter_name(config.loop, family), None
         named = {f"step {step}": layout.adapter(name, step) for step in options.at}
         adapters = named or {"adapter": layout.result_adapter}
         missing = next((path for path in adapters.values() if not path.is_file()), None)
@@ -200,7 +200,7 @@ def _trained_files(
     return adapters, transformer
 
 
-def _some_caption(config: RunConfig) -> str | None:
+def _some_caption(config: DataConfig) -> str | None:
     """The first caption of the clips that were trained on."""
     try:
         captioned, _ = choose_captions(list_clips(Path(config.train_data)), "skip")

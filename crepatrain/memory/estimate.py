@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from crepatrain.config.plan import Plan, make_plan
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
 from crepatrain.memory.account import allocated_bytes
@@ -91,19 +91,19 @@ def estimate_memory(plan: Plan, buckets: Sequence[Bucket]) -> Estimate:
     training = training_stage(plan, largest)
     slow = time.perf_counter() - began > _SLOW_SECONDS
     jobs = {("caching", "caching"): (config, largest)}
-    if config.validation_prompts:
+    if config.validation.validation_prompts:
         jobs["sampling", "sampling"] = (config, Bucket(plan.size[0], plan.size[1], plan.size[2]))
     jobs |= {("crepa", name): (changed, largest) for name, changed in _crepa_variants(plan).items()}
     jobs |= {("remedy", name): job for name, job in _smaller(plan, largest).items()}
     with _workers(2 if slow else 0) as run_all:
         found = dict(zip(jobs, run_all(_job, [(name[0], *job) for name, job in jobs.items()]), strict=True))
     stages = {"caching text": text_stage(plan), "caching clips": found["caching", "caching"], "training": training}
-    stages |= {"sampling": found["sampling", "sampling"]} if config.validation_prompts else {}
+    stages |= {"sampling": found["sampling", "sampling"]} if config.validation.validation_prompts else {}
     peaks = {name: stage.peak for name, stage in found.items() if stage is not None}
     crepa = {}
-    if config.crepa_enabled:
+    if config.crepa.crepa_enabled:
         without = peaks["crepa", "off"]
-        crepa = {config.crepa_feature_source: training.peak - without}
+        crepa = {config.crepa.crepa_feature_source: training.peak - without}
         crepa |= {name: peak - without for (kind, name), peak in peaks.items() if kind == "crepa" and name != "off"}
     remedies = [(name, peak) for (kind, name), peak in peaks.items() if kind == "remedy"]
     remedies += [
@@ -116,38 +116,37 @@ def estimate_memory(plan: Plan, buckets: Sequence[Bucket]) -> Estimate:
     return Estimate(stages, crepa, smaller)
 
 
-def _crepa_variants(plan: Plan) -> dict[str, RunConfig]:
+def _crepa_variants(plan: Plan) -> dict[str, ResolvedConfig]:
     """The config without CREPA, and with each other teacher source."""
     config = plan.config
-    if not config.crepa_enabled:
+    if not config.crepa.crepa_enabled:
         return {}
-    assert config.crepa_block_index is not None
-    variants = {"off": config.model_copy(update={"crepa_enabled": False})}
-    deeper = config.crepa_teacher_block_index or min(config.crepa_block_index + 8, plan.geometry.depth - 1)
+    variants = {"off": config.changed(crepa_enabled=False)}
+    deeper = config.crepa.crepa_teacher_block_index or min(config.crepa.block + 8, plan.geometry.depth - 1)
     for source in ("cached", "pixels", "latents", "backbone"):
-        possible = source != "backbone" or deeper > config.crepa_block_index
-        if source != config.crepa_feature_source and possible and (plan.encoder or source == "backbone"):
+        possible = source != "backbone" or deeper > config.crepa.block
+        if source != config.crepa.crepa_feature_source and possible and (plan.encoder or source == "backbone"):
             update = {"crepa_feature_source": source, "crepa_use_backbone_features": source == "backbone"}
             update |= {"crepa_teacher_block_index": deeper} if source == "backbone" else {}
-            variants[source] = config.model_copy(update=update)
+            variants[source] = config.changed(**update)
     return variants
 
 
-def _smaller(plan: Plan, bucket: Bucket) -> dict[str, tuple[RunConfig, Bucket]]:
+def _smaller(plan: Plan, bucket: Bucket) -> dict[str, tuple[ResolvedConfig, Bucket]]:
     """Configs and buckets whose training needs less memory, by the change that they are."""
     config, found = plan.config, {}
-    if not config.gradient_checkpointing:
-        found["gradient_checkpointing: true"] = (config.model_copy(update={"gradient_checkpointing": True}), bucket)
-    if config.train_batch_size > 1:
-        half = config.train_batch_size // 2
-        found[f"train_batch_size: {half}"] = (config.model_copy(update={"train_batch_size": half}), bucket)
+    if not config.loop.gradient_checkpointing:
+        found["gradient_checkpointing: true"] = (config.changed(gradient_checkpointing=True), bucket)
+    if config.loop.train_batch_size > 1:
+        half = config.loop.train_batch_size // 2
+        found[f"train_batch_size: {half}"] = (config.changed(train_batch_size=half), bucket)
     frames = next((n for n in range(bucket.frames // 2 + 1, 0, -1) if plan.geometry.legal_frames(n)), bucket.frames)
     if frames < bucket.frames:
         found[f"num_frames: {frames}"] = (config, replace(bucket, frames=frames))
     return found
 
 
-def _job(job: tuple[str, RunConfig, Bucket]) -> Stage | None:
+def _job(job: tuple[str, ResolvedConfig, Bucket]) -> Stage | None:
     """One estimate, in this process or another; None where a changed config can't be estimated."""
     kind, config, bucket = job
     quiet_libraries()
@@ -172,7 +171,7 @@ def _workers(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
 
 def _with_8bit_states(plan: Plan, stage: Stage) -> Stage:
     """The stage with the states of an 8-bit AdamW in the place of those of AdamW, which is all that it changes."""
-    if plan.config.optimizer != "adamw":
+    if plan.config.optim.optimizer != "adamw":
         return stage
     parameters = [parameter for module in empty_trained(plan).values() for parameter in trainable_parameters(module)]
     before, after = (allocated_bytes(empty_states(optimizer, parameters)) for optimizer in ("adamw", "adamw8bit"))

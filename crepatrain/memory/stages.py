@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from crepatrain.alignment.encoders import VisionEncoder, empty_encoder
 from crepatrain.alignment.teachers import Teacher
 from crepatrain.config.plan import Plan
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.data.buckets import Bucket
 from crepatrain.data.decode import as_video
 from crepatrain.errors import UserError
@@ -84,7 +84,7 @@ class Stage:
 
 def text_stage(plan: Plan) -> Stage:
     """The text encoders' weights; the margin covers what a few captions add to them."""
-    folder = Path(plan.config.pretrained_model_name_or_path)
+    folder = Path(plan.config.model.pretrained_model_name_or_path)
     if plan.checkpoint.origin == "folder":
         parameters = sum(_parameters(folder / part) for part in plan.variant.folders("text_encoder"))
     else:
@@ -108,7 +108,7 @@ def caching_stage(plan: Plan, bucket: Bucket) -> Stage:
     """
     family = build.build_family(plan)
     vae = _vae(plan, family)
-    caches_features = plan.config.crepa_enabled and plan.config.crepa_feature_source == "cached"
+    caches_features = plan.config.crepa.crepa_enabled and plan.config.crepa.crepa_feature_source == "cached"
     encoder = _vision_encoder(plan) if caches_features else None
     grid = plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width)
     with _accounted(plan, fake=True) as account, torch.no_grad():
@@ -133,7 +133,7 @@ def sampling_stage(plan: Plan, bucket: Bucket, *, fake: bool = True) -> Stage:
     Raises:
         UserError: the model can't run on fake tensors.
     """
-    twice = replace(plan, config=plan.config.model_copy(update={"train_batch_size": 2}))
+    twice = replace(plan, config=plan.config.changed(train_batch_size=2))
     step, family = _Step(twice, bucket), build.build_family(plan)
     vae = _vae(plan, family)
     with _accounted(plan, fake=fake) as account, torch.no_grad():
@@ -187,7 +187,7 @@ def _accounted(plan: Plan, *, fake: bool) -> Iterator[StorageAccount]:
     except _NOT_WITHOUT_VALUES as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"no estimate for {plan.config.pretrained_model_name_or_path}: its step does not run on tensors without values "
+            f"no estimate for {plan.config.model.pretrained_model_name_or_path}: its step does not run on tensors without values "
             f"({reason})",
             "measure it: fit logs peak_memory_gib",
         ) from error
@@ -212,10 +212,10 @@ class _KnownStates:
             parameter.grad = None
 
 
-def _optimizer(config: RunConfig, module: nn.Module) -> ScheduledOptimizer | _KnownStates:
-    if config.optimizer != "adamw":
-        return _KnownStates(config.optimizer, trainable_parameters(module))
-    return build_scheduled_optimizer(config, module, config.learning_rate, 100)
+def _optimizer(config: ResolvedConfig, module: nn.Module) -> ScheduledOptimizer | _KnownStates:
+    if config.optim.optimizer != "adamw":
+        return _KnownStates(config.optim.optimizer, trainable_parameters(module))
+    return build_scheduled_optimizer(config, module, config.optim.learning_rate, 100)
 
 
 class _Step:
@@ -225,14 +225,14 @@ class _Step:
         self._plan, self._bucket = plan, bucket
         self._family = build.build_family(plan)
         self._trained = empty_trained(plan)
-        self._teacher, self._of_teacher = _teacher(plan, self._family) if plan.config.crepa_enabled else (None, {})
+        self._teacher, self._of_teacher = _teacher(plan, self._family) if plan.config.crepa.crepa_enabled else (None, {})
 
     def place(self, account: StorageAccount, device: torch.device = _CPU) -> None:
         """Give everything memory, the optimizers' states too, which the first step of a run leaves behind."""
         self._device = device
         config, transformer = self._plan.config, self._trained["transformer"]
         # Kernels and compiled graphs have no place for tensors without values.
-        plain = config.model_copy(update={"attention_backend": None, "compile": False})
+        plain = config.changed(attention_backend=None, compile=False)
         with account.of("transformer"):
             place(plain, transformer, self._family.blocks(transformer), device)
         for owner, module in {**self._trained, **self._of_teacher}.items():
@@ -249,9 +249,9 @@ class _Step:
             assert parameter.grad is not None
             account.give(parameter.grad, "gradients")
 
-        if config.use_ema:
+        if config.optim.use_ema:
             with account.of("EMA"):
-                self._average = WeightAverage(trainable_parameters(transformer), config.ema_decay)
+                self._average = WeightAverage(trainable_parameters(transformer), config.optim.ema_decay)
         self._optimizers = [_optimizer(config, module) for module in self._trained.values()]
         for optimizer in self._optimizers:
             for parameter in optimizer.parameters:
@@ -264,25 +264,25 @@ class _Step:
         """One optimizer step."""
         config, transformer = self._plan.config, self._trained["transformer"]
         blocks, process = self._family.blocks(transformer), build.build_process(self._plan)
-        layersync, crepa = build.build_layersync(config), None
+        layersync, crepa = build.build_layersync(config.layersync), None
         if self._teacher is not None:
-            crepa = build.crepa_term(config, self._trained["projector"], self._teacher, config.crepa_lambda)
+            crepa = build.crepa_term(config.crepa, self._trained["projector"], self._teacher, config.crepa.crepa_lambda)
         # A second micro-batch finds the gradients of the first; a third finds no more.
-        for _ in range(min(config.gradient_accumulation_steps, 2)):
-            with account.of("activations"), autocast(config, self._device):
+        for _ in range(min(config.loop.gradient_accumulation_steps, 2)):
+            with account.of("activations"), autocast(config.loop, self._device):
                 losses = training_loss(self._family, process, transformer, blocks, self._batch, crepa, layersync)
             with account.of("temporaries"):
-                (losses.total / config.gradient_accumulation_steps).backward()
+                (losses.total / config.loop.gradient_accumulation_steps).backward()
             del losses
         for optimizer in self._optimizers:
             with account.of("optimizer"):
-                clip_gradients(optimizer.parameters, config.max_grad_norm)
+                clip_gradients(optimizer.parameters, config.optim.max_grad_norm)
                 optimizer.step(torch.zeros((), device=self._device))
 
     def sample(self, account: StorageAccount, vae: nn.Module) -> None:
         """One denoising step, and the video of its first sample."""
         batch = self._batch
-        with account.of("activations"), autocast(self._plan.config, self._device):
+        with account.of("activations"), autocast(self._plan.config.loop, self._device):
             self._family.denoise(self._trained["transformer"], batch.noise, batch.sigma, batch)
             latents = batch.latents[:1]
             self._family.decode_latents(vae, latents)
@@ -293,7 +293,7 @@ def empty_trained(plan: Plan) -> dict[str, Any]:
     family = build.build_family(plan)
     trained = {"transformer": build.empty_transformer(plan, family)}
     build.adapt(plan, family, trained["transformer"])
-    if plan.config.crepa_enabled:
+    if plan.config.crepa.crepa_enabled:
         with torch.device("meta"):
             trained["projector"] = build.build_crepa(plan)
     return trained
@@ -319,18 +319,18 @@ def _vision_encoder(plan: Plan) -> VisionEncoder:
     return empty_encoder(
         plan.encoder.shapes,
         plan.encoder.patch,
-        frames_per_forward=plan.config.crepa_encoder_frames_batch_size,
+        frames_per_forward=plan.config.crepa.crepa_encoder_frames_batch_size,
         dtype=torch.bfloat16,
     )
 
 
 def _vae(plan: Plan, family: Family) -> nn.Module:
-    return family.empty_vae().to(getattr(torch, plan.config.vae_dtype)).eval()
+    return family.empty_vae().to(getattr(torch, plan.config.diffusion.vae_dtype)).eval()
 
 
 def _batch(plan: Plan, family: Family, bucket: Bucket) -> Batch:
     """A batch as the loader makes it, without values."""
-    config, size = plan.config, plan.config.train_batch_size
+    config, size = plan.config, plan.config.loop.train_batch_size
     grid = plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width)
     latent = (plan.geometry.latent_channels, *plan.geometry.latent_shape(bucket.frames, bucket.height, bucket.width))
     text = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in family.text_shapes().items()}
@@ -339,21 +339,20 @@ def _batch(plan: Plan, family: Family, bucket: Bucket) -> Batch:
         conditioning = {name: torch.empty(size, *shape) for name, shape in family.image_shapes(latent).items()}
         conditioning["given"] = torch.ones(size)
     teacher = pixels = None
-    if config.crepa_enabled and config.crepa_feature_source == "cached":
+    if config.crepa.crepa_enabled and config.crepa.crepa_feature_source == "cached":
         assert plan.encoder is not None
         rows, columns = plan.teacher_grid(grid)
         values = torch.empty(size, grid.t, rows * columns, plan.encoder.width, dtype=torch.float16)
         teacher = PatchFeatures(values, (rows, columns))
-    if config.crepa_enabled and config.crepa_feature_source == "pixels":
+    if config.crepa.crepa_enabled and config.crepa.crepa_feature_source == "pixels":
         pixels = torch.empty(size, grid.t, 3, bucket.height, bucket.width, dtype=torch.uint8)
-    assert config.fps is not None
     return Batch(
         latents=torch.empty(size, *latent),
         noise=torch.empty(size, *latent),
         sigma=torch.full((size,), 0.5),
         text=family.collate_text([text] * size),
         grid=grid,
-        fps=config.fps,
+        fps=config.data.fps,
         keys=("",) * size,
         conditioning=conditioning,
         teacher=teacher,

@@ -2,17 +2,18 @@
 
 import torch
 
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.sections import LoopConfig
 
 
-def compute_dtype(config: RunConfig) -> torch.dtype:
+def compute_dtype(config: LoopConfig) -> torch.dtype:
     """The data type of autocast, and of frozen weights."""
     return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
 
 
-def weights_dtype(config: RunConfig) -> torch.dtype:
+def weights_dtype(config: ResolvedConfig) -> torch.dtype:
     """The data type of the transformer in training: fp32 where its own weights move, as bf16 would round small steps away."""
-    return torch.float32 if config.model_type == "full" else compute_dtype(config)
+    return torch.float32 if config.model.model_type == "full" else compute_dtype(config.loop)
 
 
 def encoding_dtype(device: torch.device) -> torch.dtype:
@@ -20,6 +21,6 @@ def encoding_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+def autocast(config: LoopConfig, device: torch.device) -> torch.autocast:
     """The precision of a step's forward."""
     return torch.autocast(device.type, dtype=compute_dtype(config), enabled=config.mixed_precision != "no")

@@ -80,8 +80,7 @@ def plan_caches(context: Context, dataset: Dataset, *, teacher: bool) -> Caches:
         teacher: whether CREPA's teacher will be asked.
     """
     plan, device = context.plan, context.device
-    assert plan.config.cache_dir is not None
-    source = plan.config.crepa_feature_source if teacher else None
+    source = plan.config.crepa.crepa_feature_source if teacher else None
     models = _digests(context, dataset, encoder=source == "cached")
     windows = dataset.clips.windows
     text, negative = _text_keys(plan, dataset, models, device)
@@ -101,7 +100,7 @@ def plan_caches(context: Context, dataset: Dataset, *, teacher: bool) -> Caches:
         for window in windows
     )
     grids = {bucket: plan.teacher_grid(grid) for bucket, grid in dataset.grids.items()}
-    store = CacheStore(Path(plan.config.cache_dir))
+    store = CacheStore(Path(plan.config.data.cache_dir))
     return Caches(dataset, store, text, latents, image, features, negative, models, samples, grids)
 
 
@@ -140,7 +139,7 @@ def _text_keys(
     plan: Plan, dataset: Dataset, models: Mapping[str, str], device: torch.device
 ) -> tuple[dict[str, str], str | None]:
     """Of every caption and validation prompt, and of the negative prompt beside these."""
-    prompts = plan.config.validation_prompts or ()
+    prompts = plan.config.validation.validation_prompts or ()
     facts = {
         "family": plan.spec.name,
         "length": plan.spec.text_length,
@@ -153,7 +152,7 @@ def _text_keys(
 
 
 def _latents_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str]) -> dict[Window, str]:
-    facts = {"family": plan.spec.name, "vae": models["vae"], "dtype": plan.config.vae_dtype}
+    facts = {"family": plan.spec.name, "vae": models["vae"], "dtype": plan.config.diffusion.vae_dtype}
     return {window: entry_key(kind="latents", **_source(window, window.frames), **facts) for window in windows}
 
 
@@ -164,7 +163,7 @@ def _image_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str]
     facts = {
         "family": plan.spec.name,
         "models": {part: models[part] for part in plan.variant.image_parts},
-        "dtype": plan.config.vae_dtype,
+        "dtype": plan.config.diffusion.vae_dtype,
         "seen": str(encoding_dtype(device)) if plan.variant.folders("image_encoder") else None,
     }
     return {
@@ -182,7 +181,7 @@ def _teacher_keys(plan: Plan, dataset: Dataset, models: Mapping[str, str], devic
             encoder=models["encoder"],
             input=plan.encoder_size(dataset.grids[window.bucket]),
             computed=str(encoding_dtype(device)),
-            stored=plan.config.crepa_cache_dtype,
+            stored=plan.config.crepa.crepa_cache_dtype,
         )
         for window in dataset.clips.windows
     }
@@ -301,7 +300,7 @@ class _Encoders:
         grid = self.dataset.grids[bucket]
         seen = frames[list(grid.teacher_frames)].to(self.device).unsqueeze(0)
         features = self.vision(seen, self.plan.encoder_size(grid))
-        return pack_features(features.values[0], self.plan.config.crepa_cache_dtype)
+        return pack_features(features.values[0], self.plan.config.crepa.crepa_cache_dtype)
 
 
 def _read_window(window: Window) -> Tensor:

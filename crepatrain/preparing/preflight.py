@@ -48,12 +48,10 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
         Stopped: a signal came; what was read of the clips is kept.
     """
     plan, screen, config = context.plan, context.screen, context.plan.config
-    source = config.train_data if key == "train_data" else config.eval_data
+    source = config.data.train_data if key == "train_data" else config.validation.eval_data
     assert source is not None
-    assert config.cache_dir is not None
-    assert config.fps is not None
-    captioned, refused = choose_captions(list_clips(Path(source), key), config.missing_captions)
-    root = Path(config.cache_dir)
+    captioned, refused = choose_captions(list_clips(Path(source), key), config.data.missing_captions)
+    root = Path(config.data.cache_dir)
     digests = FileDigests(root / "digests.json")
     with screen.progress("looking at clips", len(captioned)) as advance:
 
@@ -65,23 +63,23 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
     clips = cut_clips(
         probed,
         size=plan.size,
-        fps=config.fps,
+        fps=config.data.fps,
         multiple=plan.geometry.size_multiple,
-        aspect_buckets=config.aspect_buckets,
-        max_windows_per_clip=config.max_windows_per_clip,
+        aspect_buckets=config.data.aspect_buckets,
+        max_windows_per_clip=config.data.max_windows_per_clip,
         no_images=_no_images(plan),
     )
     unusable = [*unreadable, *clips.refused]
-    if unusable and config.unusable_clips == "error":
+    if unusable and config.data.unusable_clips == "error":
         raise refusal_error(unusable)
     refused = [*refused, *unusable]
     for refusal in refused:
         screen.note(f"{refusal.path} is left out: {refusal.reason}")
     for path, factor in clips.slower:
-        screen.note(f"{path} is slower than fps={config.fps:g}: taken frame by frame, so it runs {factor:.2g} times as fast")
+        screen.note(f"{path} is slower than fps={config.data.fps:g}: taken frame by frame, so it runs {factor:.2g} times as fast")
     if not clips.windows:
         raise UserError(f"{key}={source}: no clip of it can be used", "add clips, or lower num_frames")
-    if config.train_batch_size > 1 and not plan.spec.text_is_padded:
+    if config.loop.train_batch_size > 1 and not plan.spec.text_is_padded:
         clips = _one_caption_length_per_bucket(plan, clips)
     _check_threshold(plan, clips, screen)
     grids = {bucket: plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width) for bucket in clips.buckets}
@@ -98,7 +96,7 @@ def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
         Stopped: a signal came; what was read of the clips is kept.
     """
     config, dataset = context.plan.config, read_dataset(context)
-    if config.eval_data:
+    if config.validation.eval_data:
         held_out = read_dataset(context, "eval_data")
         trained = {window.clip.digest for window in dataset.clips.windows}
         both = sorted({str(window.path) for window in held_out.clips.windows if window.clip.digest in trained})
@@ -107,16 +105,16 @@ def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
                 f"eval_data: {both[0]} is in train_data too ({len(both)} in all)", "keep them apart, or use eval_share"
             )
         return dataset, held_out
-    if not config.eval_share:
+    if not config.validation.eval_share:
         return dataset, None
     windows = dataset.clips.windows
-    held = [window for window in windows if int(window.clip.digest[:8], 16) / 2**32 < config.eval_share]
+    held = [window for window in windows if int(window.clip.digest[:8], 16) / 2**32 < config.validation.eval_share]
     chosen = set(held)
     kept = [window for window in windows if window not in chosen]
     if not held or not kept:
         which = "none" if not held else "all"
         raise UserError(
-            f"eval_share={config.eval_share:g}: {which} of the clips would be held out", "change it, or give eval_data"
+            f"eval_share={config.validation.eval_share:g}: {which} of the clips would be held out", "change it, or give eval_data"
         )
     context.screen.note(f"{len(held)} of {len(windows)} windows are held out, of {len({window.path for window in held})} clips")
     trained, measured = (replace(dataset, clips=replace(dataset.clips, windows=tuple(part))) for part in (kept, held))
@@ -142,11 +140,11 @@ def _one_caption_length_per_bucket(plan: Plan, clips: ClipWindows) -> ClipWindow
 
 def _check_threshold(plan: Plan, clips: ClipWindows, screen: Screen) -> None:
     """Images have no neighbours, so their alignment score ends at 1."""
-    config, threshold = plan.config, plan.config.crepa_similarity_threshold
+    config, threshold = plan.config, plan.config.crepa.crepa_similarity_threshold
     frames = {bucket.frames for bucket in clips.buckets}
-    if not config.crepa_enabled or threshold is None or config.crepa_threshold_metric == "self" or 1 not in frames:
+    if not config.crepa.crepa_enabled or threshold is None or config.crepa.crepa_threshold_metric == "self" or 1 not in frames:
         return
-    if frames != {1} and maximum_score(config, plan.grid.t) > 1:
+    if frames != {1} and maximum_score(config.crepa, plan.grid.t) > 1:
         screen.note("images score at most 1 and clips more, so the EMA depends on their mix; set crepa_threshold_metric to self")
     elif frames == {1} and threshold > 1:
         raise UserError(
@@ -164,17 +162,17 @@ def samples_digest(dataset: Dataset) -> str:
 def build_sampler(plan: Plan, dataset: Dataset, world: int) -> StepSampler:
     """The data order of a run on that many processes."""
     config = plan.config
-    unit = config.train_batch_size * config.gradient_accumulation_steps * world
-    return StepSampler([window.bucket for window in dataset.clips.windows], unit, config.seed)
+    unit = config.loop.train_batch_size * config.loop.gradient_accumulation_steps * world
+    return StepSampler([window.bucket for window in dataset.clips.windows], unit, config.loop.seed)
 
 
 def total_steps(plan: Plan, sampler: StepSampler) -> int:
     """Optimizer steps of a whole run."""
     config = plan.config
-    if config.max_train_steps is not None:
-        return config.max_train_steps
-    assert config.num_train_epochs is not None
-    return config.num_train_epochs * sampler.steps_per_epoch
+    if config.loop.max_train_steps is not None:
+        return config.loop.max_train_steps
+    assert config.loop.num_train_epochs is not None
+    return config.loop.num_train_epochs * sampler.steps_per_epoch
 
 
 def latents_bytes(plan: Plan, bucket: Bucket) -> int:
@@ -190,12 +188,12 @@ def image_bytes(plan: Plan, bucket: Bucket) -> int:
 
 def teacher_bytes(plan: Plan, grid: TokenGrid) -> int:
     """On disk, of one window; 0 where features are not cached."""
-    if not plan.config.crepa_enabled or plan.config.crepa_feature_source != "cached":
+    if not plan.config.crepa.crepa_enabled or plan.config.crepa.crepa_feature_source != "cached":
         return 0
     assert plan.encoder is not None
     rows, columns = plan.teacher_grid(grid)
     patches = grid.t * rows * columns
-    if plan.config.crepa_cache_dtype == "int8":
+    if plan.config.crepa.crepa_cache_dtype == "int8":
         return patches * (plan.encoder.width + _FP16_BYTES)
     return patches * plan.encoder.width * _FP16_BYTES
 
@@ -221,7 +219,7 @@ def describe(context: Context, dataset: Dataset, trainable: Mapping[str, int]) -
                 str(count),
                 str(dataset.grids[bucket]),
                 str(dataset.grids[bucket].tokens),
-                "x".join(map(str, plan.teacher_grid(dataset.grids[bucket]))) if plan.config.crepa_enabled else "-",
+                "x".join(map(str, plan.teacher_grid(dataset.grids[bucket]))) if plan.config.crepa.crepa_enabled else "-",
             )
             for bucket, count in buckets.items()
         ],
@@ -237,7 +235,10 @@ def describe(context: Context, dataset: Dataset, trainable: Mapping[str, int]) -
             ("steps per epoch", f"{sampler.steps_per_epoch} of {sampler.unit} windows"),
             ("steps", f"{total}, {total / sampler.steps_per_epoch:.1f} epochs"),
             ("trainable parameters", ", ".join(f"{part} {count:,}" for part, count in trainable.items())),
-            ("cache on disk", f"latents {in_words(latents)}, teacher features {in_words(teacher)}, in {plan.config.cache_dir}"),
+            (
+                "cache on disk",
+                f"latents {in_words(latents)}, teacher features {in_words(teacher)}, in {plan.config.data.cache_dir}",
+            ),
         ],
     )
 
@@ -248,7 +249,7 @@ def dataset_facts(plan: Plan, dataset: Dataset, sampler: StepSampler) -> dict[st
     windows = Counter(window.clip for window in clips.windows)
     teacher_grids = {bucket: "x".join(map(str, plan.teacher_grid(grid))) for bucket, grid in dataset.grids.items()}
     return {
-        "train_data": plan.config.train_data,
+        "train_data": plan.config.data.train_data,
         "clips": len(windows),
         "windows": len(clips.windows),
         "left_out": len(dataset.refused),
@@ -261,7 +262,7 @@ def dataset_facts(plan: Plan, dataset: Dataset, sampler: StepSampler) -> dict[st
                 "windows": count,
                 "grid": str(dataset.grids[bucket]),
                 "tokens": dataset.grids[bucket].tokens,
-                "teacher_grid": teacher_grids[bucket] if plan.config.crepa_enabled else None,
+                "teacher_grid": teacher_grids[bucket] if plan.config.crepa.crepa_enabled else None,
             }
             for bucket, count in clips.buckets.items()
         ],

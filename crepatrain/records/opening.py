@@ -3,18 +3,20 @@
 import json
 from pathlib import Path
 
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.load import read_run_config
+from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.sections import LoopConfig
 from crepatrain.config.sources import read_checkpoint
 from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.records.layout import RunLayout
-from crepatrain.records.reading import read_best, unknown_keys
+from crepatrain.records.reading import read_best
 from crepatrain.screen import Screen
 from crepatrain.specs import FAMILIES
 
 
-def config_of(run: Path, screen: Screen) -> RunConfig:
+def config_of(run: Path, screen: Screen) -> ResolvedConfig:
     """The config of a run's folder. A key that this version does not know is set aside, with a note.
 
     Raises:
@@ -23,29 +25,26 @@ def config_of(run: Path, screen: Screen) -> RunConfig:
     path = RunLayout(run).config_file
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        unknown = unknown_keys(values) if isinstance(values, dict) else []
-        known = {key: value for key, value in values.items() if key not in unknown} if unknown else values
-        config = RunConfig.model_validate(known)
     except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} can't be read ({reason})", "give the folder of a run, its output_dir") from error
+        raise UserError(f"{path} can't be read ({error})", "give the folder of a run, its output_dir") from error
+    config, unknown = read_run_config(values, path)
     if unknown:
         screen.note(f"{path}: {', '.join(unknown)}: unknown to this version of crepatrain, and ignored")
     return config
 
 
-def family_of(config: RunConfig) -> Family:
+def family_of(config: ResolvedConfig) -> Family:
     """The family as a run's base is; of the base only the JSON files are read.
 
     Raises:
         UserError: the base is gone.
     """
-    source, revision = config.pretrained_model_name_or_path, config.revision
-    checkpoint, _ = read_checkpoint(source, revision, FAMILIES[config.model_family], config.wan_expert, online=False)
-    return get_family(config.model_family, checkpoint, task=config.task, expert=config.wan_expert)
+    source, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    checkpoint, _ = read_checkpoint(source, revision, FAMILIES[config.model.model_family], config.model.wan_expert, online=False)
+    return get_family(config.model.model_family, checkpoint, task=config.model.task, expert=config.model.wan_expert)
 
 
-def adapter_name(config: RunConfig, family: Family) -> str:
+def adapter_name(config: LoopConfig, family: Family) -> str:
     """How the run's adapters are named, with the expert that they are for."""
     return config.output_name + (f"_{family.variant.expert}_noise" if family.variant.expert else "")
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.migrations import migrate
+from crepatrain.config.run_config import KEYS
 from crepatrain.errors import UserError
 from crepatrain.records.layout import RunLayout, step_of
 
@@ -143,7 +144,7 @@ def read_run(root: Path) -> RunRecord:
     return RunRecord(
         root,
         root.resolve().name,
-        config=_read_object(layout.config_file, _Config),
+        config=migrate(_read_object(layout.config_file, _Config), layout.config_file),
         status=_read_object(layout.status_file, _Status),
         dataset=_read_object(layout.dataset_file, _Dataset),
         best=read_best(root),
@@ -153,7 +154,7 @@ def read_run(root: Path) -> RunRecord:
 
 def unknown_keys(config: Mapping[str, Any]) -> list[str]:
     """The keys of a run's config.json that this version does not know, as a later version may have written them."""
-    return [key for key in config if key not in RunConfig.model_fields]
+    return [key for key in config if key not in KEYS]
 
 
 def read_best(root: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.migrations import migrate
+from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.errors import UserError
 from crepatrain.records.layout import RunLayout, checkpoints, set_aside_name, step_of
 from crepatrain.records.reading import read_lines, step_of_line
@@ -24,8 +25,8 @@ class RunFolder(RunLayout):
         writes: whether this process is the one that writes; the others only read.
     """
 
-    def __init__(self, config: RunConfig, *, writes: bool = True) -> None:
-        super().__init__(Path(config.output_dir))
+    def __init__(self, config: ResolvedConfig, *, writes: bool = True) -> None:
+        super().__init__(Path(config.loop.output_dir))
         self.config = config
         self.writes = writes
         self._lock = FileLock(self.lock_file, timeout=0)
@@ -71,7 +72,7 @@ class RunFolder(RunLayout):
                 f"output_dir={self.root}: another command has trained in it while this one was preparing", "give it again"
             )
         self.status("running", step)
-        replace_json(self.config_file, self.config.model_dump())
+        replace_json(self.config_file, self.config.as_file())
         for log in (self.metrics, self.figures):
             _remove_lines_after(log, step)
         self.mark_best()
@@ -116,10 +117,12 @@ class RunFolder(RunLayout):
             before = json.loads(self.config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.config_file} can't be read ({error})", "give a new output_dir") from None
-        return before if isinstance(before, dict) and {"model_family", "output_dir"} <= before.keys() else None
+        if not isinstance(before, dict) or not {"model_family", "output_dir"} <= before.keys():
+            return None
+        return migrate(before, self.config_file)
 
     def _checkpoint(self) -> Path | None:
-        wanted = self.config.resume_from_checkpoint
+        wanted = self.config.loop.resume_from_checkpoint
         found = checkpoints(self.checkpoints)
         if wanted is None:
             if found:

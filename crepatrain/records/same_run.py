@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.run_config import KEYS
 from crepatrain.errors import UserError
 
 
@@ -17,7 +17,7 @@ def expect_same_config(root: Path, before: Mapping[str, Any], now: Mapping[str, 
             have meant something.
     """
     # A key that the run did not know yet had the meaning of its default.
-    defaults = {key: field.default for key, field in RunConfig.model_fields.items() if key not in before}
+    defaults = {key: info.field.default for key, info in KEYS.items() if key not in before}
     before = {**before, **{key: now[key] if default is None else default for key, default in defaults.items()}}
     changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key) and not _may_change(key)]
     if changed:
@@ -29,7 +29,7 @@ def expect_same_config(root: Path, before: Mapping[str, Any], now: Mapping[str, 
 
 
 def _may_change(key: str) -> bool:
-    return key == "output_dir" or (key in RunConfig.model_fields and RunConfig.may_change(key))
+    return key == "output_dir" or (key in KEYS and KEYS[key].may_change)
 
 
 def expect_same_fingerprint(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

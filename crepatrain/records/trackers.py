@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.tracking import WandBTracker
 
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.data.encode import as_jpeg, film_strip
 from crepatrain.errors import UserError
 from crepatrain.records.event_files import EventFile
@@ -57,7 +57,7 @@ class TensorBoard:
 class WandB:
     """Weights & Biases, through accelerate. A run that goes on is the same run there; steps that it knows already it drops."""
 
-    def __init__(self, config: RunConfig, layout: RunLayout) -> None:
+    def __init__(self, config: ResolvedConfig, layout: RunLayout) -> None:
         from wandb.errors import Error  # pyright: ignore[reportMissingImports] - check_trackers has made sure of it
 
         known, root = layout.wandb_id_file, layout.root
@@ -93,9 +93,9 @@ def tracking(folder: RunFolder, step: int) -> Iterator[list[Subscriber]]:
     """
     trackers: list[TensorBoard | WandB] = []
     try:
-        if folder.writes and "tensorboard" in folder.config.report_to:
+        if folder.writes and "tensorboard" in folder.config.loop.report_to:
             trackers.append(TensorBoard(folder.tensorboard, step))
-        if folder.writes and "wandb" in folder.config.report_to:
+        if folder.writes and "wandb" in folder.config.loop.report_to:
             trackers.append(WandB(folder.config, folder))
         yield [*trackers]
     finally:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.run_config import KEYS
 from crepatrain.records.reading import RunRecord, duration, mean, read_lines
 from crepatrain.reporting.charts import Chart, figure_charts, sections
 from crepatrain.reporting.heatmap import map_section
@@ -192,9 +192,9 @@ def _config(runs: Sequence[RunRecord]) -> str:
 
 
 def _default(key: str) -> str:
-    field = RunConfig.model_fields.get(key)
-    if field is None:
+    if key not in KEYS:
         return "unknown to this version"
+    field = KEYS[key].field
     return "required" if field.is_required() else json.dumps(field.default)
 
 

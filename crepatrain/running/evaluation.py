@@ -86,10 +86,10 @@ class Evaluation:
         run, config, device = self.run, self.run.config, self.run.context.device
         crepa = None
         if run.projector is not None and run.teacher is not None:
-            crepa = build.crepa_term(config, run.projector, run.teacher, 0.0)
+            crepa = build.crepa_term(config.crepa, run.projector, run.teacher, 0.0)
         losses, scores = [], []
         for batch in self._batches():
-            with autocast(config, device):
+            with autocast(config.loop, device):
                 found = training_loss(run.family, run.process, run.transformer.module, run.blocks, batch.to(device), crepa)
             losses.append(found.diffusion)
             if found.crepa:

@@ -123,12 +123,12 @@ def train(run: Run, validation: Validation, evaluation: Evaluation | None, befor
 def due(run: Run, *, stopping: bool) -> Due:
     """What is due behind the optimizer step that a run has reached."""
     step, config = run.state.step, run.config
-    checkpoint = stopping or step == run.total or step % config.checkpointing_steps == 0
+    checkpoint = stopping or step == run.total or step % config.loop.checkpointing_steps == 0
     # Measured before it is saved, so that the best checkpoint is known when the oldest is given up.
     return Due(
         evaluate=checkpoint and not stopping,
         checkpoint=checkpoint,
-        validate=not stopping and Validation.wanted(config, step, run.total),
+        validate=not stopping and Validation.wanted(config.validation, step, run.total),
     )
 
 
@@ -177,32 +177,34 @@ def _launch(run: Run, batches: Iterator[Batch]) -> Launched:
     measured = schedule is not None and schedule.needs_score(state.step)
     clock = StepClock(device)
     crepa = _crepa_term(run, weight, clock) if measured else None
-    torch.manual_seed(keyed_generator("dropout", config.seed, state.step, run.accelerator.process_index).initial_seed())
+    torch.manual_seed(keyed_generator("dropout", config.loop.seed, state.step, run.accelerator.process_index).initial_seed())
 
     wrappers = [model.wrapper for model in run.models.values()]
     sums, clips = StepSums(), []
     scores = arriving = None
-    for micro in range(config.gradient_accumulation_steps):
-        last = micro == config.gradient_accumulation_steps - 1
+    for micro in range(config.loop.gradient_accumulation_steps):
+        last = micro == config.loop.gradient_accumulation_steps - 1
         with clock.waiting("data"):
             batch = next(batches).to(device)
         clips += batch.keys
         run.events.emit(BatchReady(batch))
         with no_sync(run.accelerator, wrappers, last=last):
-            with clock.part("forward"), autocast(config, device):
+            with clock.part("forward"), autocast(config.loop, device):
                 losses = training_loss(run.family, run.process, run.transformer.wrapper, run.blocks, batch, crepa, run.layersync)
             sums.add(losses, batch.sigma)
             if last:
                 scores = _over_processes(run, sums.packed())
                 arriving = HostCopy((*StepSums.names, _STOP), scores)
             with clock.part("backward"):
-                run.accelerator.backward(losses.total / config.gradient_accumulation_steps)
+                run.accelerator.backward(losses.total / config.loop.gradient_accumulation_steps)
 
     assert scores is not None
     assert arriving is not None
     optimizers = {name: model.optimizer for name, model in run.models.items()}
     with clock.part("optimizer"):
-        norms = torch.stack([clip_gradients(optimizer.parameters, config.max_grad_norm) for optimizer in optimizers.values()])
+        norms = torch.stack(
+            [clip_gradients(optimizer.parameters, config.optim.max_grad_norm) for optimizer in optimizers.values()]
+        )
     run.diverged = torch.maximum(run.diverged, 1 - torch.isfinite(torch.cat([scores, norms.to(scores)])).all().float())
     launched = Launched(
         step=state.step,
@@ -232,7 +234,9 @@ def _launch(run: Run, batches: Iterator[Batch]) -> Launched:
 
 def _crepa_term(run: Run, weight: float, clock: StepClock) -> CrepaTerm:
     assert run.teacher is not None
-    return build.crepa_term(run.config, run.models["projector"].wrapper, run.teacher, weight, timed=lambda: clock.part("crepa"))
+    return build.crepa_term(
+        run.config.crepa, run.models["projector"].wrapper, run.teacher, weight, timed=lambda: clock.part("crepa")
+    )
 
 
 def _over_processes(run: Run, scores: Tensor) -> Tensor:
@@ -249,7 +253,7 @@ def _observe(run: Run, launched: Launched) -> bool:
     found = launched.scores.read()
     if run.state.schedule and launched.measured:
         numbers = _numbers(run, launched)
-        score = numbers.self_similarity if run.config.crepa_threshold_metric == "self" else numbers.alignment
+        score = numbers.self_similarity if run.config.crepa.crepa_threshold_metric == "self" else numbers.alignment
         assert score is not None
         if math.isfinite(score):  # otherwise _settle ends the run
             run.state.schedule.observe(score)
@@ -272,12 +276,12 @@ def _settle(run: Run, launched: Launched) -> None:
     seconds = launched.clock.seconds()
     crepa_seconds = seconds.get("crepa", 0.0)
     window.add(
-        loss=numbers.total(launched.weight, config.layersync_lambda),
+        loss=numbers.total(launched.weight, config.layersync.layersync_lambda),
         diffusion_loss=numbers.diffusion_loss,
         crepa_loss=launched.weight * (numbers.crepa_raw or 0.0) if run.state.schedule else None,
         crepa_alignment_score=numbers.alignment,
         crepa_similarity_self=numbers.self_similarity,
-        layersync_loss=None if numbers.layersync_raw is None else config.layersync_lambda * numbers.layersync_raw,
+        layersync_loss=None if numbers.layersync_raw is None else config.layersync.layersync_lambda * numbers.layersync_raw,
         grad_norm=launched.checks.read()["transformer"],
         data_seconds=seconds["data"],
         forward_seconds=seconds["forward"] - crepa_seconds,
@@ -288,7 +292,7 @@ def _settle(run: Run, launched: Launched) -> None:
     for sigmas, (total, count) in numbers.by_sigma.items():
         window.add_mean(f"sigma_loss {sigmas}", total, count)
     done = launched.step + 1
-    if done == run.total or done % config.logging_steps == 0:
+    if done == run.total or done % config.loop.logging_steps == 0:
         run.log(_line(run, launched))
 
 
@@ -297,7 +301,7 @@ def _expect_finite(run: Run, launched: Launched) -> None:
     if not norms.pop(_DIVERGED):
         return
     run.state.step = launched.step
-    loss = _numbers(run, launched).total(launched.weight, run.config.layersync_lambda)
+    loss = _numbers(run, launched).total(launched.weight, run.config.layersync.layersync_lambda)
     listed = ", ".join(f"{norm:g}" for norm in norms.values())
     raise DivergedError(
         f"step {launched.step + 1}: loss {loss:g}, gradient norms {listed}, on {', '.join(launched.clips)}",

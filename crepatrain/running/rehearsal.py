@@ -45,8 +45,8 @@ def _step(run: Run, bucket: Bucket) -> None:
     batch = next(run.open_batches(step)).to(device)
     crepa = None
     if run.teacher is not None and schedule is not None and schedule.needs_score(step):
-        crepa = build.crepa_term(config, run.models["projector"].wrapper, run.teacher, config.crepa_lambda)
-    with autocast(config, device):
+        crepa = build.crepa_term(config.crepa, run.models["projector"].wrapper, run.teacher, config.crepa.crepa_lambda)
+    with autocast(config.loop, device):
         losses = training_loss(run.family, run.process, run.transformer.wrapper, run.blocks, batch, crepa, run.layersync)
     run.accelerator.backward(losses.total)
     del states
@@ -63,7 +63,7 @@ def _step_of(run: Run, bucket: Bucket) -> int:
 def _room_for_states(run: Run) -> list[Tensor]:
     """As much memory as the optimizers will take when they first move."""
     parameters = [parameter for model in run.models.values() for parameter in model.optimizer.parameters]
-    return empty_states(run.config.optimizer, parameters)
+    return empty_states(run.config.optim.optimizer, parameters)
 
 
 def _give_back(run: Run) -> None:

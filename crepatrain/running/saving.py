@@ -36,7 +36,7 @@ def save(run: Run) -> None:
 def gather(run: Run) -> Gathered:
     """Bring together what the processes hold. Every process comes here."""
     transformer = run.transformer
-    tensors = {TRAINED_FILE[run.config.model_type]: trained_state(transformer.module)}
+    tensors = {TRAINED_FILE[run.config.model.model_type]: trained_state(transformer.module)}
     if transformer.average:
         with transformer.average.in_place():
             tensors[EMA_FILE] = {name: tensor.clone() for name, tensor in trained_state(transformer.module).items()}
@@ -52,10 +52,10 @@ def gather(run: Run) -> Gathered:
 def _write(run: Run, gathered: Gathered) -> None:
     step, folder = run.state.step, run.folder
     # The result first: a kill in between then leaves no checkpoint without it.
-    weights = gathered.tensors[EMA_FILE if run.transformer.average else TRAINED_FILE[run.config.model_type]]
+    weights = gathered.tensors[EMA_FILE if run.transformer.average else TRAINED_FILE[run.config.model.model_type]]
     write_result(folder, run.config, run.family, run.fingerprint, run.transformer.module, step, weights=weights)
     path = folder.checkpoint(step)
     write_checkpoint(path, gathered.tensors, gathered.trees, gathered.plain)
-    rotate(folder.checkpoints, run.config.checkpoints_total_limit, keep=read_best(folder.root).get("step"))
+    rotate(folder.checkpoints, run.config.loop.checkpoints_total_limit, keep=read_best(folder.root).get("step"))
     folder.status("running", step)
     run.events.emit(CheckpointSaved(step, path))

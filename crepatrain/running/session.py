@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import Teacher
 from crepatrain.config.plan import Plan
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, read_batches
 from crepatrain.families.base import Family
 from crepatrain.placement.placing import place
@@ -73,7 +73,7 @@ class Run:
     moving: bool = False
 
     @property
-    def config(self) -> RunConfig:
+    def config(self) -> ResolvedConfig:
         return self.context.plan.config
 
     @property
@@ -137,29 +137,28 @@ class Run:
 def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, events: Events, start: RunStart) -> Run:
     """Load the modules, adapt and place them, give them optimizers, and put a checkpoint's tensors into all of these."""
     plan, config, state, screen = context.plan, context.plan.config, start.state, context.screen
-    screen.say(f"loading the transformer of {config.pretrained_model_name_or_path}")
+    screen.say(f"loading the transformer of {config.model.pretrained_model_name_or_path}")
     family = build.build_family(plan)
     process = build.build_process(plan)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.loop.seed)
     transformer = build.load_transformer(plan, family)
     build.adapt(plan, family, transformer)
     if start.adapter:
         copy_into_adapter(transformer, start.adapter)
-        screen.say(f"beginning with {config.init_adapter}")
+        screen.say(f"beginning with {config.lora.init_adapter}")
     place(config, transformer, family.blocks(transformer), context.device)
-    if config.compile:
+    if config.loop.compile:
         screen.note(
             "the blocks are compiled in the first step, and once more for a second bucket: that takes minutes, the rest is faster"
         )
-    models = {"transformer": _trained(context, accelerator, transformer, config.learning_rate, start.total)}
+    models = {"transformer": _trained(context, accelerator, transformer, config.optim.learning_rate, start.total)}
     models["transformer"].blocks = family.blocks(transformer)
-    if config.use_ema:
-        models["transformer"].average = WeightAverage(models["transformer"].optimizer.parameters, config.ema_decay)
+    if config.optim.use_ema:
+        models["transformer"].average = WeightAverage(models["transformer"].optimizer.parameters, config.optim.ema_decay)
     if state.schedule:
-        torch.manual_seed(config.seed + 1)  # the projector's own: the adapter begins the same with and without CREPA
+        torch.manual_seed(config.loop.seed + 1)  # the projector's own: the adapter begins the same with and without CREPA
         projector = build.build_crepa(plan).to(context.device)
-        assert config.crepa_projector_lr is not None
-        models["projector"] = _trained(context, accelerator, projector, config.crepa_projector_lr, start.total)
+        models["projector"] = _trained(context, accelerator, projector, config.crepa.projector_lr, start.total)
     if start.resume:
         _restore(start.resume, models)
         screen.say(f"going on from {start.resume} at step {state.step} of {start.total}")
@@ -173,7 +172,7 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
         process=process,
         models=models,
         teacher=build.build_teacher(plan, family, context.device) if state.asks_teacher else None,
-        layersync=build.build_layersync(config),
+        layersync=build.build_layersync(config.layersync),
         state=state,
         sampler=start.sampler,
         open_batches=_batch_source(plan, family, process, start, accelerator),
@@ -234,10 +233,10 @@ def _batch_source(
             start=step,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
-            batch_size=config.train_batch_size,
+            batch_size=config.loop.train_batch_size,
         )
         cuda = accelerator.device.type == "cuda"
-        return read_batches(training_set, batches, workers=config.dataloader_num_workers, pin_memory=cuda)
+        return read_batches(training_set, batches, workers=config.data.dataloader_num_workers, pin_memory=cuda)
 
     return open_batches
 
@@ -256,16 +255,15 @@ def build_training_set(
         drops: whether captions and first frames are left out as often as the config says; False: never.
     """
     config = plan.config
-    assert config.fps is not None
     return TrainingSet(
         samples=caches.samples,
         store=caches.store,
         empty_text=caches.empty_text,
-        caption_dropout=config.caption_dropout if drops else 0.0,
+        caption_dropout=config.data.caption_dropout if drops else 0.0,
         captions_drop_together=not plan.spec.text_is_padded,
-        image_dropout=config.i2v_dropout if drops else 0.0,
-        seed=config.seed,
-        fps=config.fps,
+        image_dropout=config.data.i2v_dropout if drops else 0.0,
+        seed=config.loop.seed,
+        fps=config.data.fps,
         draw_sigma=process.draw_sigma,
         collate_text=family.collate_text,
         grids=caches.dataset.grids,

@@ -69,11 +69,11 @@ def prepare_start(context: Context, processes: int, resume: Path | None) -> RunS
     dataset, held = read_datasets(context)
     family = build.build_family(plan)
     empty = build.expect_trainable(plan, family, context.device)
-    initial = config.init_adapter if config.model_type == "lora" and not resume else None
+    initial = config.lora.init_adapter if config.model.model_type == "lora" and not resume else None
     adapter = load_initial_adapter(Path(initial), family, empty) if initial else None
     sampler = build_sampler(plan, dataset, processes)
     total = total_steps(plan, sampler)
-    state = TrainState(schedule=build.build_schedule(config, total))
+    state = TrainState(schedule=build.build_schedule(config.crepa, total))
     if resume:
         state.load_state_dict(read_state(resume, crepa=state.schedule is not None))
     caches = plan_caches(context, dataset, teacher=state.asks_teacher)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from crepatrain.alignment.encoders import VisionEncoder
 from crepatrain.config.plan import Plan
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.sections import ValidationConfig
 from crepatrain.data.encode import grid_video, write_video
 from crepatrain.errors import UserError
 from crepatrain.placement.placing import free_memory
@@ -38,12 +38,12 @@ class Validation:
     caches: Caches
 
     @staticmethod
-    def wanted(config: RunConfig, step: int, total: int) -> bool:
+    def wanted(config: ValidationConfig, step: int, total: int) -> bool:
         """Whether videos are made at a step of a run of `total`."""
         return config.validation_prompts is not None and (step >= total or step % config.validation_steps == 0)
 
     @classmethod
-    def owed(cls, config: RunConfig, folder: RunFolder, step: int, total: int) -> bool:
+    def owed(cls, config: ValidationConfig, folder: RunFolder, step: int, total: int) -> bool:
         """Whether videos are due before a run goes on: the base's, or those that a kill behind a checkpoint has cost."""
         return cls.wanted(config, step, total) and (step == 0 or not folder.video(step).is_file())
 
@@ -64,7 +64,7 @@ class Validation:
     def _make(self) -> list[np.ndarray] | None:
         """A video [F, H, W, 3] uint8 of each prompt; None where a signal came."""
         run, context = self.run, self.run.context
-        context.screen.say(f"validating at step {run.state.step}: {len(run.config.validation_prompts or ())} videos")
+        context.screen.say(f"validating at step {run.state.step}: {len(run.config.validation.validation_prompts or ())} videos")
         devices = [context.device] if context.device.type == "cuda" else []
         run.transformer.module.eval()
         try:
@@ -78,14 +78,14 @@ class Validation:
 
     def _keep(self, videos: list[np.ndarray]) -> None:
         run, config, step = self.run, self.run.config, self.run.state.step
-        prompts, fps = config.validation_prompts or [], config.fps
+        prompts, fps = config.validation.validation_prompts or [], config.data.fps
         assert fps is not None
         path, by_prompt = run.folder.video(step), dict(zip(_numbered(prompts), videos, strict=True))
         labelled = [(f"{path.stem} {prompt[:_PROMPT_SHOWN]}", video) for prompt, video in zip(prompts, videos, strict=True)]
         facts = {
             "prompts": prompts,
-            "seed": config.validation_seed,
-            "steps": config.validation_sampling_steps,
+            "seed": config.validation.validation_seed,
+            "steps": config.validation.validation_sampling_steps,
             "step": step,
         }
         write_video(path, grid_video([labelled]), fps=fps, facts=facts)
@@ -95,16 +95,19 @@ class Validation:
 
     def _videos(self) -> list[np.ndarray]:
         run, config, device = self.run, self.run.config, self.run.context.device
-        assert config.fps is not None
-        settings = run.family.sample_defaults(*run.context.plan.size, config.fps) | {"steps": config.validation_sampling_steps}
+        settings = run.family.sample_defaults(*run.context.plan.size, config.data.fps) | {
+            "steps": config.validation.validation_sampling_steps
+        }
         pipeline, arguments = self._pipeline(), run.family.pipeline_arguments(settings)
         videos = []
-        for number, prompt in enumerate(config.validation_prompts or ()):
+        for number, prompt in enumerate(config.validation.validation_prompts or ()):
             asked = arguments | {"prompt": None, "negative_prompt": None} | self._text(prompt)
-            if config.validation_images and run.context.plan.task == "i2v":
-                asked["image"] = first_frame(Path(config.validation_images[number]), (settings["height"], settings["width"]))
-            generator = torch.Generator().manual_seed(config.validation_seed)
-            with autocast(config, device):
+            if config.validation.validation_images and run.context.plan.task == "i2v":
+                asked["image"] = first_frame(
+                    Path(config.validation.validation_images[number]), (settings["height"], settings["width"])
+                )
+            generator = torch.Generator().manual_seed(config.validation.validation_seed)
+            with autocast(config.loop, device):
                 videos.append(call(pipeline, asked, generator, self._denoised))
         return videos
 

@@ -8,7 +8,7 @@ from typing import Any
 from crepatrain.adapters.adapter_file import Model, read_adapter
 from crepatrain.adapters.checks import check_adapter
 from crepatrain.adapters.recipe import SCHEMA, recipe
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.data.encode import video_facts
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
@@ -39,7 +39,7 @@ class Result:
     recipe: Mapping[str, Any]
 
 
-def find_result(root: Path, config: RunConfig, family: Family, step: int | None) -> Result:
+def find_result(root: Path, config: ResolvedConfig, family: Family, step: int | None) -> Result:
     """A run's adapter or transformer.
 
     Args:
@@ -49,7 +49,7 @@ def find_result(root: Path, config: RunConfig, family: Family, step: int | None)
         UserError: there is none, or the adapter would do nothing.
     """
     layout = RunLayout(root)
-    if config.model_type == "full":
+    if config.model.model_type == "full":
         if step is not None:
             raise UserError(
                 f"--step {step}: this run trained the whole transformer, and keeps only the last one", "leave --step out"
@@ -62,9 +62,9 @@ def find_result(root: Path, config: RunConfig, family: Family, step: int | None)
         return Result(
             part,
             {f"{part}/{path.name}": path for path in paths},
-            recipe(config, family, fingerprint, state["step"], (), averaged=config.use_ema),
+            recipe(config, family, fingerprint, state["step"], (), averaged=config.optim.use_ema),
         )
-    name = adapter_name(config, family)
+    name = adapter_name(config.loop, family)
     path = layout.result_adapter if step is None else layout.adapter(name, step)
     file = read_adapter(path)
     if file.recipe().get("schema") != SCHEMA:

@@ -17,20 +17,20 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.errors import UserError
 from crepatrain.records.layout import CARD_FILE
 
 _TOKEN = "run `hf auth login` with a token that may write, or set HF_TOKEN"  # noqa: S105 - it is none
 
 
-def expect_pushable(config: RunConfig) -> None:
+def expect_pushable(config: ResolvedConfig) -> None:
     """Make sure before the training that its result can be uploaded after it.
 
     Raises:
         UserError: the hub can't be reached, or does not know who asks.
     """
-    repository(config.hub_model_id or Path(config.output_dir).resolve().name, online=True)
+    repository(config.hub.hub_model_id or Path(config.loop.output_dir).resolve().name, online=True)
 
 
 def repository(name: str, *, online: bool) -> str:

@@ -12,7 +12,8 @@ from crepatrain.alignment.encoders import VisionEncoder, load_encoder
 from crepatrain.alignment.schedule import CrepaSchedule
 from crepatrain.alignment.teachers import BackboneTeacher, CachedTeacher, LatentTeacher, PixelTeacher, Teacher
 from crepatrain.config.plan import Plan
-from crepatrain.config.sections import RunConfig
+from crepatrain.config.resolved import ResolvedCrepa, ResolvedLayerSync
+from crepatrain.config.sections import CrepaConfig
 from crepatrain.config.sources import BASE_KEY, expect_parts, fetch
 from crepatrain.errors import UserError
 from crepatrain.families import get_family
@@ -29,22 +30,22 @@ _ENCODER_FILES = ("*.json", "*.safetensors")
 def model_folder(plan: Plan) -> Path:
     """The checkpoint's local folder, downloaded where it is on the hub."""
     patterns = ("model_index.json", *(f"{part}/*" for part in plan.variant.parts))
-    key, path = BASE_KEY, plan.config.pretrained_model_name_or_path
-    folder = fetch(key, path, plan.config.revision, patterns)
+    key, path = BASE_KEY, plan.config.model.pretrained_model_name_or_path
+    folder = fetch(key, path, plan.config.model.revision, patterns)
     expect_parts(key, folder, plan.variant.parts, plan.variant.weights)  # offline, the hub's cache may hold only some of them
     return folder
 
 
 def build_family(plan: Plan) -> Family:
     """The family as the plan's checkpoint and task are."""
-    return get_family(plan.config.model_family, plan.checkpoint, task=plan.task, expert=plan.config.wan_expert)
+    return get_family(plan.config.model.model_family, plan.checkpoint, task=plan.task, expert=plan.config.model.wan_expert)
 
 
 def count_caption_tokens(plan: Plan, captions: Sequence[str]) -> list[int]:
     """Tokens of each caption, of a family whose batches hold captions of one length alone."""
-    key, path = BASE_KEY, plan.config.pretrained_model_name_or_path
+    key, path = BASE_KEY, plan.config.model.pretrained_model_name_or_path
     tokenizers = plan.variant.folders("tokenizer")
-    folder = fetch(key, path, plan.config.revision, ("model_index.json", *(f"{part}/*" for part in tokenizers)))
+    folder = fetch(key, path, plan.config.model.revision, ("model_index.json", *(f"{part}/*" for part in tokenizers)))
     with loading(folder, tokenizers):
         return build_family(plan).count_tokens(str(folder), captions)
 
@@ -58,13 +59,16 @@ def encoder_folder(plan: Plan) -> Path:
 def build_process(plan: Plan) -> FlowMatching:
     """The diffusion objective of the config, at the noise levels that the transformer is for."""
     config = plan.config
-    assert config.flow_shift is not None
     return FlowMatching(
-        config.timestep_sampling, config.logit_mean, config.logit_std, config.flow_shift, between=plan.variant.sigmas
+        config.diffusion.timestep_sampling,
+        config.diffusion.logit_mean,
+        config.diffusion.logit_std,
+        config.diffusion.flow_shift,
+        between=plan.variant.sigmas,
     )
 
 
-def build_schedule(config: RunConfig, max_train_steps: int) -> CrepaSchedule | None:
+def build_schedule(config: CrepaConfig, max_train_steps: int) -> CrepaSchedule | None:
     """CREPA's weight over the run; None where CREPA is off."""
     if not config.crepa_enabled:
         return None
@@ -90,13 +94,13 @@ def build_crepa(plan: Plan) -> Crepa:
     return Crepa(
         plan.geometry.width,
         plan.encoder.width if plan.encoder else plan.geometry.width,
-        distance=config.crepa_adjacent_distance,
-        tau=config.crepa_adjacent_tau,
-        cumulative_neighbors=config.crepa_cumulative_neighbors,
-        spatial_align=config.crepa_spatial_align,
-        normalize_by_frames=config.crepa_normalize_by_frames,
-        normalize_neighbour_sum=config.crepa_normalize_neighbour_sum,
-        projector=config.crepa_projector,
+        distance=config.crepa.crepa_adjacent_distance,
+        tau=config.crepa.crepa_adjacent_tau,
+        cumulative_neighbors=config.crepa.crepa_cumulative_neighbors,
+        spatial_align=config.crepa.crepa_spatial_align,
+        normalize_by_frames=config.crepa.crepa_normalize_by_frames,
+        normalize_neighbour_sum=config.crepa.crepa_normalize_neighbour_sum,
+        projector=config.crepa.crepa_projector,
     )
 
 
@@ -107,7 +111,7 @@ def build_encoder(plan: Plan, device: torch.device) -> VisionEncoder:
         encoder_folder(plan),
         plan.encoder.patch,
         plan.encoder_size(plan.grid),
-        frames_per_forward=plan.config.crepa_encoder_frames_batch_size,
+        frames_per_forward=plan.config.crepa.crepa_encoder_frames_batch_size,
         device=device,
         dtype=encoding_dtype(device),
     )
@@ -117,7 +121,7 @@ def build_vae(plan: Plan, family: Family, device: torch.device) -> Any:
     """The VAE with its weights, frozen."""
     folder = model_folder(plan)
     with loading(folder, ("vae",)):
-        vae = family.load_vae(str(folder), getattr(torch, plan.config.vae_dtype))
+        vae = family.load_vae(str(folder), getattr(torch, plan.config.diffusion.vae_dtype))
     return vae.to(device)
 
 
@@ -137,39 +141,35 @@ def build_teacher(plan: Plan, family: Family, device: torch.device) -> Teacher:
 def choose_teacher(plan: Plan, family: Family, make_encoder: Callable[[], VisionEncoder], make_vae: Callable[[], Any]) -> Teacher:
     """The teacher of `crepa_feature_source`; a module is made only where it needs it."""
     config = plan.config
-    if config.crepa_feature_source == "cached":
+    if config.crepa.crepa_feature_source == "cached":
         return CachedTeacher()
-    if config.crepa_feature_source == "backbone":
-        assert config.crepa_teacher_block_index is not None
-        return BackboneTeacher(config.crepa_teacher_block_index)
+    if config.crepa.crepa_feature_source == "backbone":
+        return BackboneTeacher(config.crepa.teacher_block)
     encoder = make_encoder()
-    if config.crepa_feature_source == "pixels":
+    if config.crepa.crepa_feature_source == "pixels":
         return PixelTeacher(encoder, plan.encoder_size)
     vae = make_vae()
-    if config.crepa_drop_vae_encoder:
+    if config.crepa.crepa_drop_vae_encoder:
         family.drop_vae_encoder(vae)
     return LatentTeacher(encoder, plan.encoder_size, lambda latents: family.decode_latents(vae, latents))
 
 
 def crepa_term(
-    config: RunConfig,
+    config: ResolvedCrepa,
     crepa: CrepaForward,
     teacher: Teacher,
     weight: float,
     timed: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> CrepaTerm:
     """CREPA's part of one step, on the config's block."""
-    assert config.crepa_block_index is not None
-    return CrepaTerm(crepa, teacher, config.crepa_block_index, weight, timed)
+    return CrepaTerm(crepa, teacher, config.block, weight, timed)
 
 
-def build_layersync(config: RunConfig) -> LayerSyncTerm | None:
+def build_layersync(config: ResolvedLayerSync) -> LayerSyncTerm | None:
     """LayerSync's part of every step; None where it is off or weighs nothing."""
     if not config.layersync_enabled or config.layersync_lambda == 0:
         return None
-    assert config.layersync_student_block is not None
-    assert config.layersync_teacher_block is not None
-    return LayerSyncTerm(config.layersync_student_block, config.layersync_teacher_block, config.layersync_lambda)
+    return LayerSyncTerm(config.student_block, config.teacher_block, config.layersync_lambda)
 
 
 def load_transformer(plan: Plan, family: Family) -> Any:
@@ -201,23 +201,21 @@ def adapt(plan: Plan, family: Family, transformer: Any) -> None:
         UserError: a target that is no layer of a block, or that no adapter file can hold.
     """
     config = plan.config
-    if config.model_type == "full":
+    if config.model.model_type == "full":
         transformer.requires_grad_(True)
         return
-    assert config.lora_targets is not None
-    assert config.lora_alpha is not None
-    modules = target_modules(transformer, config.lora_targets, plan.spec)
+    modules = target_modules(transformer, config.lora.targets, plan.spec)
     for module in modules:
         family.export_name(module)
     add_lora(
         transformer,
         modules,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        rslora=config.lora_use_rslora,
+        rank=config.lora.lora_rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.lora_dropout,
+        rslora=config.lora.lora_use_rslora,
     )
-    if config.mixed_precision != "no":
+    if config.loop.mixed_precision != "no":
         leave_casts_to_autocast(transformer)
 
 
@@ -233,7 +231,7 @@ def expect_trainable(plan: Plan, family: Family, device: torch.device) -> Any:
     reason = family.untrainable(device)
     if reason:
         raise UserError(
-            f"pretrained_model_name_or_path={plan.config.pretrained_model_name_or_path}: {reason}",
+            f"pretrained_model_name_or_path={plan.config.model.pretrained_model_name_or_path}: {reason}",
             "train it on a GPU, or take another checkpoint",
         )
     transformer = family.empty_transformer()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from crepatrain.config.sections import OptimConfig, RunConfig
+from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.sections import OptimConfig
 from crepatrain.training.lora import trainable_parameters
 
 
@@ -85,12 +86,12 @@ class ScheduledOptimizer:
 
 
 def build_scheduled_optimizer(
-    config: RunConfig, module: nn.Module, learning_rate: float, max_train_steps: int
+    config: ResolvedConfig, module: nn.Module, learning_rate: float, max_train_steps: int
 ) -> ScheduledOptimizer:
     """An optimizer over what of a module is trained. Built after the module is placed."""
     parameters = trainable_parameters(module)
-    optimizer = build_optimizer(config, parameters, learning_rate)
-    return ScheduledOptimizer(parameters, optimizer, build_lr_scheduler(config, optimizer, max_train_steps))
+    optimizer = build_optimizer(config.optim, parameters, learning_rate)
+    return ScheduledOptimizer(parameters, optimizer, build_lr_scheduler(config.optim, optimizer, max_train_steps))
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:

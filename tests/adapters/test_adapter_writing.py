@@ -194,11 +194,11 @@ class FakeRun:
         torch.manual_seed(step)
         transformer = build.load_transformer(self.plan, self.family)
         build.adapt(self.plan, self.family, transformer)
-        if self.plan.config.model_type == "lora":
+        if self.plan.config.model.model_type == "lora":
             randomised(transformer, std=0.1 * step)
         write_result(self.folder, self.plan.config, self.family, self.fingerprint, transformer, step)
         if keep:
-            name = {"lora": "adapter", "full": "transformer"}[self.plan.config.model_type]
+            name = {"lora": "adapter", "full": "transformer"}[self.plan.config.model.model_type]
             tensors = {name: trained_state(transformer)}
             write_checkpoint(
                 self.folder.checkpoints / f"step-{step:06d}", tensors, trees={}, plain={"fingerprint": self.fingerprint}

@@ -90,8 +90,8 @@ THRESHOLD = {"crepa_similarity_threshold": 0.8}
         ),
         ({"crepa_threshold_metric": "self"}, "crepa_threshold_metric: * as crepa_similarity_threshold is null"),
         ({"crepa_probe_interval": 5} | THRESHOLD, "crepa_probe_interval: * as crepa_threshold_mode is permanent"),
-        ({"crepa_similarity_threshold": 0}, "crepa_similarity_threshold=0: CREPA goes off almost at once"),
-        ({"crepa_similarity_threshold": -0.5}, "crepa_similarity_threshold=-0.5: CREPA goes off almost at once"),
+        ({"crepa_similarity_threshold": 0}, "crepa_similarity_threshold=0: CREPA is turned off almost at once"),
+        ({"crepa_similarity_threshold": -0.5}, "crepa_similarity_threshold=-0.5: CREPA is turned off almost at once"),
         (
             {"crepa_adjacent_distance": 0, "crepa_adjacent_tau": 2.0, "crepa_normalize_neighbour_sum": True},
             "crepa_adjacent_tau, crepa_normalize_neighbour_sum: * as crepa_adjacent_distance is 0",

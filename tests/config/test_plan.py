@@ -118,10 +118,10 @@ def test_no_block_is_deeper_than_one_that_is_not_known(problems):
 
 
 def test_a_boundary_is_legal(plan):
-    assert plan(crepa_block_index=TINY_DEPTH - 1).config.crepa_block_index == 9
+    assert plan(crepa_block_index=TINY_DEPTH - 1).config.crepa.crepa_block_index == 9
     assert plan(num_frames=1).grid.t == 1
     assert plan(height=16, width=16).grid.patches == 1
-    assert plan(crepa_similarity_threshold=1.49).config.crepa_similarity_threshold == 1.49
+    assert plan(crepa_similarity_threshold=1.49).config.crepa.crepa_similarity_threshold == 1.49
     assert plan(crepa_encoder_image_size=14).teacher_grid(plan().grid) == (1, 1)
     assert plan(crepa_feature_source="backbone", crepa_teacher_block_index=9).encoder is None
     assert plan(crepa_use_backbone_features=True, crepa_teacher_block_index=9, crepa_feature_source="backbone").encoder is None
@@ -170,14 +170,14 @@ def ends_and_wholes(family: str) -> list[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_targets_are_ends_of_names_a_regex_or_all(plan, tiny, family):
     spec, of = FAMILIES[family], tiny(family)
-    assert plan(**of).config.lora_targets == list(spec.lora_targets)
+    assert plan(**of).config.lora.lora_targets == list(spec.lora_targets)
     for targets in (
         "all-linear",
         ends_and_wholes(family),
         rf"{spec.blocks}\.[0-3]\..*",
         rf".*\.({'|'.join(spec.lora_targets)})".replace("to_out.0", r"to_out\.0"),
     ):
-        assert plan(**of, lora_targets=targets).config.lora_targets == targets
+        assert plan(**of, lora_targets=targets).config.lora.lora_targets == targets
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -188,7 +188,7 @@ def test_a_target_that_is_no_linear_of_a_block_is_refused(problems, tiny, family
     spec = FAMILIES[family]
     target = target.format(blocks=spec.blocks, linear=spec.linears[0])
     [problem] = problems(**tiny(family), lora_targets=[spec.linears[1], target])
-    assert problem.what == f"lora_targets: {target!r} is no Linear of a block"
+    assert problem.what == f"lora_targets: {target!r} is not a Linear layer of a block"
     for end in (*spec.linears, "all-linear"):
         assert end in problem.fix
 
@@ -217,7 +217,7 @@ def test_a_regex_that_is_none_is_refused(problems):
 
 def test_targets_are_read_from_the_command_line(config_file, problems):
     def targets(text: str) -> Any:
-        return read_plan(config_file(), ["--lora_targets", text], online=False).config.lora_targets
+        return read_plan(config_file(), ["--lora_targets", text], online=False).config.lora.lora_targets
 
     assert targets("to_q,ffn.net.0.proj") == ["to_q", "ffn.net.0.proj"]
     assert targets(r"blocks\..*to_q") == r"blocks\..*to_q"
@@ -229,7 +229,7 @@ def test_targets_are_read_from_the_command_line(config_file, problems):
 
 
 def test_targets_are_of_no_interest_where_every_weight_is_trained(plan):
-    assert plan(model_type="full", lora_targets=["to_z"]).config.model_type == "full"
+    assert plan(model_type="full", lora_targets=["to_z"]).config.model.model_type == "full"
 
 
 def test_no_encoder_is_asked_for_where_none_is_used(plan):
@@ -363,8 +363,8 @@ def test_an_adapter_to_begin_with_is_one_by_its_header(problems, tmp_path):
         (3).to_bytes(8, "little") + b"[1]",
         b"\x04" + bytes(7) + b"nil!",
     ):
-        assert told(content) == [f"init_adapter={path}: it is no safetensors file, or not a whole one"]
+        assert told(content) == [f"init_adapter={path}: it is not a safetensors file, or not a complete one"]
     weights = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
-    assert told(weights) == [f"init_adapter={path}: none of its 1 tensors is a LoRA's"]
+    assert told(weights) == [f"init_adapter={path}: none of its 1 tensors belongs to a LoRA"]
     path.unlink()
     assert [problem.what for problem in problems(init_adapter=str(path))] == [f"init_adapter={path}: there is no such file"]

@@ -163,14 +163,14 @@ def test_an_image_to_video_kandinsky_whose_transformer_takes_no_image_is_refused
 )
 def test_a_checkpoint_is_trained_for_what_it_can_do_its_own_task_first(plan, problems, tiny, family, size, tasks):
     of = tiny(family, size) | ({"wan_expert": "high"} if "a14b" in size else {})
-    assert plan(**of).config.task == plan(**of).task == tasks[0]
+    assert plan(**of).config.model.task == plan(**of).task == tasks[0]
     for task in ("t2v", "i2v"):
         if task in tasks:
             assert plan(**of, task=task).task == task
         else:
             [problem] = problems(**of, task=task)
             assert problem.what.startswith(f"task={task}: ")
-            assert f"for {tasks[0]} alone" in problem.what
+            assert f"for {tasks[0]} only" in problem.what
             assert f"set task to {tasks[0]}" in problem.fix
 
 
@@ -184,7 +184,7 @@ def test_the_kandinsky_pipeline_says_which_task_is_its_own(plan, problems, copie
     rewrite(checkpoint / "transformer/config.json", visual_cond=False)
     assert plan(**of).task == "t2v"
     [problem] = problems(**of, task="i2v")
-    assert "for t2v alone" in problem.what
+    assert "for t2v only" in problem.what
 
 
 @pytest.mark.parametrize("size", ["tiny-a14b", "tiny-i2v-a14b"])
@@ -327,7 +327,7 @@ def test_a_released_model_is_known_offline(plan, problems, family, repo):
     assert (found.geometry.depth, found.geometry.width) == (depth, width)
     assert (found.grid.t, found.grid.h, found.grid.w) == grid
     assert found.task == task
-    assert found.config.flow_shift == pytest.approx(shift, rel=1e-3)
+    assert found.config.diffusion.flow_shift == pytest.approx(shift, rel=1e-3)
     assert "not on this machine yet" in summary(found)["model"]
     stride = found.geometry.temporal_stride
     assert found.grid.teacher_frames == tuple(range(0, stride * (grid[0] - 1) + 1, stride))

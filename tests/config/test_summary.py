@@ -33,7 +33,7 @@ def test_the_summary_tells_what_is_trained_of_what_for_what(plan, tiny):
     assert rows["trained"] == "every weight of the transformer"
     assert rows["precision"].startswith("bf16 arithmetic, fp32 weights")
     assert "every Linear of the blocks" in summary(plan(lora_targets="all-linear"))["trained"]
-    assert r"what blocks\..*to_q matches" in summary(plan(lora_targets=r"blocks\..*to_q"))["trained"]
+    assert r"every layer that blocks\..*to_q matches" in summary(plan(lora_targets=r"blocks\..*to_q"))["trained"]
 
 
 def test_the_summary_tells_block_and_teacher(plan, wan):

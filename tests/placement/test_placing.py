@@ -41,7 +41,7 @@ def test_an_attention_backend_that_can_not_be_had_is_refused(config_file, backen
     plan = read_plan(config_file(crepa_enabled=False))
     family = build.build_family(plan)
     transformer = build.empty_transformer(plan, family)
-    config = replace(plan, config=plan.config.model_copy(update={"attention_backend": backend})).config
+    config = replace(plan, config=plan.config.changed(attention_backend=backend)).config
     with pytest.raises(UserError, match=f"attention_backend={backend}"):
         place(config, transformer, family.blocks(transformer), CPU)
 

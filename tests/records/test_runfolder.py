@@ -58,7 +58,7 @@ def test_later_steps_are_set_aside_and_a_second_time_replace_the_first(folder: R
             (folder.checkpoint(step) / "state.json").write_text(str(times), encoding="utf-8")
             folder.adapter("cat", step).parent.mkdir(exist_ok=True)
             folder.adapter("cat", step).write_text(str(times), encoding="utf-8")
-        other = RunFolder(folder.config.model_copy(update={"resume_from_checkpoint": "step-000002"}))
+        other = RunFolder(folder.config.changed(resume_from_checkpoint="step-000002"))
         with other:
             assert other.inspect() == folder.checkpoint(2)
             other.claim(2)

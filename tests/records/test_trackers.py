@@ -190,8 +190,8 @@ def test_nothing_is_written_where_nothing_is_wanted(config_file, tmp_path: Path)
 
 
 def test_the_option_takes_one_name_or_several(config_file):
-    assert read_plan(config_file(), ["--report_to", "tensorboard"]).config.report_to == ["tensorboard"]
-    assert read_plan(config_file(), ["--report_to=[]"]).config.report_to == []
+    assert read_plan(config_file(), ["--report_to", "tensorboard"]).config.loop.report_to == ["tensorboard"]
+    assert read_plan(config_file(), ["--report_to=[]"]).config.loop.report_to == []
     with pytest.raises(UserError, match="did you mean tensorboard"):
         read_plan(config_file(report_to=["tensorbord"]))
 

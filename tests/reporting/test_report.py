@@ -468,7 +468,7 @@ def test_the_map_holds_the_cosine_of_every_patch(request, tmp_path, monkeypatch:
     projector = read_tensors(checkpoint, "projector")
     clip = found["clips"][1]
     latents, text_embeds, features = entries_of(plan, clip["caption"], index=1)
-    generator = keyed_generator(plan.config.seed, 0, 1)
+    generator = keyed_generator(plan.config.loop.seed, 0, 1)
     build.build_process(plan).draw_sigma(generator)
     torch.rand((), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
@@ -504,7 +504,7 @@ def entries_of(plan: Any, caption: str, index: int) -> tuple[torch.Tensor, torch
     context = context_of(plan)
     caches = plan_caches(context, read_dataset(context), teacher=True)
     sample = [one for one in caches.samples if one.name.endswith("frames 0-8")][index]
-    store = CacheStore(Path(plan.config.cache_dir))
+    store = CacheStore(Path(plan.config.data.cache_dir))
     text = build.build_family(plan).collate_text([store.read("text", caches.text[caption])])["prompt_embeds"]
     assert sample.teacher is not None
     return store.read("latents", sample.latents)["latents"], text, unpack_features(store.read("teacher", sample.teacher))

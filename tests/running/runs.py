@@ -79,7 +79,7 @@ def train(
 
     plan = read_plan(write(**changes))
     fit(plan, Screen(quiet=True), subscribers=[watch, *subscribers])
-    return Path(plan.config.output_dir)
+    return Path(plan.config.loop.output_dir)
 
 
 def interrupted(write: Write, *, at: int, **changes: Any) -> Path:
@@ -91,7 +91,7 @@ def interrupted(write: Write, *, at: int, **changes: Any) -> Path:
 
     with pytest.raises(Stopped):
         train(write, after_step=interrupt, **changes)
-    return Path(read_plan(write(**changes)).config.output_dir)
+    return Path(read_plan(write(**changes)).config.loop.output_dir)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

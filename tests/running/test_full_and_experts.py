@@ -95,7 +95,7 @@ def test_a_full_run_says_how_to_load_what_it_made(config_file: Write, capsys: py
     plan = read_plan(config_file(max_train_steps=1, **FULL))
     fit(plan, Screen())
     said = "".join(capsys.readouterr().out.split())
-    assert f'WanTransformer3DModel.from_pretrained("{plan.config.output_dir}",subfolder="transformer")' in said
+    assert f'WanTransformer3DModel.from_pretrained("{plan.config.loop.output_dir}",subfolder="transformer")' in said
     assert ADAPTER not in said
 
 
@@ -111,7 +111,7 @@ def test_an_expert_is_trained_alone_at_its_noise_levels(
     seen = Batches()
     plan = read_plan(config_file(**of(checkpoint), **changes))
     fit(plan, Screen(), subscribers=[seen])
-    folder = Path(plan.config.output_dir)
+    folder = Path(plan.config.loop.output_dir)
     sigma = torch.cat([batch.sigma for batch in seen])
     assert len(sigma) == 9
     assert inside[0] <= sigma.min()
