@@ -34,7 +34,7 @@ _OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigFile = Annotated[
     Path,
     typer.Argument(
-        help="JSON or YAML. Every key of it is an option too: --crepa_lambda 0.3; validate-config --schema lists them.",
+        help="Config file, JSON or YAML. Its keys are options too: --crepa_lambda 0.3; `validate-config --schema` lists them.",
         show_default=False,
     ),
 ]
@@ -48,7 +48,7 @@ def main() -> None:
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
-    """What went wrong as an exit code and, where the user can mend it, as a message rather than a traceback."""
+    """An exit code for what went wrong and, where the user can fix it, a message rather than a traceback."""
     try:
         yield
     except UserError as error:
@@ -74,7 +74,7 @@ def _root(
 
 @app.command(context_settings=_OPTIONS)
 def fit(context: typer.Context, config: ConfigFile) -> None:
-    """Train. The same command again in the same folder goes on from its last checkpoint."""
+    """Train. The same command again in the same folder continues from its last checkpoint."""
     plan = _plan(config, context.args)
 
     def work() -> None:
@@ -88,7 +88,7 @@ def fit(context: typer.Context, config: ConfigFile) -> None:
 
 @app.command(context_settings=_OPTIONS)
 def cache(context: typer.Context, config: ConfigFile) -> None:
-    """Fill the caches of latents, captions and teacher features, and stop there."""
+    """Fill the caches of latents, captions and teacher features, without training."""
     plan = _plan(config, context.args)
 
     def work() -> None:
@@ -102,10 +102,10 @@ def cache(context: typer.Context, config: ConfigFile) -> None:
 @app.command("validate-config", context_settings=_OPTIONS)
 def validate_config(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Argument(help="JSON or YAML", show_default=False)] = None,
+    config: Annotated[Path | None, typer.Argument(help="Config file, JSON or YAML.", show_default=False)] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a config, for editors.")] = False,
 ) -> None:
-    """Check a config and say in words what it will do. Loads neither torch nor weights."""
+    """Check a config and describe in words what it will do. Loads neither torch nor weights."""
     if schema:
         typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
         return
@@ -121,17 +121,18 @@ def dry_run(
     context: typer.Context,
     config: ConfigFile,
     estimate_vram: Annotated[
-        bool, typer.Option("--estimate-vram", help="Run the step on fake tensors and count its memory.")
+        bool, typer.Option("--estimate-vram", help="Estimate GPU memory: run the step on tensors without values and count them.")
     ] = False,
     fits: Annotated[
-        float | None, typer.Option(min=0, help="Exit with 5 if the estimate is above so many GB.", show_default=False)
+        float | None, typer.Option(min=0, help="Exit with code 5 if the estimate is above this many GB.", show_default=False)
     ] = None,
     assume_model: Annotated[
-        str | None, typer.Option(help="Shapes of a released model (see `crepatrain families`) rather than of the config's.")
+        str | None,
+        typer.Option(help="Use the shapes of this released model (see `crepatrain families`) instead of the config's model."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the estimate alone, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the estimate, as JSON.")] = False,
 ) -> None:
-    """Look at every clip and say what training will use, take and cost on disk, and in GPU memory. Loads no weights."""
+    """Read every clip and show what training will use, how many steps it takes, its disk space and GPU memory. Loads no weights."""
     plan = _plan(config, [*context.args, *_assumed(assume_model)], online=False)
 
     def work() -> None:
@@ -155,7 +156,7 @@ def dry_run(
 
 
 def _assumed(model: str | None) -> list[str]:
-    """Options that put a released model in the place of the config's."""
+    """Options that replace the config's model by a released one."""
     if model is None:
         return []
     known = {name: spec for spec in FAMILIES.values() for name in spec.released}
@@ -172,13 +173,19 @@ def _assumed(model: str | None) -> list[str]:
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="output_dir of a run; several are drawn together", show_default=False)],
-    output: Annotated[Path | None, typer.Option(help="the file; without it report.html, in the folder of a single run")] = None,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Folder of a run (its output_dir). Several runs are drawn in one report.", show_default=False),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to write. Default: report.html in the folder of a single run, or in this folder for several."),
+    ] = None,
     with_map: Annotated[
         bool, typer.Option("--map", help="Load the model and measure where in the picture it agrees with the teacher.")
     ] = False,
 ) -> None:
-    """Draw what runs have logged into one HTML file: curves, videos, config, dataset."""
+    """Draw the logs of one or several runs as one HTML file: curves, videos, config, dataset."""
 
     def work() -> None:
         from crepatrain.commands.report import report as command
@@ -192,8 +199,8 @@ def report(
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(help="output_dir of a run", show_default=False)]) -> None:
-    """Say in five lines where a run stands, from its files alone."""
+def status(run: Annotated[Path, typer.Argument(help="Folder of a run (its output_dir).", show_default=False)]) -> None:
+    """Show in five lines where a run stands, from its files only."""
     from crepatrain.commands.status import status as command
 
     command(run, _screen)
@@ -201,17 +208,30 @@ def status(run: Annotated[Path, typer.Argument(help="output_dir of a run", show_
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="output_dir of a run", show_default=False)],
-    step: Annotated[str | None, typer.Option(help="of the checkpoint, or best; without it the last", show_default=False)] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="of the file's tensors", show_default=False)
+    run: Annotated[Path, typer.Argument(help="Folder of a run (its output_dir).", show_default=False)],
+    step: Annotated[
+        str | None, typer.Option(help="Step of the checkpoint, or best. Default: the last one.", show_default=False)
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="the file; of model_type full a folder", show_default=False)] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Data type of the tensors in the file.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write; a folder for a run with model_type full. Default: in the run's folder exports/.",
+            show_default=False,
+        ),
+    ] = None,
     weights: Annotated[
-        Literal["raw", "ema"] | None, typer.Option(help="of use_ema: the last weights or their average", show_default=False)
+        Literal["raw", "ema"] | None,
+        typer.Option(
+            help="Only for a run with use_ema. raw: the last weights; ema: their average, which is the default.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """Write the adapter of a checkpoint anew, or its whole transformer, also as one file for ComfyUI."""
+    """Write the adapter of a checkpoint again, or its whole transformer, also as one file for ComfyUI."""
 
     def work() -> None:
         from crepatrain.commands.export import export as command
@@ -224,13 +244,17 @@ def export(
 
 @app.command()
 def merge(
-    base: Annotated[str, typer.Argument(help="diffusers pipeline folder or hub id", show_default=False)],
-    adapters: Annotated[list[Path], typer.Argument(help="one adapter or several", show_default=False)],
-    output: Annotated[Path, typer.Option(help="a new folder", show_default=False)],
-    strength: Annotated[str, typer.Option(help="of each adapter, between commas; without it 1", show_default=False)] = "",
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="of the weights on the disk")] = "bfloat16",
+    base: Annotated[str, typer.Argument(help="Folder of a diffusers pipeline, or its hub id.", show_default=False)],
+    adapters: Annotated[list[Path], typer.Argument(help="One or several adapter files.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="A new folder to write the transformer to.", show_default=False)],
+    strength: Annotated[
+        str, typer.Option(help="Strength of each adapter, separated by commas. Default: 1 for each.", show_default=False)
+    ] = "",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Data type of the weights on the disk.")
+    ] = "bfloat16",
 ) -> None:
-    """Add adapters into a transformer's own weights, and say how much of them the last cast keeps."""
+    """Add adapters to a transformer's own weights, and report how much of them the final cast keeps."""
 
     def work() -> None:
         from crepatrain.commands.merge import merge as command
@@ -243,12 +267,16 @@ def merge(
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(help="an adapter, of this trainer or another", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="Adapter file of this or any other trainer.", show_default=False)],
     base: Annotated[
-        Path | None, typer.Option(help="a diffusers pipeline folder; its config.json files are enough", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Folder of the base as a diffusers pipeline; its config.json files are enough. Checks the shapes too.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """Say what diffusers and ComfyUI read of an adapter file, and what is wrong with it. Exits with 2 if anything is."""
+    """Show what diffusers and ComfyUI load from an adapter file, and what is wrong with it. Exits with code 2 if anything is wrong."""
 
     def work() -> None:
         from crepatrain.commands.verify import verify as command
@@ -260,26 +288,37 @@ def verify(
 
 @app.command()
 def sample(
-    target: Annotated[Path, typer.Argument(help="a run's folder, or an adapter of crepatrain", show_default=False)],
-    prompt: Annotated[str | None, typer.Option(help="what to show", show_default=False)] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="what not to show", show_default=False)] = None,
+    target: Annotated[Path, typer.Argument(help="Folder of a run, or an adapter file of crepatrain.", show_default=False)],
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="What the video shows. Default: a validation prompt or a caption of the run.", show_default=False),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What the video must not show. Default: as the adapter's recipe says.", show_default=False)
+    ] = None,
     image: Annotated[
-        Path | None, typer.Option(help="of image-to-video: an image, or a clip's first frame", show_default=False)
+        Path | None,
+        typer.Option(help="Required for image-to-video: an image, or a clip whose first frame is used.", show_default=False),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="denoising steps", min=2, show_default=False)] = None,
-    guidance: Annotated[float | None, typer.Option(help="classifier-free guidance", show_default=False)] = None,
-    frames: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
-    height: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
-    width: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same for every video")] = 42,
-    strength: Annotated[str, typer.Option(help="of the adapter, one or several between commas")] = "1.0",
-    at: Annotated[str, typer.Option(help="steps of a run to compare, between commas", show_default=False)] = "",
+    steps: Annotated[int | None, typer.Option(help="Number of denoising steps.", min=2, show_default=False)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.", show_default=False)] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Number of frames. Default: as in training.", min=1, show_default=False)
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels. Default: as in training.", min=1, show_default=False)] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels. Default: as in training.", min=1, show_default=False)] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise, the same for every video.")] = 42,
+    strength: Annotated[str, typer.Option(help="Strength of the adapter; several, separated by commas, are compared.")] = "1.0",
+    at: Annotated[
+        str, typer.Option(help="Steps of a run whose adapters are compared, separated by commas.", show_default=False)
+    ] = "",
     base: Annotated[
-        str | None, typer.Option(help="pipeline folder or hub id in the place of the recipe's", show_default=False)
+        str | None,
+        typer.Option(help="Folder or hub id of the base, instead of the one that the recipe names.", show_default=False),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="an .mp4", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write, an .mp4.", show_default=False)] = None,
 ) -> None:
-    """Make a video with an adapter, and beside it the one without, from the same seed."""
+    """Make a video with an adapter, and beside it one without the adapter, from the same seed."""
 
     def work() -> None:
         from crepatrain.commands import sample as command
@@ -306,18 +345,29 @@ def sample(
 
 @app.command()
 def push(
-    run: Annotated[Path, typer.Argument(help="output_dir of a run", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="Folder of a run (its output_dir).", show_default=False)],
     repo: Annotated[
-        str | None, typer.Option(help="on the hub, with or without its owner; without it hub_model_id", show_default=False)
+        str | None,
+        typer.Option(
+            help="Repository on the hub, with or without its owner. Default: the run's hub_model_id.", show_default=False
+        ),
     ] = None,
-    step: Annotated[str | None, typer.Option(help="of the adapter, or best; without it the last", show_default=False)] = None,
+    step: Annotated[
+        str | None, typer.Option(help="Step of the adapter, or best. Default: the last one.", show_default=False)
+    ] = None,
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="of a new repository; without it hub_private_repo", show_default=False),
+        typer.Option(
+            "--private/--public",
+            help="Whether a new repository is private. Default: the run's hub_private_repo.",
+            show_default=False,
+        ),
     ] = None,
-    dry: Annotated[bool, typer.Option("--dry-run", help="Write the model card, list what would go, and stop there.")] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Write the model card and list what would be uploaded, but upload nothing.")
+    ] = False,
 ) -> None:
-    """Upload a run's result to the Hugging Face hub with a model card. Clips, captions and config stay here."""
+    """Upload a run's result to the Hugging Face hub with a model card. Clips, captions and config are not uploaded."""
 
     def work() -> None:
         from crepatrain.commands.push import push as command
@@ -330,12 +380,12 @@ def push(
 
 @app.command("make-random")
 def make_random(
-    family: Annotated[str, typer.Argument(help=f"one of: {', '.join(FAMILIES)}")],
-    folder: Annotated[Path, typer.Argument(help="where to write the checkpoint")],
+    family: Annotated[str, typer.Argument(help=f"One of: {', '.join(FAMILIES)}.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write the checkpoint.")],
     size: Annotated[
-        str | None, typer.Option(help="shapes of a released model instead of tiny ones; see `crepatrain families`")
+        str | None, typer.Option(help="Use the shapes of this released model (see `crepatrain families`) instead of tiny ones.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the weights")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
     """Write a complete diffusers checkpoint with random weights, and a tiny vision encoder beside it."""
     from crepatrain.commands.random_checkpoint import make_random as command
@@ -344,7 +394,7 @@ def make_random(
 
 
 @app.command("make-clips")
-def make_clips(folder: Annotated[Path, typer.Argument(help="where to write the clips")]) -> None:
+def make_clips(folder: Annotated[Path, typer.Argument(help="Where to write the clips.")]) -> None:
     """Write a handful of short captioned clips to try the trainer on."""
     from crepatrain.commands.demo_clips import make_clips as command
 
@@ -353,7 +403,7 @@ def make_clips(folder: Annotated[Path, typer.Argument(help="where to write the c
 
 @app.command()
 def families() -> None:
-    """What is known of each family and its released models."""
+    """Show what is known of each family and its released models."""
     from crepatrain.commands.families import families as command
 
     command(_screen)

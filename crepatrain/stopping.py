@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a wish that the work looks at between two steps."""
+"""Ctrl-C and SIGTERM: a request to stop, which the work checks between two steps."""
 
 import os
 import signal

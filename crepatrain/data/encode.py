@@ -32,7 +32,7 @@ def write_video(path: Path, frames: np.ndarray, *, fps: float, facts: Mapping[st
         with written_aside(path) as aside:
             _encode(aside, frames, fps, facts)
     except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror})", "free disk space, or mend its permissions") from error
+        raise UserError(f"{path} can't be written ({error.strerror})", "free disk space, or fix its permissions") from error
 
 
 def _encode(path: Path, frames: np.ndarray, fps: float, facts: Mapping[str, Any] | None) -> None:

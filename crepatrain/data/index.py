@@ -44,7 +44,7 @@ class Refusal:
 
     path: Path
     reason: str
-    remedy: str = "mend or remove it"
+    remedy: str = "repair or remove it"
 
 
 def list_clips(train_data: Path, key: str = "train_data") -> list[tuple[Path, str | None]]:

@@ -307,7 +307,7 @@ def _read_window(window: Window) -> Tensor:
     try:
         return read_frames(window.path, window.frames, (window.bucket.height, window.bucket.width))
     except Unreadable as error:
-        raise UserError(f"{window.path}: {error}", "mend or remove it") from error
+        raise UserError(f"{window.path}: {error}", "repair or remove it") from error
 
 
 def _check_disk(context: Context, caches: Caches, missing: Mapping[Kind, Collection[Window]]) -> None:
