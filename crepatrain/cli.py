@@ -132,7 +132,7 @@ def dry_run(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print only the estimate, as JSON.")] = False,
 ) -> None:
-    """Read every clip and show what training will use, how many steps it takes, its disk space and GPU memory. Loads no weights."""
+    """Read every clip; show what training will use, its steps, disk space and GPU memory. Loads no weights."""
     plan = _plan(config, [*context.args, *_assumed(assume_model)], online=False)
 
     def work() -> None:
@@ -276,7 +276,7 @@ def verify(
         ),
     ] = None,
 ) -> None:
-    """Show what diffusers and ComfyUI load from an adapter file, and what is wrong with it. Exits with code 2 if anything is wrong."""
+    """Show what diffusers and ComfyUI load from an adapter file, and what is wrong with it; exit with code 2 if anything is."""
 
     def work() -> None:
         from crepatrain.commands.verify import verify as command

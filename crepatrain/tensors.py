@@ -43,8 +43,8 @@ class Batch:
         grid: of the transformer's video tokens.
         fps: frames per second of the clips.
         keys: one name per sample, for messages.
-        conditioning: what a family's encode_image made of the clips' first frames, and given [B]: 1 where a sample is conditioned on it, 0
-            where it is not; empty where none is.
+        conditioning: what a family's encode_image made of the clips' first frames, and given [B]: 1 where a sample is conditioned
+            on it, 0 where it is not; empty where none is.
         teacher: cached teacher features of the frames grid.teacher_frames.
         pixels: [B, N, 3, H, W] uint8, the frames grid.teacher_frames, where a teacher encodes them in the step.
     """

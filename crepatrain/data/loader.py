@@ -166,7 +166,7 @@ class TrainingSet(Dataset[Any]):
     needs_teacher: Callable[[int], bool]
 
     def __getitems__(self, draws: Sequence[Draw]) -> "Batch | list[Problem]":
-        """The batch of one micro-batch's draws, or the error that the user has to fix: an exception itself can't leave a worker process."""
+        """The batch of one micro-batch's draws, or what the user has to fix: an exception can't leave a worker process."""
         try:
             return self.read(draws)
         except UserError as error:
