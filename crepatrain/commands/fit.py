@@ -97,7 +97,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
 
 
 class _Shown:
-    """Passes on to the live view what it shows."""
+    """Passes events on to the live view."""
 
     def __init__(self, view: TrainingView) -> None:
         self._view = view
@@ -118,7 +118,7 @@ def _push(folder: RunFolder, stop: StopSignal, screen: Screen) -> None:
 
 
 def _close(folder: RunFolder, step: int, events: Events, screen: Screen) -> None:
-    """Leave a complete run, and say that it is where a kill behind its last checkpoint has left that unsaid."""
+    """Leave a complete run as it is; if it was killed after its last checkpoint, mark it as completed now."""
     if folder.writes and read_run(folder.root).status.get("status") != "completed":
         folder.status("completed", step)
         events.emit(Ended("completed", step))
@@ -132,7 +132,7 @@ def _further(config: LoopConfig) -> str:
 
 @contextlib.contextmanager
 def _status(folder: RunFolder, start: RunStart, events: Events) -> Iterator[None]:
-    """However the training ends, status.json says it, and subscribers hear it."""
+    """However the training ends, it is written to status.json, and the subscribers receive it."""
     state = start.state
     try:
         yield

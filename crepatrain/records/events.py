@@ -77,6 +77,6 @@ class Events:
         self._subscribers.append(subscriber)
 
     def emit(self, event: object) -> None:
-        """Tell every subscriber. What one raises ends the run as an error of the run's own would."""
+        """Call every subscriber. What one of them raises ends the run, as an error of the run itself does."""
         for subscriber in self._subscribers:
             subscriber(event)

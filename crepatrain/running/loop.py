@@ -133,7 +133,11 @@ def due(run: Run, *, stopping: bool) -> Due:
 
 
 def _do(run: Run, wanted: Due, validation: Validation, evaluation: Evaluation | None) -> bool:
-    """Do what is due; says whether the run goes on, as a signal may end a validation."""
+    """Do what is due.
+
+    Returns:
+        Whether the run goes on: a signal may end a validation.
+    """
     if wanted.evaluate and evaluation:
         evaluation.evaluate()
     if wanted.checkpoint:
@@ -246,9 +250,12 @@ def _over_processes(run: Run, scores: Tensor) -> Tensor:
 
 
 def _observe(run: Run, launched: Launched) -> bool:
-    """Take a step's score into the schedule, before the next weight is decided; says whether the run is to stop behind it.
+    """Pass a step's score to the schedule, before the next weight is decided.
 
     Waits for the step's forward alone: its backward and its optimizer are queued behind.
+
+    Returns:
+        Whether the run is to stop after this step.
     """
     found = launched.scores.read()
     if run.state.schedule and launched.measured:

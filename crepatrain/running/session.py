@@ -97,12 +97,12 @@ class Run:
         return self.accelerator.num_processes > 1
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl, and tell who listens."""
+        """Append a line to metrics.jsonl, and pass it on to the subscribers."""
         self.folder.log(line)
         self.events.emit(Logged(line))
 
     def last_good(self) -> str:
-        """Where the last weights are whose numbers were finite, in words."""
+        """A sentence that names the last checkpoint before the numbers were no longer finite."""
         saved = checkpoints(self.folder.checkpoints)
         return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
@@ -252,7 +252,7 @@ def build_training_set(
 
     Args:
         needs_teacher: whether the teacher's features are read for an optimizer step.
-        drops: whether captions and first frames are left out as often as the config says; False: never.
+        drops: whether captions and first frames are dropped as often as the config asks for; False: never.
     """
     config = plan.config
     return TrainingSet(
