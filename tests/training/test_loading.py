@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_family
+from common import tiny_family
 from safetensors.torch import load_file
 
 from crepatrain.errors import UserError
