@@ -141,7 +141,7 @@ class TrainingView:
         self._task = self._bar.add_task("training", total=total, completed=done, speed="")
 
     def step(self, done: int, seconds: float) -> None:
-        """An optimizer step is done, and took so long. Looking and saving between the steps are no part of it."""
+        """An optimizer step is done, and took so long. Validation and saving between the steps are not counted."""
         self._seconds += seconds
         if self._live:
             self._bar.update(self._task, completed=done, speed=self._speed(done))

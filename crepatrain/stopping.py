@@ -32,6 +32,6 @@ class StopSignal:
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.requested = True
-        os.write(2, b"\nstopping at the next safe moment; once more ends it at once, without saving\n")
+        os.write(2, b"\nstopping at the next safe moment; a second signal ends it at once, without saving\n")
         for number in self._before:
             signal.signal(number, signal.SIG_DFL)

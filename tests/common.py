@@ -12,8 +12,8 @@ from PIL import Image
 if TYPE_CHECKING:
     from crepatrain.config.plan import Plan
     from crepatrain.families.base import Family
+    from crepatrain.preparing.context import Context
     from crepatrain.screen import Screen
-    from crepatrain.training.context import Context
 
 
 def tiny_family(name: str = "wan", size: str = "tiny", **options: Any) -> "Family":
@@ -30,8 +30,8 @@ def tiny_family(name: str = "wan", size: str = "tiny", **options: Any) -> "Famil
 def context_of(plan: "Plan", screen: "Screen | None" = None, device: str = "cpu") -> "Context":
     """What a command works with, on a quiet screen."""
     from crepatrain.console import Screen
+    from crepatrain.preparing.context import Context
     from crepatrain.stopping import StopSignal
-    from crepatrain.training.context import Context
 
     return Context(plan, screen or Screen(quiet=True), torch.device(device), StopSignal())
 

@@ -21,6 +21,7 @@ from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.placement.placing import place
 from crepatrain.placement.precision import autocast
+from crepatrain.preparing.context import Context
 from crepatrain.preparing.precompute import fill_caches, plan_caches
 from crepatrain.preparing.preflight import read_dataset
 from crepatrain.records.layout import RunLayout, checkpoints, step_of
@@ -32,7 +33,6 @@ from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.checkpoint import replace_json
 from crepatrain.training.checkpoint_content import read_trained
-from crepatrain.training.context import Context
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.lora import load_trained_state
 

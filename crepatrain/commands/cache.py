@@ -4,10 +4,10 @@ import torch
 
 from crepatrain.config.plan import Plan
 from crepatrain.preparing import precompute
+from crepatrain.preparing.context import Context
 from crepatrain.preparing.preflight import read_datasets
 from crepatrain.screen import Screen
 from crepatrain.stopping import StopSignal
-from crepatrain.training.context import Context
 
 
 def fill_caches(plan: Plan, screen: Screen) -> None:

@@ -6,10 +6,10 @@ from crepatrain.config.plan import Plan
 from crepatrain.memory.estimate import Estimate, estimate_memory
 from crepatrain.memory.stages import GIB, empty_trained
 from crepatrain.preparing import preflight
+from crepatrain.preparing.context import Context
 from crepatrain.preparing.preflight import Dataset
 from crepatrain.screen import Screen
 from crepatrain.stopping import StopSignal
-from crepatrain.training.context import Context
 from crepatrain.training.lora import trainable_parameters
 
 # Usable GiB of a card that is sold as so many GB.

@@ -14,6 +14,7 @@ from crepatrain.commands.push import push
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
+from crepatrain.preparing.context import Context
 from crepatrain.preparing.preflight import dataset_facts
 from crepatrain.records.events import Ended, Events, Logged, StepDone, Subscriber
 from crepatrain.records.layout import ADAPTER_FILE
@@ -22,7 +23,7 @@ from crepatrain.records.runfolder import RunFolder
 from crepatrain.records.trackers import tracking
 from crepatrain.reporting.report import live_report
 from crepatrain.running.evaluation import Evaluation
-from crepatrain.running.loop import Due, train
+from crepatrain.running.loop import due_before, train
 from crepatrain.running.rehearsal import compare_memory, rehearse
 from crepatrain.running.session import Run, build_run
 from crepatrain.running.start import RunStart, expect_one_start, fill_all_caches, prepare_start
@@ -30,7 +31,6 @@ from crepatrain.running.validation import Validation
 from crepatrain.screen import Screen, TrainingView
 from crepatrain.sharing.hub import expect_pushable
 from crepatrain.stopping import Stopped, StopSignal
-from crepatrain.training.context import Context
 
 _SMALLER = (
     "set gradient_checkpointing, or lower num_frames, height and width, train_batch_size or lora_rank; checkpoints are kept"
@@ -60,11 +60,10 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
         resume = folder.inspect()
         with accelerator.main_process_first():
             start = prepare_start(context, accelerator.num_processes, resume)
-            # Known before any process can make them.
-            owed = Validation.owed(plan.config.validation, folder, start.state.step, start.total)
+            before = due_before(plan.config, folder, start)  # decided before any process can do it
             if start.complete:
-                screen.say(f"this run is complete: {start.state.step} steps. {_further(plan.config.loop)} to go on")
-                if not owed:
+                screen.say(f"this run is complete: {start.state.step} steps. {_further(plan.config.loop)} to continue it")
+                if not before.validate:
                     _close(folder, start.state.step, events, screen)
                     return
             held = fill_all_caches(context, start)
@@ -85,9 +84,9 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
             with screen.training(first, run.total) as view:
                 events.subscribe(_Shown(view))
                 evaluation = Evaluation.of(run, held) if held else None
-                train(run, Validation(run, start.caches), evaluation, Due(evaluate=first == 0, validate=owed))
+                train(run, Validation(run, start.caches), evaluation, before)
     _closing_table(run, screen)
-    if not accelerator.is_main_process:
+    if not folder.writes:
         return
     peak = run.measure_peak()
     if peak is not None and run.state.step > first:
@@ -142,12 +141,17 @@ def _status(folder: RunFolder, start: RunStart, events: Events) -> Iterator[None
         reason = (reason.splitlines() or [""])[0]
         with contextlib.suppress(UserError):  # on a full disk the error itself says more
             folder.status(status, state.step, reason)
-        events.emit(Ended(status, state.step, reason))
+        try:
+            events.emit(Ended(status, state.step, reason))
+        except Exception as another:  # noqa: BLE001 - whatever a subscriber does, the cause is what the user has to know
+            error.add_note(f"and a subscriber failed at the end of the run: {another!r}")
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(f"out of GPU memory at step {state.step + 1}", _SMALLER) from error
         raise
-    folder.status("completed", state.step)
-    events.emit(Ended("completed", state.step))
+    try:
+        folder.status("completed", state.step)
+    finally:
+        events.emit(Ended("completed", state.step))
 
 
 def _closing_table(run: Run, screen: Screen) -> None:
@@ -178,7 +182,7 @@ def _closing_table(run: Run, screen: Screen) -> None:
         [
             *_result(run),
             ("all numbers", str(run.folder.metrics)),
-            ("train on", f"{_further(run.config.loop)} and give the same command"),
+            ("to continue", f"{_further(run.config.loop)} and run the same command again"),
         ],
     )
 

@@ -1,1 +1,1 @@
-"""What happens before a run can begin: every clip is looked at, and the caches are filled."""
+"""What happens before a run can begin: every clip is read, and the caches are filled."""

@@ -20,6 +20,7 @@ from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.placement.placing import free_memory
 from crepatrain.placement.precision import encoding_dtype
+from crepatrain.preparing.context import Context
 from crepatrain.preparing.preflight import Dataset, image_bytes, in_words, latents_bytes, teacher_bytes
 from crepatrain.training.build import (
     build_encoder,
@@ -29,7 +30,6 @@ from crepatrain.training.build import (
     encoder_folder,
     model_folder,
 )
-from crepatrain.training.context import Context
 from crepatrain.training.loading import loading
 
 _CAPTIONS_AT_ONCE = 8

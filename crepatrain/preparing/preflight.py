@@ -16,9 +16,9 @@ from crepatrain.data.index import ClipIndex, Refusal, choose_captions, list_clip
 from crepatrain.data.loader import StepSampler
 from crepatrain.errors import UserError
 from crepatrain.geometry import TokenGrid
+from crepatrain.preparing.context import Context
 from crepatrain.screen import Screen
 from crepatrain.training.build import count_caption_tokens
-from crepatrain.training.context import Context
 
 _FP16_BYTES = 2
 _FP32_BYTES = 4
@@ -53,7 +53,7 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
     captioned, refused = choose_captions(list_clips(Path(source), key), config.data.missing_captions)
     root = Path(config.data.cache_dir)
     digests = FileDigests(root / "digests.json")
-    with screen.progress("looking at clips", len(captioned)) as advance:
+    with screen.progress("reading clips", len(captioned)) as advance:
 
         def after_each() -> None:
             advance()
@@ -124,7 +124,7 @@ def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
 def _no_images(plan: Plan) -> str | None:
     """Why images can't be used; None where they can."""
     if not plan.variant.images:
-        return f"{plan.variant.title} is trained on clips alone"
+        return f"{plan.variant.title} is trained on clips only"
     return None if plan.geometry.legal_frames(1) else f"{plan.spec.title} takes {plan.geometry.frames_rule} frames"
 
 

@@ -60,7 +60,7 @@ class Evaluation:
             alignment = f", alignment {scores.mean():g}" if len(scores) else ""
             raise DivergedError(
                 f"step {run.state.step}: loss {loss:g}{alignment} on the held-out clips",
-                f"this step was not saved; {run.last_good()}. Lower learning_rate, or look at those clips",
+                f"this step was not saved; {run.last_good()}. Lower learning_rate, or check those clips",
             )
         run.log(
             {

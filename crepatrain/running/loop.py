@@ -15,16 +15,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.data.loader import keyed_generator
 from crepatrain.errors import DivergedError, UserError
 from crepatrain.placement.placing import free_memory
 from crepatrain.placement.precision import autocast
 from crepatrain.placement.processes import no_sync
 from crepatrain.records.events import StepDone
+from crepatrain.records.runfolder import RunFolder
 from crepatrain.running.evaluation import Evaluation
 from crepatrain.running.events import BatchReady, StepBegins, StepLaunched
 from crepatrain.running.saving import save
 from crepatrain.running.session import Run
+from crepatrain.running.start import RunStart
 from crepatrain.running.validation import Validation
 from crepatrain.stopping import Stopped
 from crepatrain.tensors import Batch
@@ -117,7 +120,7 @@ def train(run: Run, validation: Validation, evaluation: Evaluation | None, befor
             unsettled = None
             stopping = not _do(run, wanted, validation, evaluation) or stopping
     if state.step < run.total:
-        raise Stopped(f"saved at step {state.step}; the same command goes on from there")
+        raise Stopped(f"saved at step {state.step}; the same command continues from there")
 
 
 def due(run: Run, *, stopping: bool) -> Due:
@@ -130,6 +133,12 @@ def due(run: Run, *, stopping: bool) -> Due:
         checkpoint=checkpoint,
         validate=not stopping and Validation.wanted(config.validation, step, run.total),
     )
+
+
+def due_before(config: ResolvedConfig, folder: RunFolder, start: RunStart) -> Due:
+    """What is due before the next optimizer step: what the base does, or videos that a kill after the last checkpoint has cost."""
+    step = start.state.step
+    return Due(evaluate=step == 0, validate=Validation.owed(config.validation, folder, step, start.total))
 
 
 def _do(run: Run, wanted: Due, validation: Validation, evaluation: Evaluation | None) -> bool:
@@ -312,7 +321,7 @@ def _expect_finite(run: Run, launched: Launched) -> None:
     listed = ", ".join(f"{norm:g}" for norm in norms.values())
     raise DivergedError(
         f"step {launched.step + 1}: loss {loss:g}, gradient norms {listed}, on {', '.join(launched.clips)}",
-        f"the weights were not changed; {run.last_good()}. Lower learning_rate, or look at those clips",
+        f"the weights were not changed; {run.last_good()}. Lower learning_rate, or check those clips",
     )
 
 

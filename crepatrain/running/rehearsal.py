@@ -13,9 +13,9 @@ from crepatrain.memory.stages import GIB, training_stage
 from crepatrain.placement.placing import free_memory
 from crepatrain.placement.precision import autocast
 from crepatrain.placement.states import empty_states
+from crepatrain.preparing.context import Context
 from crepatrain.running.session import Run
 from crepatrain.training import build
-from crepatrain.training.context import Context
 from crepatrain.training.step import training_loss
 
 

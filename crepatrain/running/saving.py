@@ -27,10 +27,11 @@ class Gathered:
 def save(run: Run) -> None:
     """A checkpoint, its small adapter, and the run's last adapter. Every process comes here at the same step."""
     gathered = gather(run)
-    if run.accelerator.is_main_process:
+    if run.folder.writes:
         _write(run, gathered)
     run.saved = run.state.step
     run.accelerator.wait_for_everyone()
+    run.events.emit(CheckpointSaved(run.saved, run.folder.checkpoint(run.saved)))
 
 
 def gather(run: Run) -> Gathered:
@@ -58,4 +59,3 @@ def _write(run: Run, gathered: Gathered) -> None:
     write_checkpoint(path, gathered.tensors, gathered.trees, gathered.plain)
     rotate(folder.checkpoints, run.config.loop.checkpoints_total_limit, keep=read_best(folder.root).get("step"))
     folder.status("running", step)
-    run.events.emit(CheckpointSaved(step, path))

@@ -19,6 +19,7 @@ from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, read_
 from crepatrain.families.base import Family
 from crepatrain.placement.placing import place
 from crepatrain.placement.processes import wrap
+from crepatrain.preparing.context import Context
 from crepatrain.preparing.precompute import Caches
 from crepatrain.records.events import Events, Logged
 from crepatrain.records.layout import checkpoints
@@ -27,7 +28,6 @@ from crepatrain.running.start import RunStart
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.checkpoint_content import read_optimizer, read_trained, read_weights
-from crepatrain.training.context import Context
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.ema import WeightAverage
 from crepatrain.training.lora import copy_into_adapter, load_trained_state
@@ -145,7 +145,7 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
     build.adapt(plan, family, transformer)
     if start.adapter:
         copy_into_adapter(transformer, start.adapter)
-        screen.say(f"beginning with {config.lora.init_adapter}")
+        screen.say(f"starting from the adapter {config.lora.init_adapter}")
     place(config, transformer, family.blocks(transformer), context.device)
     if config.loop.compile:
         screen.note(
@@ -161,7 +161,7 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
         models["projector"] = _trained(context, accelerator, projector, config.crepa.projector_lr, start.total)
     if start.resume:
         _restore(start.resume, models)
-        screen.say(f"going on from {start.resume} at step {state.step} of {start.total}")
+        screen.say(f"continuing from {start.resume} at step {state.step} of {start.total}")
     return Run(
         context=context,
         accelerator=accelerator,

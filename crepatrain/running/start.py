@@ -14,12 +14,12 @@ import crepatrain
 from crepatrain.adapters.loading import load_initial_adapter
 from crepatrain.data.loader import StepSampler
 from crepatrain.errors import UserError
+from crepatrain.preparing.context import Context
 from crepatrain.preparing.precompute import Caches, fill_caches, plan_caches
 from crepatrain.preparing.preflight import Dataset, build_sampler, read_datasets, samples_digest, total_steps
 from crepatrain.records.same_run import expect_same_fingerprint
 from crepatrain.training import build
 from crepatrain.training.checkpoint_content import read_fingerprint, read_state
-from crepatrain.training.context import Context
 from crepatrain.training.state import TrainState
 
 _PACKAGES = ("torch", "diffusers", "peft", "accelerate", "transformers")
@@ -119,7 +119,7 @@ def _compare(fingerprint: Mapping[str, Any], resume: Path, context: Context, *, 
     total = before["total"]
     if goes_on and total != fingerprint["total"]:
         context.screen.note(
-            f"the run was of {total} steps and is of {fingerprint['total']} now: "
+            f"the run's length changed from {total} to {fingerprint['total']} steps: "
             "learning rate and CREPA weight, where they decay until the end, follow the new length from here on"
         )
 

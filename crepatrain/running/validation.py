@@ -78,8 +78,7 @@ class Validation:
 
     def _keep(self, videos: list[np.ndarray]) -> None:
         run, config, step = self.run, self.run.config, self.run.state.step
-        prompts, fps = config.validation.validation_prompts or [], config.data.fps
-        assert fps is not None
+        prompts = config.validation.validation_prompts or []
         path, by_prompt = run.folder.video(step), dict(zip(_numbered(prompts), videos, strict=True))
         labelled = [(f"{path.stem} {prompt[:_PROMPT_SHOWN]}", video) for prompt, video in zip(prompts, videos, strict=True)]
         facts = {
@@ -88,10 +87,12 @@ class Validation:
             "steps": config.validation.validation_sampling_steps,
             "step": step,
         }
-        write_video(path, grid_video([labelled]), fps=fps, facts=facts)
-        if run.context.plan.encoder is not None:
-            self._measure(by_prompt)
-        run.events.emit(VideosMade(step, by_prompt, path))
+        write_video(path, grid_video([labelled]), fps=config.data.fps, facts=facts)
+        try:
+            if run.context.plan.encoder is not None:
+                self._measure(by_prompt)
+        finally:  # the videos are there, whatever comes of their figures
+            run.events.emit(VideosMade(step, by_prompt, path))
 
     def _videos(self) -> list[np.ndarray]:
         run, config, device = self.run, self.run.config, self.run.context.device

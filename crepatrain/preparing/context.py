@@ -11,7 +11,7 @@ from crepatrain.stopping import StopSignal
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """One command at work: its plan, where it speaks, where it computes, and whether it was asked to stop."""
+    """One command at work: its plan, where its messages go, where it computes, and whether it was asked to stop."""
 
     plan: Plan
     screen: Screen
