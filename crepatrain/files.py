@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -41,10 +42,21 @@ def safetensors_header(path: Path) -> dict[str, Any] | None:
             length = int.from_bytes(file.read(8), "little")
             size = path.stat().st_size
             header = json.loads(file.read(length)) if length < size else None
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"] if header else None
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+    except (OSError, ValueError):
         return None
-    return header if ends is not None and size == 8 + length + max(ends, default=0) else None
+    if not header or not isinstance(header, dict):
+        return None
+    ends = [_end(tensor) for name, tensor in header.items() if name != "__metadata__"]
+    return header if size == 8 + length + max(ends, default=0) else None
+
+
+def _end(tensor: object) -> float:
+    """Where a tensor of a header ends, in bytes after the header; beyond every file where the header does not tell."""
+    match tensor:
+        case {"data_offsets": [int(), int(end)]}:
+            return end
+        case _:
+            return math.inf
 
 
 def share(path: Path) -> None:

@@ -65,8 +65,7 @@ class Geometry:
 
     def __post_init__(self) -> None:
         sizes = (self.temporal_stride, self.spatial_stride, *self.patch, self.latent_channels, self.depth, self.width, self.tile)
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(f"a geometry is made of whole numbers above 0, not of {sizes}")
+        assert all(isinstance(size, int) and size > 0 for size in sizes), f"{sizes}: specs read whole numbers above 0 only"
 
     @property
     def size_multiple(self) -> tuple[int, int]:

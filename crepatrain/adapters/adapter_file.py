@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from crepatrain.errors import UserError
 from crepatrain.families import family_class, get_family
 from crepatrain.families.base import Family
-from crepatrain.specs import FAMILIES, Checkpoint, Expert, Unsupported
+from crepatrain.specs import FAMILIES, Checkpoint, Expert, Unsupported, WrongContent
 
 # How the keys of a pair end, as different programs write them; the most common first.
 ENDS: Mapping[str, Literal["down", "up", "alpha"]] = {
@@ -272,14 +272,11 @@ def model_of_folder(base: Path, expert: Expert | None) -> Model:
     checkpoint = Checkpoint(model_index or first.model_index, config, vae or first.vae, scheduler, origin="folder")
     try:
         variant = spec.variant(checkpoint, "low" if second else None)
+        family: Family = family_class(spec.name)(checkpoint, variant, variant.tasks[0])
     except Unsupported as error:
         raise UserError(f"--base {base}: {error}", f"give a {spec.title} pipeline") from error
-    except KeyError as error:
-        known, given = {**first.transformer, **first.vae}, {**checkpoint.transformer, **checkpoint.vae}
-        if error.args[0] not in known.keys() - given.keys():
-            raise  # a bug, and no fault of the folder
-        raise UserError(f"--base {base}: its config.json has no {error.args[0]}", f"give a {spec.title} pipeline") from error
-    family: Family = family_class(spec.name)(checkpoint, variant, variant.tasks[0])
+    except WrongContent as error:
+        raise UserError(f"--base {base}: a config of its parts is wrong ({error})", f"give a {spec.title} pipeline") from error
     return Model(family, family.empty_transformer(), base.name or str(base))
 
 

@@ -36,7 +36,9 @@ _REGEX_SIGNS = re.compile(r"[\\*+?|()\[\]{}^$]")
 class _YamlLoader(yaml.SafeLoader):
     """Safe YAML that reads 1e-4 as a number, as everybody who writes it means it, and refuses a key that stands twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "expected a mapping whose keys are plain", node.start_mark)
         own = [(key, value) for key, value in node.value if key.tag != "tag:yaml.org,2002:merge"]
         _no_repeats([(self.construct_object(key, deep=True), self.construct_object(value, deep=True)) for key, value in own])
         return super().construct_mapping(node, deep=deep)
@@ -134,7 +136,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         ) from None
     except yaml.YAMLError as error:
         raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}", "correct that line") from None
-    except (RecursionError, ValueError, TypeError) as error:
+    except (RecursionError, ValueError) as error:  # too deep, too long a number, an impossible date
         raise UserError(f"config {path} can't be read: {error}", "write one flat object of keys and plain values") from None
     if values is None:
         raise UserError(f"config {path} is empty", "write one object of keys and values, or start from one in configs/")

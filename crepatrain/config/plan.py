@@ -11,7 +11,7 @@ from crepatrain.config.load import parse, read_values
 from crepatrain.config.notes import warnings
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.config.run_config import RunConfig
-from crepatrain.config.sources import read_checkpoint, read_encoder, readable
+from crepatrain.config.sources import BASE_KEY, read_checkpoint, read_encoder, readable
 from crepatrain.errors import Problem, UserError
 from crepatrain.geometry import Geometry, TokenGrid
 from crepatrain.specs import FAMILIES, Checkpoint, EncoderSpec, FamilySpec, Task, Variant
@@ -146,7 +146,7 @@ def _attempt(problems: list[Problem], action: Callable[[], _T]) -> _T | None:
 
 
 def _geometry(config: RunConfig, spec: FamilySpec, checkpoint: Checkpoint) -> Geometry:
-    with readable(config.model.pretrained_model_name_or_path, spec):
+    with readable(BASE_KEY, config.model.pretrained_model_name_or_path, spec):
         return spec.geometry(checkpoint.transformer, checkpoint.vae)
 
 

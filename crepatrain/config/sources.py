@@ -9,7 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from crepatrain.errors import UserError, closest
-from crepatrain.specs import ENCODERS, FAMILIES, Checkpoint, EncoderSpec, Expert, FamilySpec, Unsupported, Variant, released_model
+from crepatrain.specs import (
+    ENCODERS,
+    FAMILIES,
+    Checkpoint,
+    EncoderSpec,
+    Expert,
+    FamilySpec,
+    Unsupported,
+    Variant,
+    WrongContent,
+    has_part,
+    released_model,
+)
 
 BASE_KEY = "pretrained_model_name_or_path"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
@@ -50,7 +62,8 @@ def read_checkpoint(
     if local:
         expect_parts(key, folder, ("vae", "scheduler") if expert == "low" else ("transformer", "vae", "scheduler"), ())
     model_index = _read_json(key, folder, "model_index.json")
-    second = expert == "low" and any(model_index.get("transformer_2") or ())
+    with readable(key, path, spec):
+        second = expert == "low" and has_part(model_index, "transformer_2")
     if local:
         expect_parts(key, folder, ("transformer_2",) if second else ("transformer",), ())
     transformer, vae, scheduler = (_read_json(key, folder, name) for name in (transformers[second], *files))
@@ -62,7 +75,8 @@ def read_checkpoint(
             (key, "model_family"),
         )
     checkpoint = Checkpoint(model_index, transformer, vae, scheduler, origin="folder" if local else "hub")
-    with readable(path, spec):
+    with readable(key, path, spec):
+        checkpoint.flow_shift(tokens=1)  # its scheduler holds the numbers that are needed once the size of clips is known
         try:
             variant = spec.variant(checkpoint, expert)
         except Unsupported as reason:
@@ -75,17 +89,20 @@ def read_checkpoint(
 
 
 @contextmanager
-def readable(path: str, spec: FamilySpec) -> Iterator[None]:
-    """Turn what reading an unexpected config.json raises into a UserError."""
+def readable(key: str, path: str, spec: FamilySpec) -> Iterator[None]:
+    """Around what reads the JSON files of a checkpoint.
+
+    Args:
+        key: where the path was written.
+
+    Raises:
+        UserError: a file does not hold what was read from it.
+    """
     try:
         yield
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{BASE_KEY}={path}: a config.json of its parts is not that of a {spec.title} model "
-            f"({type(error).__name__}: {error})",
-            "download it again",
-            (BASE_KEY,),
-        ) from error
+    except WrongContent as error:
+        what = f"{key}={path}: a config of its parts is not that of a {spec.title} model ({error})"
+        raise UserError(what, "download it again", (key,)) from error
 
 
 def read_encoder(name: str) -> EncoderSpec:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from crepatrain.specs.base import Checkpoint, Expert, FamilySpec, ModelShapes, Task, Unsupported, Variant
+from crepatrain.specs.base import Checkpoint, Expert, FamilySpec, ModelShapes, Task, Unsupported, Variant, WrongContent, has_part
 from crepatrain.specs.encoders import ENCODERS, EncoderSpec
 from crepatrain.specs.kandinsky5_video import KANDINSKY5_VIDEO
 from crepatrain.specs.ltxvideo import LTXVIDEO
@@ -21,6 +21,8 @@ __all__ = [
     "Task",
     "Unsupported",
     "Variant",
+    "WrongContent",
+    "has_part",
     "released_model",
 ]
 

@@ -1,7 +1,8 @@
 """The types in which specs say what is known of a family and of its checkpoints without loading them."""
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,6 +27,88 @@ Role = Literal[
 # Linear layers of an attention of diffusers, and of a block with self-attention and cross-attention.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ATTENTIONS = tuple(f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ATTENTION)
+
+
+class WrongContent(Exception):
+    """A JSON file of a checkpoint does not hold what is read from it: the key, and the value where there is one."""
+
+
+def whole_number(config: JSON, key: str, default: int | None = None) -> int:
+    """The whole number above 0 of a key.
+
+    Args:
+        default: where the key is missing; None: it has to be there.
+
+    Raises:
+        WrongContent: the key is missing, or holds something else.
+    """
+    value = _read(config, key, default)
+    if not _is_whole(value):
+        raise _wrong(key, value, "a whole number above 0")
+    return value
+
+
+def three_whole_numbers(config: JSON, key: str) -> tuple[int, int, int]:
+    """The list of three whole numbers above 0 of a key, such as a patch's (time, height, width).
+
+    Raises:
+        WrongContent: the key is missing, or holds something else.
+    """
+    value = _read(config, key)
+    if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(map(_is_whole, value)):
+        raise _wrong(key, value, "a list of three whole numbers above 0")
+    first, second, third = value
+    return first, second, third
+
+
+def switches(config: JSON, key: str) -> Sequence[bool]:
+    """The list of true and false of a key.
+
+    Raises:
+        WrongContent: the key is missing, or holds something else.
+    """
+    value = _read(config, key)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(entry, bool) for entry in value):
+        raise _wrong(key, value, "a list of true and false")
+    return value
+
+
+def number(config: JSON, key: str, default: float) -> float:
+    """The number of a key, between -100 and 100; the default where the key is missing.
+
+    Raises:
+        WrongContent: the key holds something else.
+    """
+    value = _read(config, key, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -100 <= value <= 100:
+        raise _wrong(key, value, "a number between -100 and 100")
+    return value
+
+
+def has_part(model_index: JSON, part: str) -> bool:
+    """Whether a pipeline has a part that some pipelines of its class lack; `[null, null]` is written for a part that is absent.
+
+    Raises:
+        WrongContent: the entry is not the library and the class of a part.
+    """
+    value = model_index.get(part)
+    if value is not None and not isinstance(value, (list, tuple)):
+        raise _wrong(part, value, "the library and the class of a part")
+    return any(value or ())
+
+
+def _read(config: JSON, key: str, default: Any = None) -> Any:
+    if key not in config and default is None:
+        raise WrongContent(f"{key} is missing")
+    return config.get(key, default)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _wrong(key: str, value: Any, expected: str) -> WrongContent:
+    return WrongContent(f"{key}={json.dumps(value, default=str)} is not {expected}")
 
 
 def usual_parts(transformer: str = "transformer", **more: Role) -> dict[str, Role]:
@@ -61,12 +144,19 @@ class Checkpoint:
     origin: str
 
     def flow_shift(self, tokens: int) -> float:
-        """The shift of the noise levels at which clips of that many tokens are sampled."""
+        """The shift of the noise levels at which clips of that many tokens are sampled.
+
+        Raises:
+            WrongContent: the scheduler's config holds no such numbers.
+        """
         scheduler = self.scheduler
         if not scheduler.get("use_dynamic_shifting"):
-            return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
-        first, last = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-        low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+            given = [key for key in ("flow_shift", "shift") if scheduler.get(key)]
+            return float(number(scheduler, given[0], 1.0)) if given else 1.0
+        first, last = whole_number(scheduler, "base_image_seq_len", 256), whole_number(scheduler, "max_image_seq_len", 4096)
+        low, high = number(scheduler, "base_shift", 0.5), number(scheduler, "max_shift", 1.15)
+        if first >= last:
+            raise WrongContent(f"base_image_seq_len={first} is not below max_image_seq_len={last}")
         return math.exp(low + (high - low) * (tokens - first) / (last - first))
 
 
@@ -182,8 +272,8 @@ class FamilySpec:
         text_length: tokens of a caption at most.
         text_parameters: of the released models' text encoders together.
         text_is_padded: whether captions of several lengths fit into one batch.
-        geometry: computes strides, patch and depth from a checkpoint's transformer and VAE config.
-        variant: decides what a checkpoint is; with two experts, for one of them. Raises Unsupported.
+        geometry: computes strides, patch and depth from a checkpoint's transformer and VAE config. Raises WrongContent.
+        variant: decides what a checkpoint is; with two experts, for one of them. Raises Unsupported and WrongContent.
         released: released models by name.
         comfyui: prefixes that the keys of an adapter file may have for ComfyUI, before the original's names; empty: ComfyUI
             has no such model.

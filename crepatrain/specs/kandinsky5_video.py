@@ -14,7 +14,9 @@ from crepatrain.specs.base import (
     Task,
     Unsupported,
     Variant,
+    three_whole_numbers,
     usual_parts,
+    whole_number,
 )
 
 _NEGATIVE = (
@@ -23,14 +25,13 @@ _NEGATIVE = (
 
 
 def _geometry(transformer: JSON, vae: JSON) -> Geometry:
-    patch_t, patch_h, patch_w = transformer["patch_size"]
     return Geometry(
-        temporal_stride=vae.get("temporal_compression_ratio", 4),
-        spatial_stride=vae.get("spatial_compression_ratio", 8),
-        patch=(patch_t, patch_h, patch_w),
-        latent_channels=vae["latent_channels"],
-        depth=transformer["num_visual_blocks"],
-        width=transformer["model_dim"],
+        temporal_stride=whole_number(vae, "temporal_compression_ratio", 4),
+        spatial_stride=whole_number(vae, "spatial_compression_ratio", 8),
+        patch=three_whole_numbers(transformer, "patch_size"),
+        latent_channels=whole_number(vae, "latent_channels"),
+        depth=whole_number(transformer, "num_visual_blocks"),
+        width=whole_number(transformer, "model_dim"),
         tile=8 if transformer.get("attention_type") == "nabla" else 1,
     )
 

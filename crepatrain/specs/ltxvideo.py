@@ -16,6 +16,7 @@ from crepatrain.specs.base import (
     Unsupported,
     Variant,
     usual_parts,
+    whole_number,
 )
 
 _NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
@@ -23,18 +24,19 @@ _NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 
 def _geometry(transformer: JSON, vae: JSON) -> Geometry:
     temporal, spatial, channels = ltx_latents(vae)
+    patch = whole_number(transformer, "patch_size")
     return Geometry(
         temporal_stride=temporal,
         spatial_stride=spatial,
-        patch=(transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]),
+        patch=(whole_number(transformer, "patch_size_t"), patch, patch),
         latent_channels=channels,
-        depth=transformer["num_layers"],
-        width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
+        depth=whole_number(transformer, "num_layers"),
+        width=whole_number(transformer, "num_attention_heads") * whole_number(transformer, "attention_head_dim"),
     )
 
 
 def _variant(files: Checkpoint, _expert: Expert | None) -> Variant:
-    if (files.transformer["patch_size"], files.transformer["patch_size_t"]) != (1, 1):
+    if any(whole_number(files.transformer, side) != 1 for side in ("patch_size", "patch_size_t")):
         raise Unsupported("its transformer has patches of several latents")
     # A VAE with timestep conditioning does the last denoising step itself.
     decode = {"decode_timestep": 0.05, "decode_noise_scale": 0.025} if files.vae.get("timestep_conditioning") else {}

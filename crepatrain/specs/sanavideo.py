@@ -15,7 +15,9 @@ from crepatrain.specs.base import (
     Sampling,
     Unsupported,
     Variant,
+    three_whole_numbers,
     usual_parts,
+    whole_number,
 )
 
 _NEGATIVE = (
@@ -26,15 +28,14 @@ _NEGATIVE = (
 
 
 def _geometry(transformer: JSON, vae: JSON) -> Geometry:
-    patch_t, patch_h, patch_w = transformer["patch_size"]
     temporal, spatial, channels = wan_latents(vae) if "z_dim" in vae else ltx_latents(vae)
     return Geometry(
         temporal_stride=temporal,
         spatial_stride=spatial,
-        patch=(patch_t, patch_h, patch_w),
+        patch=three_whole_numbers(transformer, "patch_size"),
         latent_channels=channels,
-        depth=transformer["num_layers"],
-        width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
+        depth=whole_number(transformer, "num_layers"),
+        width=whole_number(transformer, "num_attention_heads") * whole_number(transformer, "attention_head_dim"),
     )
 
 

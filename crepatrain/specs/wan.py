@@ -19,7 +19,10 @@ from crepatrain.specs.base import (
     Task,
     Unsupported,
     Variant,
+    has_part,
+    three_whole_numbers,
     usual_parts,
+    whole_number,
 )
 
 _NEGATIVE = (
@@ -31,22 +34,21 @@ _NEGATIVE = (
 
 
 def _geometry(transformer: JSON, vae: JSON) -> Geometry:
-    patch_t, patch_h, patch_w = transformer["patch_size"]
     temporal, spatial, channels = wan_latents(vae)
     return Geometry(
         temporal_stride=temporal,
         spatial_stride=spatial,
-        patch=(patch_t, patch_h, patch_w),
+        patch=three_whole_numbers(transformer, "patch_size"),
         latent_channels=channels,
-        depth=transformer["num_layers"],
-        width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
+        depth=whole_number(transformer, "num_layers"),
+        width=whole_number(transformer, "num_attention_heads") * whole_number(transformer, "attention_head_dim"),
     )
 
 
 def _variant(files: Checkpoint, expert: Expert | None) -> Variant:
-    index, channels = files.model_index, files.transformer["in_channels"]
+    index, channels = files.model_index, whole_number(files.transformer, "in_channels")
     stride, _, latents = wan_latents(files.vae)
-    two_experts = any(index.get("transformer_2") or ())
+    two_experts = has_part(index, "transformer_2")
     clip = files.transformer.get("image_dim") is not None
     if files.transformer.get("pos_embed_seq_len") is not None:
         raise Unsupported("it takes first and last frames")

@@ -623,6 +623,23 @@ def test_one_of_two_experts_is_named_alike_everywhere(foreign, tiny_checkpoint, 
         verify(path, tiny_checkpoint("wan", "tiny"), Screen(quiet=True))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_layers": "ten"}, r'num_layers="ten" is not a whole number'),
+        ({"patch_size": [1, 2]}, r"patch_size=\[1, 2\] is not a list of three whole numbers"),
+    ],
+)
+def test_a_base_with_a_strange_config_is_refused(foreign, tiny_checkpoint, tmp_path, changes, words):
+    path, base = tmp_path / "lora.safetensors", tmp_path / "transformer"
+    save_file(foreign("wan", "tiny").exported(), path)
+    base.mkdir()
+    config = json.loads((tiny_checkpoint("wan", "tiny") / "transformer" / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"--base .*transformer: .*\({words}.*\)\n.*give a Wan"):
+        verify(path, base, Screen(quiet=True))
+
+
 def test_the_low_noise_expert_is_loaded_into_the_second_transformer(foreign, tiny_checkpoint, tmp_path, capsys):
     path = tmp_path / "style_low_noise.safetensors"
     save_file(foreign("wan", "tiny-a14b").exported(), path, metadata={"crepatrain.expert": "low"})

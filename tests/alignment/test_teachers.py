@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -11,6 +12,8 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    T5Config,
+    T5EncoderModel,
     ViTConfig,
     ViTModel,
 )
@@ -143,6 +146,74 @@ def test_a_damaged_encoder_folder(tmp_path):
     with pytest.raises(UserError, match=r"crepa_encoder: .* can't be loaded") as error:
         load_encoder(tmp_path, 14, (42, 70), frames_per_forward=4, device=torch.device("cpu"), dtype=torch.float32)
     assert "download it again" in error.value.problems[0].fix
+
+
+def load(folder):
+    return load_encoder(folder, 14, (42, 70), frames_per_forward=4, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def change_config(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_weights,
+        lambda folder: (folder / "config.json").write_text("{", encoding="utf-8"),
+        change_config(model_type="unheard_of"),
+        change_config(model_type="blip_vision_model"),
+        change_config(num_attention_heads=5),
+        change_config(hidden_size=26),
+        change_config(num_hidden_layers="two"),
+    ],
+    ids=["cut weights", "no JSON", "unknown type", "no such model", "heads", "other shapes", "a text"],
+)
+def test_every_damage_of_an_encoder_folder_is_one_message(tmp_path, damage):
+    build(0).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=r"crepa_encoder: .* can't be loaded \(\S.*\)"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("bug", [ValueError, RuntimeError, AttributeError, TypeError])
+def test_a_bug_of_ours_is_not_blamed_on_the_encoder(tmp_path, monkeypatch, bug):
+    def broken(*_):
+        raise bug("ours")
+
+    build(0).save_pretrained(tmp_path)
+    monkeypatch.setattr("crepatrain.alignment.encoders.own_precision", broken)
+    with pytest.raises(bug, match="ours"):
+        load(tmp_path)
+
+
+def tiny_text_encoder():
+    return T5EncoderModel(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=32))
+
+
+def tiny_vit(**changes):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 28}
+    return ViTModel(ViTConfig(**sizes, patch_size=14, **changes), add_pooling_layer=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [(tiny_text_encoder, "does not take pictures"), (lambda: tiny_vit(num_channels=1), "1 channels")],
+    ids=["text", "grey pictures"],
+)
+def test_a_model_of_something_else_is_refused(tmp_path, make, words):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"does not give a token for every patch of a 42 x 70 frame \(.*{words}"):
+        load(tmp_path)
 
 
 def test_a_plain_vit_is_taken_at_any_size(tmp_path):

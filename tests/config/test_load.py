@@ -91,6 +91,12 @@ def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path):
         ("config.yaml", "- seed", ["list", "one object"]),
         ("config.yaml", "", ["one object"]),
         ("config.yaml", "seed: !!python/object/apply:os.getcwd []", ["not valid YAML"]),
+        ("config.yaml", "? [seed]\n: 1\n", ["not valid YAML", "keys are plain", "line 1"]),
+        ("config.yaml", "seed: 1\nrun: !!map [1]\n", ["not valid YAML", "line 2"]),
+        ("config.yaml", "seed: 2024-13-45", ["can't be read", "plain values"]),
+        ("config.yaml", "seed: " + 5000 * "[", ["can't be read", "plain values"]),
+        ("config.json", 100_000 * "[", ["can't be read", "plain values"]),
+        ("config.json", '{"seed": ' + 5000 * "1" + "}", ["can't be read", "plain values"]),
     ],
 )
 def test_a_broken_file_is_refused_with_its_place(tmp_path, name, text, words):
@@ -106,6 +112,16 @@ def test_a_key_that_stands_twice_is_refused(tmp_path, name, text):
     assert "seed" in message
     assert "twice" in message
     assert "keep one" in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "config.yaml"])
+def test_a_bug_in_reading_is_not_blamed_on_the_file(tmp_path, monkeypatch, name):
+    def broken(_pairs):
+        raise TypeError("ours")
+
+    monkeypatch.setattr("crepatrain.config.load._no_repeats", broken)
+    with pytest.raises(TypeError, match="ours"):
+        read(tmp_path / name, '{"seed": 1}')
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):

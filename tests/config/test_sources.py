@@ -1,14 +1,16 @@
 """Checkpoints and encoders that a config names: what is missing, broken, or not trainable is refused."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from crepatrain.config.plan import Plan
+from crepatrain.config.plan import Plan, read_plan
 from crepatrain.config.sources import fetch
 from crepatrain.config.summary import summarize
 from crepatrain.errors import UserError
@@ -86,18 +88,56 @@ def test_a_checkpoint_with_a_broken_file_is_refused(problems, checkpoint, file, 
     [
         ("transformer/config.json", "num_layers", ...),
         ("transformer/config.json", "num_layers", "ten"),
+        ("transformer/config.json", "num_layers", True),
+        ("transformer/config.json", "num_layers", 0),
         ("transformer/config.json", "in_channels", ...),
+        ("transformer/config.json", "in_channels", [16]),
         ("transformer/config.json", "patch_size", 2),
+        ("transformer/config.json", "patch_size", [1, 2]),
+        ("transformer/config.json", "patch_size", [1, 2, 2.0]),
         ("transformer/config.json", "attention_head_dim", None),
         ("vae/config.json", "z_dim", ...),
+        ("vae/config.json", "scale_factor_temporal", None),
+        ("vae/config.json", "scale_factor_spatial", -8),
+        ("scheduler/scheduler_config.json", "flow_shift", "three"),
+        ("scheduler/scheduler_config.json", "flow_shift", 10**400),
+        ("scheduler/scheduler_config.json", "flow_shift", math.inf),
+        ("model_index.json", "transformer_2", 5),
     ],
 )
 def test_a_checkpoint_with_a_strange_config_is_refused(problems, checkpoint, file, key, value):
     rewrite(checkpoint / file, **{key: value})
     [problem] = problems(pretrained_model_name_or_path=str(checkpoint))
-    assert problem.what.startswith(f"pretrained_model_name_or_path={checkpoint}")
-    if value is ...:
-        assert key in problem.what
+    assert problem.what.startswith(f"pretrained_model_name_or_path={checkpoint}: ")
+    assert (f"({key} is missing)" if value is ... else f"({key}={json.dumps(value)} is not ") in problem.what
+    assert problem.fix == "download it again"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("vae/config.json", {"spatio_temporal_scaling": 3}, "spatio_temporal_scaling=3 is not a list of true and false"),
+        ("vae/config.json", {"temporal_compression_ratio": "8"}, 'temporal_compression_ratio="8" is not a whole number above 0'),
+        ("scheduler/scheduler_config.json", {"base_shift": None}, "base_shift=null is not a number between"),
+        ("scheduler/scheduler_config.json", {"max_image_seq_len": 1024}, "base_image_seq_len=1024 is not below"),
+    ],
+)
+def test_a_strange_config_of_an_ltx_video_is_refused(problems, copied, file, changes, words):
+    checkpoint = copied("ltxvideo")
+    rewrite(checkpoint / file, **changes)
+    [problem] = problems(model_family="ltxvideo", pretrained_model_name_or_path=str(checkpoint))
+    assert words in problem.what
+
+
+@pytest.mark.parametrize("function", ["variant", "geometry"])
+@pytest.mark.parametrize("bug", [TypeError, KeyError, ValueError])
+def test_a_bug_in_a_spec_is_not_blamed_on_the_checkpoint(config_file, checkpoint, monkeypatch, function, bug):
+    def broken(*_):
+        raise bug("ours")
+
+    monkeypatch.setattr("crepatrain.config.plan.FAMILIES", {"wan": replace(FAMILIES["wan"], **{function: broken})})
+    with pytest.raises(bug, match="ours"):
+        read_plan(config_file(pretrained_model_name_or_path=str(checkpoint)), online=False)
 
 
 def test_another_familys_checkpoint_is_refused(problems, checkpoint):

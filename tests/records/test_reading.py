@@ -167,6 +167,36 @@ def test_a_number_that_is_merely_absent_is_left_out(runs, key, gone):
     read_everything(runs)
 
 
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+
+
+def alignment_map(**changes: Any) -> dict[str, Any]:
+    frame = {"frame": 0, "picture": PIXEL, "cosine": [[0.5, 0.25]]} | changes
+    clip = {"name": "a.mp4", "caption": "<a> cat", "mean": 0.375, "frames": [frame]}
+    return {"block": 8, "step": 1, "sigma": 0.5, "clips": [clip]}
+
+
+def test_a_whole_map_is_drawn(tmp_path):
+    root = write_run(tmp_path / "run")
+    (root / "alignment_map.json").write_text(json.dumps(alignment_map()), encoding="utf-8")
+    write_report([root], root / "report.html")
+    text = (root / "report.html").read_text(encoding="utf-8")
+    assert "aspect-ratio:1/1" in text
+    assert "&lt;a&gt; cat; mean 0.3750" in text
+
+
+@pytest.mark.parametrize("bug", [ValueError, TypeError, LookupError])
+def test_a_bug_in_drawing_a_map_is_not_blamed_on_its_file(tmp_path, monkeypatch, bug):
+    def broken(*_):
+        raise bug("ours")
+
+    root = write_run(tmp_path / "run")
+    (root / "alignment_map.json").write_text(json.dumps(alignment_map()), encoding="utf-8")
+    monkeypatch.setattr("crepatrain.reporting.heatmap._png", broken)
+    with pytest.raises(bug, match="ours"):
+        write_report([root], root / "report.html")
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -174,6 +204,16 @@ def test_a_number_that_is_merely_absent_is_left_out(runs, key, gone):
         {"clips": []},
         {"clips": [{"frames": [{"cosine": [[10**400]]}]}]},
         {"block": 8, "step": 1, "sigma": 0.5, "clips": [{"frames": [{"frame": 0, "picture": 5, "cosine": [[0.5]]}]}]},
+        alignment_map(picture="https://example.org/a.jpg"),
+        alignment_map(picture="data:image/jpeg;base64,AAAA"),
+        alignment_map(picture="data:image/jpeg;base64,A"),
+        alignment_map(cosine=[[0.5], [0.5, 0.5]]),
+        alignment_map(cosine=[[]]),
+        alignment_map(cosine=[]),
+        alignment_map(cosine=[[float("nan")]]),
+        alignment_map(cosine=[["0.5"]]),
+        alignment_map(cosine=[[5.0]]),
+        alignment_map(frame="<b>"),
     ],
 )
 def test_a_damaged_map_is_refused_in_one_message(tmp_path, content):
