@@ -136,7 +136,7 @@ def due(run: Run, *, stopping: bool) -> Due:
 
 
 def due_before(config: ResolvedConfig, folder: RunFolder, start: RunStart) -> Due:
-    """What is due before the next optimizer step: what the base does, or videos that a kill after the last checkpoint has cost."""
+    """What is due before the next optimizer step: the base, or videos that a kill after the last checkpoint has cost."""
     step = start.state.step
     return Due(evaluate=step == 0, validate=Validation.owed(config.validation, folder, step, start.total))
 
