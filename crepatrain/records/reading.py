@@ -187,12 +187,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line is damaged.
     """
-    if not path.is_file():
-        return []
-    try:
-        texts = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error})", "fix its permissions") from error
+    texts = raw_lines(path)
     lines = []
     for number, text in enumerate(texts, start=1):
         line = _read_line(text)
@@ -204,20 +199,28 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def raw_lines(path: Path) -> list[bytes]:
+    """The lines of a file with their line ends; none without a file.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    if not path.is_file():
+        return []
+    try:
+        return path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error})", "fix its permissions") from error
+
+
 def step_of_line(text: bytes) -> int | None:
-    """The step of a line of a JSON Lines file; None where it is damaged or cut off."""
-    line = _parse_line(text)
+    """The step of a line of a JSON Lines file; None where `read_lines` refuses the line, or leaves it out as cut off."""
+    line = _read_line(text)
     return None if line is None else line["step"]
 
 
 def _read_line(text: bytes) -> dict[str, Any] | None:
-    """The object of a line; None where it is damaged."""
-    line = _parse_line(text)
-    return line if line is not None and all(_fits(key, value) for key, value in line.items()) else None
-
-
-def _parse_line(text: bytes) -> dict[str, Any] | None:
-    """The object of a line without its nulls, whatever its values are but for the step; None where it has none."""
+    """The object of a line without its nulls; None where it is damaged."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -225,8 +228,10 @@ def _parse_line(text: bytes) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         return None
     step = found.get("step")
-    counted = isinstance(step, int) and not isinstance(step, bool) and step >= 0
-    return {key: value for key, value in found.items() if value is not None} if counted else None
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        return None
+    line = {key: value for key, value in found.items() if value is not None}
+    return line if all(_fits(key, value) for key, value in line.items()) else None
 
 
 def _fits(key: str, value: object) -> bool:
