@@ -1,7 +1,7 @@
 """What a run's folder holds, read without torch: its config, where it stands, what it has logged and made."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from crepatrain.config.migrations import migrate
-from crepatrain.config.run_config import KEYS
 from crepatrain.errors import UserError
 from crepatrain.records.layout import RunLayout, step_of
+from crepatrain.screen import Screen
 
 # Of a number in a run's files: what is drawn of them, sums and products, stays finite.
 _LARGEST = 1e100
@@ -139,12 +139,11 @@ def read_run(root: Path) -> RunRecord:
     """
     layout = RunLayout(root)
     if not layout.config_file.is_file() and not layout.metrics.is_file():
-        what = "it holds no run" if root.is_dir() else "no such folder"
-        raise UserError(f"{root}: {what}", "give the output_dir of a run")
+        raise no_run(root)
     return RunRecord(
         root,
         root.resolve().name,
-        config=migrate(_read_object(layout.config_file, _Config), layout.config_file),
+        config=migrate(read_config_values(layout), layout.config_file),
         status=_read_object(layout.status_file, _Status),
         dataset=_read_object(layout.dataset_file, _Dataset),
         best=read_best(root),
@@ -152,9 +151,25 @@ def read_run(root: Path) -> RunRecord:
     )
 
 
-def unknown_keys(config: Mapping[str, Any]) -> list[str]:
-    """The keys of a run's config.json that this version does not know, as a later version may have written them."""
-    return [key for key in config if key not in KEYS]
+def no_run(root: Path) -> UserError:
+    """There is no run in a folder, as what the user can do about it."""
+    what = "it holds no run" if root.is_dir() else "no such folder"
+    return UserError(f"{root}: {what}", "give the output_dir of a run")
+
+
+def read_config_values(layout: RunLayout) -> dict[str, Any]:
+    """The keys of a run's config.json as its version wrote them; empty without the file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return _read_object(layout.config_file, _Config, "fix it, or give another folder")
+
+
+def note_unknown_keys(layout: RunLayout, unknown: Iterable[str], screen: Screen) -> None:
+    """Tell the user which keys of a run's config.json this version does not know, if there are any."""
+    if keys := ", ".join(unknown):
+        screen.note(f"{layout.config_file}: {keys}: unknown to this version of crepatrain, and ignored")
 
 
 def read_best(root: Path) -> dict[str, Any]:
@@ -166,7 +181,7 @@ def read_best(root: Path) -> dict[str, Any]:
     return _read_object(RunLayout(root).best_file, _Best)
 
 
-def _read_object(path: Path, kind: type[_Expected]) -> dict[str, Any]:
+def _read_object(path: Path, kind: type[_Expected], fix: str = "fix or remove it") -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
@@ -175,9 +190,9 @@ def _read_object(path: Path, kind: type[_Expected]) -> dict[str, Any]:
     except ValidationError as error:
         details = error.errors()[0]
         place = ".".join(map(str, details["loc"]))
-        raise UserError(f"{path}: {f'{place}: ' if place else ''}{details['msg']}", "fix or remove it") from error
+        raise UserError(f"{path}: {f'{place}: ' if place else ''}{details['msg']}", fix) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read ({error})", "fix or remove it") from error
+        raise UserError(f"{path} can't be read ({error})", fix) from error
     return found
 
 

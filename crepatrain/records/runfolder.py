@@ -13,7 +13,7 @@ from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.errors import UserError
 from crepatrain.files import written_aside
 from crepatrain.records.layout import RunLayout, checkpoints, set_aside_name, step_of
-from crepatrain.records.reading import raw_lines, read_lines, step_of_line
+from crepatrain.records.reading import raw_lines, read_config_values, read_lines, step_of_line
 from crepatrain.records.same_run import expect_same_config
 from crepatrain.training.checkpoint import replace_json
 
@@ -120,13 +120,8 @@ class RunFolder(RunLayout):
 
     def _config_before(self) -> dict[str, Any] | None:
         """The config of the run that the folder holds; None if it holds none, or somebody else's config.json."""
-        if not self.config_file.is_file():
-            return None
-        try:
-            before = json.loads(self.config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.config_file} can't be read ({error})", "give a new output_dir") from None
-        if not isinstance(before, dict) or not {"model_family", "output_dir"} <= before.keys():
+        before = read_config_values(self)
+        if not {"model_family", "output_dir"} <= before.keys():
             return None
         return migrate(before, self.config_file)
 
