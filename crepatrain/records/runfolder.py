@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from crepatrain.config.migrations import migrate
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.errors import UserError
-from crepatrain.files import written_aside
+from crepatrain.files import unfinished_name, written_aside
 from crepatrain.records.layout import RunLayout, checkpoints, set_aside_name, step_of
 from crepatrain.records.reading import raw_lines, read_config_values, read_lines, step_of_line
 from crepatrain.records.same_run import expect_same_config
@@ -196,7 +196,7 @@ def rotate(folder: Path, limit: int | None, keep: int | None = None) -> None:
     for old in checkpoints(folder)[: -limit if limit else 0]:
         if step_of(old) == keep:
             continue
-        hidden = old.with_name(f"{old.name}.tmp")
+        hidden = unfinished_name(old)
         old.rename(hidden)  # first out of sight: a half removed folder is never taken for a checkpoint
         shutil.rmtree(hidden, ignore_errors=True)
 
