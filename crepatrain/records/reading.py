@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,6 +15,8 @@ from crepatrain.screen import Screen
 
 # Of a number in a run's files: what is drawn of them, sums and products, stays finite.
 _LARGEST = 1e100
+
+_Value = TypeVar("_Value")
 
 _Count = Annotated[int, Field(ge=0, le=10**15)]
 _Positive = Annotated[int, Field(ge=1, le=10**15)]
@@ -277,6 +279,12 @@ def with_distinct_names(runs: Sequence[RunRecord]) -> list[RunRecord]:
 def mean(values: Sequence[float]) -> float | None:
     """The mean; None where there are no values."""
     return sum(values) / len(values) if values else None
+
+
+def first_and_last(values: Sequence[_Value]) -> tuple[Sequence[_Value], Sequence[_Value]]:
+    """The first and the last tenth, of at least one value each: one step alone says more of its noise than of the training."""
+    tenth = max(len(values) // 10, 1)
+    return values[:tenth], values[-tenth:]
 
 
 def duration(seconds: float) -> str:
