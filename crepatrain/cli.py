@@ -92,9 +92,9 @@ def cache(context: typer.Context, config: ConfigFile) -> None:
     plan = _plan(config, context.args)
 
     def work() -> None:
-        from crepatrain.commands.cache import fill_caches
+        from crepatrain.commands.cache import cache as command
 
-        fill_caches(plan, _screen)
+        command(plan, _screen)
 
     _stoppable(work)
 

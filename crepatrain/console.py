@@ -12,18 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from crepatrain.errors import Problem
+from crepatrain.labels import LABELS
 
 _PLAIN_SECONDS = 10.0
 
-_COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("diffusion loss", "diffusion_loss", ".4f"),
-    ("crepa_loss", "crepa_loss", ".4f"),
-    ("alignment", "crepa_alignment_score", ".4f"),
-    ("self-similarity", "crepa_similarity_self", ".4f"),
-    ("weight", "crepa_weight", ".3f"),
-    ("lr", "learning_rate", ".2e"),
-    ("grad norm", "grad_norm", ".3f"),
-)
+# The numbers of the live line, and how each is written.
+_COLUMNS: Mapping[str, str] = {
+    "diffusion_loss": ".4f",
+    "crepa_loss": ".4f",
+    "crepa_alignment_score": ".4f",
+    "crepa_similarity_self": ".4f",
+    "crepa_weight": ".3f",
+    "learning_rate": ".2e",
+    "grad_norm": ".3f",
+}
 
 
 class Screen:
@@ -156,7 +158,7 @@ class TrainingView:
         if not self._live and (now - self._last_line > _PLAIN_SECONDS or tenth or done == self._first + 1):
             self._last_line = now
             numbers = "  ".join(
-                f"{name} {_number(line.get(key), form)}" for name, key, form in _COLUMNS if line.get(key) is not None
+                f"{LABELS[key]} {_number(line.get(key), form)}" for key, form in _COLUMNS.items() if line.get(key) is not None
             )
             self._screen.say(f"step {done}/{self._total}  {self._speed(done)}  {numbers}")
 
@@ -172,9 +174,9 @@ class TrainingView:
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)
-        for name, _, _ in _COLUMNS:
-            table.add_column(name, justify="right", style="cyan")
-        table.add_row(*(_number(self._numbers.get(key), form) for _, key, form in _COLUMNS))
+        for key in _COLUMNS:
+            table.add_column(LABELS[key], justify="right", style="cyan")
+        table.add_row(*(_number(self._numbers.get(key), form) for key, form in _COLUMNS.items()))
         return Group(self._bar, table)
 
 

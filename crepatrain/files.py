@@ -14,6 +14,15 @@ _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 
 
+# What ends the name of a file or folder that is not whole yet, or not any more.
+UNFINISHED = ".tmp"
+
+
+def unfinished_name(path: Path) -> Path:
+    """Where a folder is written until it is whole, and where it is moved before it is removed."""
+    return path.with_name(f"{path.name}{UNFINISHED}")
+
+
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """A file to write to, which takes the place of `path` once it is whole and on the disk; folders are made on the way.
@@ -22,7 +31,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         OSError: it can't be written; `path` is as it was.
     """
     # Processes and threads may write the same file at once: each its own, and the last one stays.
-    aside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    aside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside

@@ -1,4 +1,4 @@
-"""Where a command is asked to write, looked at before anything is loaded."""
+"""Where a command is asked to write, checked before anything is loaded."""
 
 import tempfile
 from pathlib import Path
@@ -10,10 +10,10 @@ def expect_nothing_at(output: Path) -> None:
     """Make sure that nobody's files would be replaced; an empty folder may be there.
 
     Raises:
-        UserError: there is something.
+        UserError: it already exists.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: there is something already", "give a new name")
+        raise UserError(f"--output {output}: it already exists", "give a new name")
 
 
 def expect_writable(output: Path) -> None:

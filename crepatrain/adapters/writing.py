@@ -43,7 +43,9 @@ def write_result(
         UserError: the disk is full, or a program would not read the file that was written as this adapter.
     """
     if config.model.model_type == "full":
-        write_transformer(folder.root / family.variant.transformer, transformer, compute_dtype(config.loop), weights=weights)
+        write_transformer(
+            folder.result_transformer(family.variant.transformer), transformer, compute_dtype(config.loop), weights=weights
+        )
         return
     small = folder.adapter(adapter_name(config.loop, family), step)
     layers = list(live_adapter(transformer))

@@ -22,7 +22,7 @@ from crepatrain.families.base import Family
 from crepatrain.placement.placing import place
 from crepatrain.placement.precision import autocast
 from crepatrain.preparing.context import Context
-from crepatrain.preparing.precompute import fill_caches, plan_caches
+from crepatrain.preparing.precompute import filled_caches
 from crepatrain.preparing.preflight import read_dataset
 from crepatrain.records.layout import RunLayout, checkpoints, step_of
 from crepatrain.records.opening import config_of
@@ -62,8 +62,7 @@ def write_alignment_map(root: Path, screen: Screen) -> None:
         firsts = {window.clip: window for window in reversed(dataset.clips.windows)}
         windows = tuple(reversed(firsts.values()))[:_CLIPS]
         dataset = replace(dataset, clips=replace(dataset.clips, windows=windows))
-        caches = plan_caches(context, dataset, teacher=True)
-        fill_caches(context, caches)
+        caches = filled_caches(context, dataset, teacher=True)
     screen.say(f"measuring {found[-1]}")
     probe = _Probe.load(plan, found[-1], device)
     samples = build_training_set(plan, probe.family, probe.process, caches, lambda _step: True, drops=False)

@@ -3,14 +3,14 @@
 import torch
 
 from crepatrain.config.plan import Plan
-from crepatrain.preparing import precompute
 from crepatrain.preparing.context import Context
+from crepatrain.preparing.precompute import filled_caches
 from crepatrain.preparing.preflight import read_datasets
 from crepatrain.screen import Screen
 from crepatrain.stopping import StopSignal
 
 
-def fill_caches(plan: Plan, screen: Screen) -> None:
+def cache(plan: Plan, screen: Screen) -> None:
     """Compute what `fit` would: latents, captions and teacher features of the clips that are trained on and of those held out.
 
     Raises:
@@ -21,6 +21,5 @@ def fill_caches(plan: Plan, screen: Screen) -> None:
     with StopSignal() as stop:
         context = Context(plan, screen, device, stop)
         for dataset in filter(None, read_datasets(context)):
-            caches = precompute.plan_caches(context, dataset, teacher=plan.config.crepa.crepa_enabled)
-            precompute.fill_caches(context, caches)
+            caches = filled_caches(context, dataset, teacher=plan.config.crepa.crepa_enabled)
             screen.say(f"the caches of {len(caches.samples)} windows are full, in {caches.store.root}")

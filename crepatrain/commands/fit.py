@@ -14,11 +14,12 @@ from crepatrain.commands.push import push
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
+from crepatrain.labels import LABELS
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.preflight import dataset_facts
 from crepatrain.records.events import Ended, Events, Logged, StepDone, Subscriber
 from crepatrain.records.layout import ADAPTER_FILE
-from crepatrain.records.reading import read_run
+from crepatrain.records.reading import first_and_last, mean, read_run
 from crepatrain.records.runfolder import RunFolder
 from crepatrain.records.trackers import tracking
 from crepatrain.reporting.report import live_report
@@ -158,23 +159,14 @@ def _closing_table(run: Run, screen: Screen) -> None:
     lines = [line for line in run.folder.lines() if "loss" in line]
     if not lines:
         return
-    tenth = max(len(lines) // 10, 1)  # one step alone says more of its noise level than of the training
-    parts = (lines[:tenth], lines[-tenth:])
-    rows = [
-        (name, *(_mean(part, key) for part in parts))
-        for name, key in (
-            ("loss", "loss"),
-            ("diffusion loss", "diffusion_loss"),
-            ("crepa_loss", "crepa_loss"),
-            ("alignment", "crepa_alignment_score"),
-            ("self-similarity", "crepa_similarity_self"),
-        )
-        if any(line.get(key) is not None for part in parts for line in part)
-    ]
+    parts = first_and_last(lines)
+    keys = ("loss", "diffusion_loss", "crepa_loss", "crepa_alignment_score", "crepa_similarity_self")
+    logged = [key for key in keys if any(line.get(key) is not None for part in parts for line in part)]
+    rows = [(LABELS[key], *(_mean(part, key) for part in parts)) for key in logged]
     starts = [0, *(line["step"] for line in lines)]  # a line stands for the steps since the one before
     spans = []
-    for first, last in ((0, tenth), (len(lines) - tenth, len(lines))):
-        begin, end = starts[first] + 1, starts[last]
+    for first in (0, len(lines) - len(parts[1])):
+        begin, end = starts[first] + 1, starts[first + len(parts[0])]
         spans.append(f"steps {begin}-{end}" if begin < end else f"step {end}")
     screen.table("training, first -> last", ("mean of", *spans), rows)
     screen.rows(
@@ -192,10 +184,10 @@ def _result(run: Run) -> list[tuple[str, str]]:
     root, variant = run.folder.root, run.family.variant
     if run.config.model.model_type == "full":
         load = f'{run.family.spec.transformer_class}.from_pretrained("{root}", subfolder="{variant.transformer}")'
-        return [("transformer", str(root / variant.transformer)), ("load it", load)]
+        return [("transformer", str(run.folder.result_transformer(variant.transformer))), ("load it", load)]
     return [("adapter", str(run.folder.result_adapter)), ("load it", load_call(root, ADAPTER_FILE, variant.expert))]
 
 
 def _mean(lines: Sequence[dict[str, Any]], key: str) -> str:
-    values = [line[key] for line in lines if line.get(key) is not None]
-    return f"{sum(values) / len(values):.4f}" if values else "-"
+    found = mean([line[key] for line in lines if line.get(key) is not None])
+    return "-" if found is None else f"{found:.4f}"

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from crepatrain.config.run_config import unknown_keys
 from crepatrain.errors import UserError
 from crepatrain.records.layout import REPORT_FILE, RunLayout
-from crepatrain.records.reading import read_run, unknown_keys
+from crepatrain.records.reading import note_unknown_keys, read_run
 from crepatrain.reporting.report import write_report
 from crepatrain.screen import Screen
 
@@ -33,8 +34,7 @@ def report(roots: Sequence[Path], output: Path | None, screen: Screen, *, with_m
             write_alignment_map(root, screen)
     else:
         for root in roots:
-            if unknown := unknown_keys(read_run(root).config):
-                screen.note(f"{RunLayout(root).config_file}: {', '.join(unknown)}: unknown to this version of crepatrain")
+            note_unknown_keys(RunLayout(root), unknown_keys(read_run(root).config), screen)
     path = output or (RunLayout(roots[0]).report_file if len(roots) == 1 else Path(REPORT_FILE))
     write_report(roots, path)
     screen.say(f"{path}: open it in a browser")

@@ -184,7 +184,7 @@ def _trained_files(
 ) -> tuple[dict[str, Path], Path | None]:
     """The adapters of a run by label, or the folder of the whole transformer that it trained."""
     if config.model.model_type == "full":
-        transformer = layout.root / family.variant.transformer
+        transformer = layout.result_transformer(family.variant.transformer)
         if options.at:
             raise UserError("--at: this run trained the whole transformer, and keeps only the last one", "leave it out")
         if options.strengths != (1.0,):

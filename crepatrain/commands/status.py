@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from crepatrain.labels import LABELS
 from crepatrain.records.layout import checkpoints
 from crepatrain.records.reading import RunRecord, duration, mean, read_run
 from crepatrain.screen import Screen
@@ -31,13 +32,13 @@ def status(root: Path, screen: Screen) -> None:
 
 
 def _state(run: RunRecord) -> str:
-    state, reason = run.status.get("status", "not begun"), run.status.get("reason")
+    state, reason = run.status.get("status", "not started"), run.status.get("reason")
     words = f"{state}: {reason}" if reason else state
     written = [path.stat().st_mtime for path in (run.layout.metrics, run.layout.status_file) if path.is_file()]
     if state != "running" or not written:
         return words
     silent = time.time() - max(written)
-    words += f", last heard of {duration(silent)} ago"
+    words += f", last written {duration(silent)} ago"
     between = (_step_seconds(run) or 0.0) * run.logging_steps
     return words + ("; it may have died" if silent > max(_SILENT_LINES * between, _SILENT_SECONDS) else "")
 
@@ -53,7 +54,7 @@ def _progress(run: RunRecord) -> str:
         return words
     words += f", {seconds:.3g} s a step"
     left = (total or run.step) - run.step
-    return f"{words}, {duration(left * seconds)} to go" if left else words
+    return f"{words}, {duration(left * seconds)} left" if left else words
 
 
 def _numbers(run: RunRecord) -> str:
@@ -61,14 +62,8 @@ def _numbers(run: RunRecord) -> str:
         return "none logged yet"
     last = run.steps[-1]
     numbers = [
-        f"{name} {last[key]:.4f}"
-        for name, key in (
-            ("loss", "loss"),
-            ("diffusion loss", "diffusion_loss"),
-            ("alignment", "crepa_alignment_score"),
-            ("self-similarity", "crepa_similarity_self"),
-            ("weight", "crepa_weight"),
-        )
+        f"{LABELS[key]} {last[key]:.4f}"
+        for key in ("loss", "diffusion_loss", "crepa_alignment_score", "crepa_similarity_self", "crepa_weight")
         if key in last
     ]
     cutoff = last.get("crepa_cutoff")

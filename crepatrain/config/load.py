@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from crepatrain.config.foreign_keys import FOREIGN_KEYS
 from crepatrain.config.migrations import migrate
 from crepatrain.config.resolved import ResolvedConfig
-from crepatrain.config.run_config import KEYS, RunConfig
+from crepatrain.config.run_config import KEYS, RunConfig, unknown_keys
 from crepatrain.errors import Problem, UserError, closest
 from crepatrain.specs import FAMILIES
 
@@ -108,7 +108,7 @@ def read_run_config(values: object, file: object) -> tuple[ResolvedConfig, tuple
         problems = _explain(error)
         keys = tuple(key for problem in problems for key in problem.keys)
         raise UserError(f"{file} can't be read ({'; '.join(problem.what for problem in problems)})", fix, keys) from error
-    return config, tuple(key for key in migrated if key not in known)
+    return config, tuple(unknown_keys(migrated))
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 In code a key stands in its section, such as `config.crepa.crepa_lambda`. Files and `model_dump` hold one flat object of keys.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -49,7 +49,7 @@ class RunConfig(BaseModel, frozen=True):
     def _into_sections(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        unknown = [key for key in values if key not in KEYS]
+        unknown = unknown_keys(values)
         if unknown:
             raise PydanticCustomError("extra_forbidden", "unknown keys: {keys}", {"keys": ", ".join(map(str, unknown))})
         return {name: {} for name in cls.model_fields} | _by_section(values)
@@ -149,6 +149,11 @@ KEYS: Mapping[str, KeyInfo] = {
     key: KeyInfo(name, field) for name, section in SECTIONS.items() for key, field in section.model_fields.items()
 }
 assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values()), "a key is in one section"
+
+
+def unknown_keys(values: Iterable[str]) -> list[str]:
+    """The keys that this version does not know, as another version may have written them."""
+    return [key for key in values if key not in KEYS]
 
 
 def _by_section(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -135,6 +135,13 @@ def fill_caches(context: Context, caches: Caches) -> None:
         ) from error
 
 
+def filled_caches(context: Context, dataset: Dataset, *, teacher: bool) -> Caches:
+    """The caches of a dataset, with everything in them: named as by `plan_caches`, filled as by `fill_caches`."""
+    caches = plan_caches(context, dataset, teacher=teacher)
+    fill_caches(context, caches)
+    return caches
+
+
 def _text_keys(
     plan: Plan, dataset: Dataset, models: Mapping[str, str], device: torch.device
 ) -> tuple[dict[str, str], str | None]:

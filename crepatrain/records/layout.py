@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from crepatrain.files import UNFINISHED
+
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name under which diffusers looks for an adapter
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"
@@ -51,6 +53,10 @@ class RunLayout:
         """The folder of a checkpoint."""
         return self.checkpoints / numbered("step", step)
 
+    def result_transformer(self, part: str) -> Path:
+        """The folder of the run's last transformer, where a whole one is trained; `part` is its name in a pipeline."""
+        return self.root / part
+
     def adapter(self, name: str, step: int) -> Path:
         """The adapter that a checkpoint leaves for good, even when the checkpoint itself is removed."""
         return self.adapters / f"{numbered(name, step)}.safetensors"
@@ -69,7 +75,7 @@ class RunLayout:
 
     def unfinished_checkpoints(self) -> list[Path]:
         """The checkpoints that a kill has left half written."""
-        return sorted(self.checkpoints.glob("step-*.tmp"))
+        return sorted(self.checkpoints.glob(f"step-*{UNFINISHED}"))
 
     def after(self, step: int) -> list[Path]:
         """Checkpoints, adapters and videos of later steps; from step 0 on every adapter and video, as they are made anew."""

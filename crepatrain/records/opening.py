@@ -1,6 +1,5 @@
 """Opening a run that is there already: its config, its family, the step that is asked for."""
 
-import json
 from pathlib import Path
 
 from crepatrain.config.load import read_run_config
@@ -11,7 +10,7 @@ from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.records.layout import RunLayout
-from crepatrain.records.reading import read_best
+from crepatrain.records.reading import no_run, note_unknown_keys, read_best, read_config_values
 from crepatrain.screen import Screen
 from crepatrain.specs import FAMILIES
 
@@ -22,14 +21,12 @@ def config_of(run: Path, screen: Screen) -> ResolvedConfig:
     Raises:
         UserError: the folder holds no run, or its config is damaged.
     """
-    path = RunLayout(run).config_file
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read ({error})", "give the folder of a run, its output_dir") from error
-    config, unknown = read_run_config(values, path)
-    if unknown:
-        screen.note(f"{path}: {', '.join(unknown)}: unknown to this version of crepatrain, and ignored")
+    layout = RunLayout(run)
+    values = read_config_values(layout)
+    if not values:
+        raise no_run(run)
+    config, unknown = read_run_config(values, layout.config_file)
+    note_unknown_keys(layout, unknown, screen)
     return config
 
 

@@ -1,20 +1,22 @@
 """What a run's folder holds, read without torch: its config, where it stands, what it has logged and made."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from crepatrain.config.migrations import migrate
-from crepatrain.config.run_config import KEYS
 from crepatrain.errors import UserError
 from crepatrain.records.layout import RunLayout, step_of
+from crepatrain.screen import Screen
 
 # Of a number in a run's files: what is drawn of them, sums and products, stays finite.
 _LARGEST = 1e100
+
+_Value = TypeVar("_Value")
 
 _Count = Annotated[int, Field(ge=0, le=10**15)]
 _Positive = Annotated[int, Field(ge=1, le=10**15)]
@@ -139,12 +141,11 @@ def read_run(root: Path) -> RunRecord:
     """
     layout = RunLayout(root)
     if not layout.config_file.is_file() and not layout.metrics.is_file():
-        what = "it holds no run" if root.is_dir() else "no such folder"
-        raise UserError(f"{root}: {what}", "give the output_dir of a run")
+        raise no_run(root)
     return RunRecord(
         root,
         root.resolve().name,
-        config=migrate(_read_object(layout.config_file, _Config), layout.config_file),
+        config=migrate(read_config_values(layout), layout.config_file),
         status=_read_object(layout.status_file, _Status),
         dataset=_read_object(layout.dataset_file, _Dataset),
         best=read_best(root),
@@ -152,9 +153,25 @@ def read_run(root: Path) -> RunRecord:
     )
 
 
-def unknown_keys(config: Mapping[str, Any]) -> list[str]:
-    """The keys of a run's config.json that this version does not know, as a later version may have written them."""
-    return [key for key in config if key not in KEYS]
+def no_run(root: Path) -> UserError:
+    """There is no run in a folder, as what the user can do about it."""
+    what = "it holds no run" if root.is_dir() else "no such folder"
+    return UserError(f"{root}: {what}", "give the output_dir of a run")
+
+
+def read_config_values(layout: RunLayout) -> dict[str, Any]:
+    """The keys of a run's config.json as its version wrote them; empty without the file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return _read_object(layout.config_file, _Config, "fix it, or give another folder")
+
+
+def note_unknown_keys(layout: RunLayout, unknown: Iterable[str], screen: Screen) -> None:
+    """Tell the user which keys of a run's config.json this version does not know, if there are any."""
+    if keys := ", ".join(unknown):
+        screen.note(f"{layout.config_file}: {keys}: unknown to this version of crepatrain, and ignored")
 
 
 def read_best(root: Path) -> dict[str, Any]:
@@ -166,7 +183,7 @@ def read_best(root: Path) -> dict[str, Any]:
     return _read_object(RunLayout(root).best_file, _Best)
 
 
-def _read_object(path: Path, kind: type[_Expected]) -> dict[str, Any]:
+def _read_object(path: Path, kind: type[_Expected], fix: str = "fix or remove it") -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
@@ -175,9 +192,9 @@ def _read_object(path: Path, kind: type[_Expected]) -> dict[str, Any]:
     except ValidationError as error:
         details = error.errors()[0]
         place = ".".join(map(str, details["loc"]))
-        raise UserError(f"{path}: {f'{place}: ' if place else ''}{details['msg']}", "fix or remove it") from error
+        raise UserError(f"{path}: {f'{place}: ' if place else ''}{details['msg']}", fix) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read ({error})", "fix or remove it") from error
+        raise UserError(f"{path} can't be read ({error})", fix) from error
     return found
 
 
@@ -187,12 +204,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line is damaged.
     """
-    if not path.is_file():
-        return []
-    try:
-        texts = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error})", "fix its permissions") from error
+    texts = raw_lines(path)
     lines = []
     for number, text in enumerate(texts, start=1):
         line = _read_line(text)
@@ -204,20 +216,28 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def raw_lines(path: Path) -> list[bytes]:
+    """The lines of a file with their line ends; none without a file.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    if not path.is_file():
+        return []
+    try:
+        return path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error})", "fix its permissions") from error
+
+
 def step_of_line(text: bytes) -> int | None:
-    """The step of a line of a JSON Lines file; None where it is damaged or cut off."""
-    line = _parse_line(text)
+    """The step of a line of a JSON Lines file; None where `read_lines` refuses the line, or leaves it out as cut off."""
+    line = _read_line(text)
     return None if line is None else line["step"]
 
 
 def _read_line(text: bytes) -> dict[str, Any] | None:
-    """The object of a line; None where it is damaged."""
-    line = _parse_line(text)
-    return line if line is not None and all(_fits(key, value) for key, value in line.items()) else None
-
-
-def _parse_line(text: bytes) -> dict[str, Any] | None:
-    """The object of a line without its nulls, whatever its values are but for the step; None where it has none."""
+    """The object of a line without its nulls; None where it is damaged."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -225,8 +245,10 @@ def _parse_line(text: bytes) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         return None
     step = found.get("step")
-    counted = isinstance(step, int) and not isinstance(step, bool) and step >= 0
-    return {key: value for key, value in found.items() if value is not None} if counted else None
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        return None
+    line = {key: value for key, value in found.items() if value is not None}
+    return line if all(_fits(key, value) for key, value in line.items()) else None
 
 
 def _fits(key: str, value: object) -> bool:
@@ -257,6 +279,12 @@ def with_distinct_names(runs: Sequence[RunRecord]) -> list[RunRecord]:
 def mean(values: Sequence[float]) -> float | None:
     """The mean; None where there are no values."""
     return sum(values) / len(values) if values else None
+
+
+def first_and_last(values: Sequence[_Value]) -> tuple[Sequence[_Value], Sequence[_Value]]:
+    """The first and the last tenth, of at least one value each: one step alone says more of its noise than of the training."""
+    tenth = max(len(values) // 10, 1)
+    return values[:tenth], values[-tenth:]
 
 
 def duration(seconds: float) -> str:

@@ -11,8 +11,9 @@ from filelock import FileLock, Timeout
 from crepatrain.config.migrations import migrate
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.errors import UserError
+from crepatrain.files import unfinished_name, written_aside
 from crepatrain.records.layout import RunLayout, checkpoints, set_aside_name, step_of
-from crepatrain.records.reading import read_lines, step_of_line
+from crepatrain.records.reading import raw_lines, read_config_values, read_lines, step_of_line
 from crepatrain.records.same_run import expect_same_config
 from crepatrain.training.checkpoint import replace_json
 
@@ -56,8 +57,11 @@ class RunFolder(RunLayout):
     def claim(self, step: int) -> None:
         """Make the folder this run's, from `step` on.
 
-        Log lines of later steps, as there are where a run goes on from an earlier checkpoint, are removed; later checkpoints,
-        adapters and videos are kept under names that end in .left.
+        Log lines of later steps, as there are where a run goes on from an earlier checkpoint, are removed, and so are damaged
+        ones; later checkpoints, adapters and videos are kept under names that end in .left.
+
+        Raises:
+            UserError: the folder is another run's or can't be written, or another command has trained in it since `inspect`.
         """
         if not self.writes:
             return
@@ -69,10 +73,9 @@ class RunFolder(RunLayout):
         self._expect_same_run()
         if self._checkpoint() != self._seen:
             raise UserError(
-                f"output_dir={self.root}: another command has trained in it while this one was preparing", "give it again"
+                f"output_dir={self.root}: another command has trained in it while this one was preparing",
+                "run the same command again",
             )
-        self.status("running", step)
-        replace_json(self.config_file, self.config.as_file())
         for log in (self.metrics, self.figures):
             _remove_lines_after(log, step)
         self.mark_best()
@@ -80,6 +83,8 @@ class RunFolder(RunLayout):
             shutil.rmtree(unfinished, ignore_errors=True)
         for later in self.after(step):
             _set_aside(later)
+        replace_json(self.config_file, self.config.as_file())
+        self.status("running", step)  # last: whatever fails before leaves the status that the run has ended with
 
     def _acquire_lock(self) -> None:
         """The system frees the lock when this process ends, however it ends."""
@@ -105,19 +110,18 @@ class RunFolder(RunLayout):
                     f"output_dir={self.root}: it is not empty and holds no run ({', '.join(others[:5])})", "give a new folder"
                 )
             return
-        if not checkpoints(self.checkpoints) and not any(line["step"] > 0 for line in self.lines()):
+        if not checkpoints(self.checkpoints) and not self._has_steps():
             return  # it ended before its first step: there is nothing to lose
         expect_same_config(self.root, before, self.config.model_dump())
 
+    def _has_steps(self) -> bool:
+        """Whether a step is logged; a damaged line does not count, as `claim` removes it."""
+        return any((step_of_line(text) or 0) > 0 for text in raw_lines(self.metrics))
+
     def _config_before(self) -> dict[str, Any] | None:
         """The config of the run that the folder holds; None if it holds none, or somebody else's config.json."""
-        if not self.config_file.is_file():
-            return None
-        try:
-            before = json.loads(self.config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.config_file} can't be read ({error})", "give a new output_dir") from None
-        if not isinstance(before, dict) or not {"model_family", "output_dir"} <= before.keys():
+        before = read_config_values(self)
+        if not {"model_family", "output_dir"} <= before.keys():
             return None
         return migrate(before, self.config_file)
 
@@ -154,7 +158,7 @@ class RunFolder(RunLayout):
                 file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(
-                f"{self.metrics} can't be written ({error})", "free disk space, then give the same command"
+                f"{self.metrics} can't be written ({error})", "free disk space, then run the same command again"
             ) from error
 
     def status(self, status: Literal["running", "completed", "stopped", "failed"], step: int, reason: str = "") -> None:
@@ -192,7 +196,7 @@ def rotate(folder: Path, limit: int | None, keep: int | None = None) -> None:
     for old in checkpoints(folder)[: -limit if limit else 0]:
         if step_of(old) == keep:
             continue
-        hidden = old.with_name(f"{old.name}.tmp")
+        hidden = unfinished_name(old)
         old.rename(hidden)  # first out of sight: a half removed folder is never taken for a checkpoint
         shutil.rmtree(hidden, ignore_errors=True)
 
@@ -206,12 +210,13 @@ def _set_aside(path: Path) -> None:
 
 def _remove_lines_after(log: Path, step: int) -> None:
     """Drop the lines of a log that will be written again, and those that can't be read."""
-    if not log.is_file():
-        return
-    lines = log.read_bytes().splitlines()
+    lines = raw_lines(log)
     steps = [step_of_line(line) for line in lines]
     kept = [line for line, at in zip(lines, steps, strict=True) if step > 0 and at is not None and at <= step]
-    if len(kept) != len(lines):
-        aside = log.with_name(f"{log.name}.tmp")
-        aside.write_bytes(b"".join(line + b"\n" for line in kept))
-        aside.replace(log)
+    if len(kept) == len(lines):
+        return
+    try:
+        with written_aside(log) as aside:
+            aside.write_bytes(b"".join(line.rstrip() + b"\n" for line in kept))
+    except OSError as error:
+        raise UserError(f"{log} can't be written ({error})", "free disk space, or fix its permissions") from error

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from crepatrain.records.reading import RunRecord, mean
+from crepatrain.records.reading import RunRecord, first_and_last, mean
 
 # A curve is drawn with at most about so many points: more than a screen is wide shows nothing more.
 _POINTS = 900
@@ -259,10 +259,10 @@ def sigma_charts(runs: Sequence[RunRecord]) -> list[Chart]:
         charts.append(_chart(curve, series))
     bars = []
     for index, run in enumerate(runs):
-        tenth = max(len(run.steps) // 10, 1)
-        parts = [(run.name, run_color(index, len(runs)), run.steps[-tenth:])]
+        first, last = first_and_last(run.steps)
+        parts = [(run.name, run_color(index, len(runs)), last)]
         if len(runs) == 1:
-            parts = [("first tenth", "muted", run.steps[:tenth]), ("last tenth", "c0", run.steps[-tenth:])]
+            parts = [("first tenth", "muted", first), ("last tenth", "c0", last)]
         for name, color, lines in parts:
             means = [(number, mean(_of_sigma(lines, one)[1])) for number, one in enumerate(ranges)]
             found = [(number, value) for number, value in means if value is not None]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from crepatrain.config.run_config import KEYS
-from crepatrain.records.reading import RunRecord, duration, mean, read_lines
+from crepatrain.labels import LABELS
+from crepatrain.records.reading import RunRecord, duration, first_and_last, mean, read_lines
 from crepatrain.reporting.charts import Chart, figure_charts, sections
 from crepatrain.reporting.heatmap import map_section
 
@@ -16,6 +17,8 @@ _VIDEO_BYTES = 24 << 20
 _CLIPS_SHOWN = 40
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; media-src data:"
+# The numbers of the summary.
+_SUMMED_UP = ("diffusion_loss", "crepa_alignment_score", "crepa_similarity_self")
 _STATES = {"completed", "running", "stopped", "failed"}
 
 
@@ -67,10 +70,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequen
 
 
 def _summary(runs: Sequence[RunRecord]) -> str:
-    header = ("run", "state", "#steps", "#diffusion loss", "#alignment", "#self-similarity", "#s / step", "#time", "#memory")
+    header = ("run", "state", "#steps", *(f"#{LABELS[key]}" for key in _SUMMED_UP), "#s / step", "#time", "#memory")
     rows = []
     for run in runs:
-        state = run.status.get("status", "not begun")
+        state = run.status.get("status", "not started")
         chip = f'<span class="state {state if state in _STATES else ""}">{_escape(state)}</span>'
         reason = run.status.get("reason")
         seconds, memory = run.column("step_seconds")[1], run.column("peak_memory_gib")[1]
@@ -80,7 +83,7 @@ def _summary(runs: Sequence[RunRecord]) -> str:
                 f"{_escape(run.name)}<br><code>{_escape(run.root)}</code>",
                 chip + (f"<p>{_escape(reason)}</p>" if reason else ""),
                 steps,
-                *(_first_to_last(run, key) for key in ("diffusion_loss", "crepa_alignment_score", "crepa_similarity_self")),
+                *(_first_to_last(run, key) for key in _SUMMED_UP),
                 f"{sorted(seconds)[len(seconds) // 2]:.3g}" if seconds else "-",
                 duration(sum(seconds) * run.logging_steps) if seconds else "-",
                 f"{max(memory):.1f} GiB" if memory else "-",
@@ -92,8 +95,7 @@ def _summary(runs: Sequence[RunRecord]) -> str:
 
 def _first_to_last(run: RunRecord, key: str) -> str:
     _, values = run.column(key)
-    tenth = max(len(values) // 10, 1)
-    first, last = mean(values[:tenth]), mean(values[-tenth:])
+    first, last = map(mean, first_and_last(values))
     return "-" if first is None or last is None else f"{first:.4f} &rarr; <b>{last:.4f}</b>"
 
 

@@ -11,8 +11,15 @@ from crepatrain.records.events import CheckpointSaved
 from crepatrain.records.reading import read_best
 from crepatrain.records.runfolder import rotate
 from crepatrain.running.session import Run
-from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, write_checkpoint
-from crepatrain.training.lora import trained_state
+from crepatrain.training.checkpoint import (
+    FINGERPRINT_FILE,
+    STATE_FILE,
+    average_file,
+    optimizer_file,
+    weights_file,
+    write_checkpoint,
+)
+from crepatrain.training.lora import is_adapted, trained_state
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,25 +43,27 @@ def save(run: Run) -> None:
 
 def gather(run: Run) -> Gathered:
     """Bring together what the processes hold. Every process comes here."""
-    transformer = run.transformer
-    tensors = {TRAINED_FILE[run.config.model.model_type]: trained_state(transformer.module)}
-    if transformer.average:
-        with transformer.average.in_place():
-            tensors[EMA_FILE] = {name: tensor.clone() for name, tensor in trained_state(transformer.module).items()}
-    if run.projector:
-        tensors["projector"] = run.projector.state_dict()
+    tensors = {}
+    for name, model in run.models.items():
+        tensors[weights_file(name, adapted=is_adapted(model.module))] = trained_state(model.module)
+        if model.average:
+            with model.average.in_place():
+                average = {key: tensor.clone() for key, tensor in trained_state(model.module).items()}
+            tensors[average_file(name)] = average
     return Gathered(
         tensors,
-        trees={f"{name}_learner": model.optimizer.state_dict() for name, model in run.models.items()},
-        plain={"state": run.state.state_dict(), "fingerprint": run.fingerprint},
+        trees={optimizer_file(name): model.optimizer.state_dict() for name, model in run.models.items()},
+        plain={STATE_FILE: run.state.state_dict(), FINGERPRINT_FILE: run.fingerprint},
     )
 
 
 def _write(run: Run, gathered: Gathered) -> None:
     step, folder = run.state.step, run.folder
     # The result first: a kill in between then leaves no checkpoint without it.
-    weights = gathered.tensors[EMA_FILE if run.transformer.average else TRAINED_FILE[run.config.model.model_type]]
-    write_result(folder, run.config, run.family, run.fingerprint, run.transformer.module, step, weights=weights)
+    transformer = run.transformer
+    average, own = average_file("transformer"), weights_file("transformer", adapted=is_adapted(transformer.module))
+    weights = gathered.tensors[average if transformer.average else own]
+    write_result(folder, run.config, run.family, run.fingerprint, transformer.module, step, weights=weights)
     path = folder.checkpoint(step)
     write_checkpoint(path, gathered.tensors, gathered.trees, gathered.plain)
     rotate(folder.checkpoints, run.config.loop.checkpoints_total_limit, keep=read_best(folder.root).get("step"))

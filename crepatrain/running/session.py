@@ -27,6 +27,7 @@ from crepatrain.records.runfolder import RunFolder
 from crepatrain.running.start import RunStart
 from crepatrain.tensors import Batch
 from crepatrain.training import build
+from crepatrain.training.checkpoint import optimizer_file, weights_file
 from crepatrain.training.checkpoint_content import read_optimizer, read_trained, read_weights
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.ema import WeightAverage
@@ -200,7 +201,7 @@ def restore_modules(checkpoint: Path, transformer: nn.Module, projector: nn.Modu
     """
     load_trained_state(transformer, read_trained(checkpoint, transformer))
     if projector:
-        projector.load_state_dict(read_weights(checkpoint, "projector", projector))
+        projector.load_state_dict(read_weights(checkpoint, weights_file("projector"), projector))
 
 
 def _restore(checkpoint: Path, models: Mapping[str, Trained]) -> None:
@@ -209,7 +210,7 @@ def _restore(checkpoint: Path, models: Mapping[str, Trained]) -> None:
     restore_modules(checkpoint, transformer.module, models["projector"].module if "projector" in models else None)
     for name, model in models.items():
         own = model.optimizer
-        own.load_state_dict(read_optimizer(checkpoint, f"{name}_learner", own.optimizer, own.lr_scheduler))
+        own.load_state_dict(read_optimizer(checkpoint, optimizer_file(name), own.optimizer, own.lr_scheduler))
     if transformer.average:
         with transformer.average.in_place():
             load_trained_state(transformer.module, read_trained(checkpoint, transformer.module, average=True))

@@ -15,7 +15,7 @@ from crepatrain.adapters.loading import load_initial_adapter
 from crepatrain.data.loader import StepSampler
 from crepatrain.errors import UserError
 from crepatrain.preparing.context import Context
-from crepatrain.preparing.precompute import Caches, fill_caches, plan_caches
+from crepatrain.preparing.precompute import Caches, fill_caches, filled_caches, plan_caches
 from crepatrain.preparing.preflight import Dataset, build_sampler, read_datasets, samples_digest, total_steps
 from crepatrain.records.same_run import expect_same_fingerprint
 from crepatrain.training import build
@@ -94,11 +94,7 @@ def fill_all_caches(context: Context, start: RunStart) -> Caches | None:
         Stopped: a signal came; every entry written so far stays.
     """
     fill_caches(context, start.caches)
-    if start.held is None:
-        return None
-    held = plan_caches(context, start.held, teacher=start.state.asks_teacher)
-    fill_caches(context, held)
-    return held
+    return None if start.held is None else filled_caches(context, start.held, teacher=start.state.asks_teacher)
 
 
 def _fingerprint(caches: Caches, sampler: StepSampler, total: int) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from crepatrain.data.encode import video_facts
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.files import written_aside
-from crepatrain.records.layout import ADAPTER_FILE, BESIDE_BASE, RunLayout, checkpoints, set_aside_name
+from crepatrain.records.layout import ADAPTER_FILE, BESIDE_BASE, RunLayout, checkpoints, set_aside_name, step_of
 from crepatrain.records.opening import adapter_name
 from crepatrain.records.reading import RunRecord
 from crepatrain.screen import Screen
 from crepatrain.sharing.model_card import Card, Shown
-from crepatrain.training.checkpoint import read_plain
+from crepatrain.training.checkpoint_content import read_fingerprint
 
 # At most so many videos of `sample`, the newest first, beside the newest of validation and the base's.
 _SAMPLES = 4
@@ -46,7 +46,7 @@ def find_result(root: Path, config: ResolvedConfig, family: Family, step: int | 
         step: whose adapter; None: the last.
 
     Raises:
-        UserError: there is none, or the adapter would do nothing.
+        UserError: there is none, the adapter would do nothing, or the last checkpoint of a whole transformer is damaged.
     """
     layout = RunLayout(root)
     if config.model.model_type == "full":
@@ -55,14 +55,15 @@ def find_result(root: Path, config: ResolvedConfig, family: Family, step: int | 
                 f"--step {step}: this run trained the whole transformer, and keeps only the last one", "leave --step out"
             )
         part, found = family.variant.transformer, checkpoints(layout.checkpoints)
-        paths = sorted(path for path in (root / part).glob("*") if path.is_file())
+        folder = layout.result_transformer(part)
+        paths = sorted(path for path in folder.glob("*") if path.is_file())
         if not paths or not found:
-            raise UserError(f"{root / part}: there is no transformer yet", "train first")
-        state, fingerprint = read_plain(found[-1], "state"), read_plain(found[-1], "fingerprint")
+            raise UserError(f"{folder}: there is no transformer yet", "train first")
+        fingerprint, last = read_fingerprint(found[-1]), step_of(found[-1])
         return Result(
             part,
             {f"{part}/{path.name}": path for path in paths},
-            recipe(config, family, fingerprint, state["step"], (), averaged=config.optim.use_ema),
+            recipe(config, family, fingerprint, last, (), averaged=config.optim.use_ema),
         )
     name = adapter_name(config.loop, family)
     path = layout.result_adapter if step is None else layout.adapter(name, step)
@@ -102,7 +103,7 @@ def _place(path: Path, run: RunRecord) -> str:
 
 
 def write_card(path: Path, card: Card, on_hub: str | None, screen: Screen) -> None:
-    """Write the card into the run's folder, over the one that the repository has, or else over the one in the folder.
+    """Write the card into the run's folder: what is new of it, in the repository's card, or else in the one of the folder.
 
     Args:
         on_hub: the repository's card; None where it has none, or was not asked.
@@ -118,7 +119,7 @@ def write_card(path: Path, card: Card, on_hub: str | None, screen: Screen) -> No
     try:
         if None not in (own, on_hub) and own != on_hub:
             aside = path.replace(set_aside_name(path))
-            screen.note(f"the hub's card was taken over {path}, which differed: that one is {aside} now")
+            screen.note(f"{path} was replaced by the card on the hub; the old file is kept as {aside}")
         with written_aside(path) as aside:
             aside.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:

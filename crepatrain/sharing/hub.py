@@ -1,21 +1,25 @@
 """The Hugging Face hub: who the user is there, what a repository holds, and uploading to it."""
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, hf_hub_download
 from huggingface_hub.errors import (
+    FileMetadataError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
 
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.errors import UserError
@@ -78,13 +82,44 @@ def upload(repo: str, files: Mapping[str, Path], *, private: bool, message: str)
         The repository's address, and whether it is private.
 
     Raises:
-        UserError: the hub can't be reached, or refuses.
+        UserError: a file can't be read, or the hub can't be reached, or refuses.
     """
     api = HfApi()
+    operations = [_operation(place, path) for place, path in files.items()]
+    if CARD_FILE in files:
+        _expect_accepted(repo, files[CARD_FILE])
     with _readable_errors(repo):
         url = api.create_repo(repo, private=private, exist_ok=True)
-        api.create_commit(repo, [CommitOperationAdd(place, str(path)) for place, path in files.items()], commit_message=message)
+        api.create_commit(repo, operations, commit_message=message)
         return str(url), bool(api.model_info(repo).private)
+
+
+def _operation(place: str, path: Path) -> CommitOperationAdd:
+    """The upload of a file, which is read here for its digest."""
+    try:
+        return CommitOperationAdd(place, str(path))
+    except (OSError, ValueError) as error:  # a ValueError where there is no file
+        raise _cannot_read(path, error) from error
+
+
+def _cannot_read(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} can't be read ({error})", "put it back or fix its permissions, then `crepatrain push`")
+
+
+def _expect_accepted(repo: str, path: Path) -> None:
+    """Ask the hub whether it accepts a card, before anything is made there."""
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError) as error:
+        raise _cannot_read(path, error) from error
+    with _readable_errors(repo):
+        try:
+            card.validate()
+        except HfHubHTTPError:
+            raise
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{repo}: the hub does not accept the card ({reason})", f"fix the metadata of {path}") from error
 
 
 @contextmanager
@@ -102,8 +137,11 @@ def _readable_errors(repo: str) -> Iterator[None]:
         if code in {401, 403}:
             raise UserError(f"{repo}: the hub does not let you write there ({reason})", _TOKEN) from error
         raise UserError(f"{repo}: the hub answered {code} ({reason})", "try `crepatrain push` again later") from error
-    except ValueError as error:  # the card's metadata
-        reason = " ".join(str(error).split())
-        raise UserError(f"{repo}: the hub does not accept the card ({reason})", f"fix the metadata of {CARD_FILE}") from error
-    except (HTTPError, OSError) as error:
+    except json.JSONDecodeError as error:
+        fix = "try `crepatrain push` again later, or from another network"
+        raise UserError(f"{repo}: {constants.ENDPOINT} does not answer as the hub does ({error})", fix) from error
+    except (HTTPError, ConnectionError, TimeoutError, FileMetadataError, LocalEntryNotFoundError) as error:
         raise UserError(f"{repo}: {constants.ENDPOINT} can't be reached ({error})", "connect, then `crepatrain push`") from error
+    except OSError as error:
+        fix = "free disk space or fix its permissions, then `crepatrain push`"
+        raise UserError(f"{repo}: a file of this machine can't be read or written ({error})", fix) from error

@@ -11,16 +11,13 @@ from yaml import YAMLError
 from crepatrain.adapters.compatibility import comfyui_hint, load_call
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
-from crepatrain.records.reading import RunRecord, mean
+from crepatrain.labels import LABELS
+from crepatrain.records.reading import RunRecord, first_and_last, mean
 
 # What is between these is written anew each time; the rest of a card is its owner's.
 _BEGIN, _END = "<!-- crepatrain: begin, written anew by `crepatrain push` -->", "<!-- crepatrain: end -->"
 _TASKS = {"t2v": ("text-to-video", "text"), "i2v": ("image-to-video", "text and a first frame")}
-_NUMBERS = (
-    ("diffusion loss", "diffusion_loss"),
-    ("alignment with the teacher", "crepa_alignment_score"),
-    ("self-similarity", "crepa_similarity_self"),
-)
+_NUMBERS = ("diffusion_loss", "crepa_alignment_score", "crepa_similarity_self")
 
 
 @dataclass(frozen=True)
@@ -200,12 +197,10 @@ class Card:
     def _numbers(self) -> list[tuple[str, str, str]]:
         """Of the steps behind these weights."""
         found = []
-        for name, key in _NUMBERS:
-            values = self._column(key)
-            tenth = max(len(values) // 10, 1)
-            first, last = mean(values[:tenth]), mean(values[-tenth:])
+        for key in _NUMBERS:
+            first, last = map(mean, first_and_last(self._column(key)))
             if first is not None and last is not None:
-                found.append((name, f"{first:.4f}", f"{last:.4f}"))
+                found.append((LABELS[key], f"{first:.4f}", f"{last:.4f}"))
         losses = self._column("eval_loss")
         if losses:
             found.append(("loss of held-out clips", f"{losses[0]:.4f}", f"{losses[-1]:.4f}"))

@@ -11,14 +11,37 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crepatrain.errors import UserError
-from crepatrain.files import flush, written_aside
+from crepatrain.files import flush, unfinished_name, written_aside
 
-# Files of a checkpoint: what training moves, and the average of that.
-TRAINED_FILE = {"lora": "adapter", "full": "transformer"}
-EMA_FILE = "ema"
+# The files of a checkpoint, without the ends of their names.
+STATE_FILE = "state"
+FINGERPRINT_FILE = "fingerprint"
+# What training moves of the transformer, and the average of that.
+_TRAINED_FILE = {"lora": "adapter", "full": "transformer"}
+_EMA_FILE = "ema"
 
 _TENSOR = "__tensor__"
 _PAIRS = "__pairs__"
+
+
+def weights_file(model: str, *, adapted: bool = False) -> str:
+    """The file with the weights of a trained model: "transformer" or "projector".
+
+    Args:
+        adapted: whether the model has an adapter, which is then all that is trained of it.
+    """
+    return _TRAINED_FILE["lora" if adapted else "full"] if model == "transformer" else model
+
+
+def average_file(model: str) -> str:
+    """The file with the average of a trained model's weights, which only the transformer has."""
+    assert model == "transformer", model
+    return _EMA_FILE
+
+
+def optimizer_file(model: str) -> str:
+    """The two files with the states of a trained model's optimizer and of its learning-rate schedule."""
+    return f"{model}_learner"
 
 
 def write_checkpoint(
@@ -35,7 +58,7 @@ def write_checkpoint(
     Raises:
         UserError: the disk is full or can't be written to.
     """
-    aside = folder.with_name(folder.name + ".tmp")
+    aside = unfinished_name(folder)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)

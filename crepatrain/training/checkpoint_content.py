@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from crepatrain.training.checkpoint import EMA_FILE, TRAINED_FILE, read_plain, read_tensors, read_tree, unusable
+from crepatrain.training.checkpoint import (
+    FINGERPRINT_FILE,
+    STATE_FILE,
+    average_file,
+    read_plain,
+    read_tensors,
+    read_tree,
+    unusable,
+    weights_file,
+)
 from crepatrain.training.lora import is_adapted, trained_state
 
 
@@ -58,7 +67,7 @@ def read_state(folder: Path, *, crepa: bool) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or damaged, or does not hold such a state.
     """
-    path, content = folder / "state.json", read_plain(folder, "state")
+    path, content = folder / f"{STATE_FILE}.json", read_plain(folder, STATE_FILE)
     _check(path, content, _State)
     sums, counts = content["window"]["sums"], content["window"]["counts"]
     if sums.keys() != counts.keys():
@@ -74,8 +83,8 @@ def read_fingerprint(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or damaged, or holds something else.
     """
-    content = read_plain(folder, "fingerprint")
-    _check(folder / "fingerprint.json", content, _Fingerprint)
+    content = read_plain(folder, FINGERPRINT_FILE)
+    _check(folder / f"{FINGERPRINT_FILE}.json", content, _Fingerprint)
     return content
 
 
@@ -99,7 +108,7 @@ def read_trained(folder: Path, transformer: nn.Module, *, average: bool = False)
     Raises:
         UserError: the file is missing or damaged, or its tensors are not this transformer's by names and shapes.
     """
-    name = EMA_FILE if average else TRAINED_FILE["lora" if is_adapted(transformer) else "full"]
+    name = average_file("transformer") if average else weights_file("transformer", adapted=is_adapted(transformer))
     return _read_matching(folder, name, trained_state(transformer))
 
 

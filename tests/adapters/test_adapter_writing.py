@@ -351,7 +351,7 @@ def test_an_adapter_is_exported_anew_from_its_checkpoint_or_from_its_file(fake_r
     assert header(root / "mine.safetensors")["crepatrain.step"] == "2"
     assert {tensor.dtype for tensor in load_file(root / "mine.safetensors").values()} == {torch.bfloat16}
 
-    with pytest.raises(UserError, match=r"mine.safetensors: there is something already"):
+    with pytest.raises(UserError, match=r"mine.safetensors: it already exists"):
         export(root, 2, None, root / "mine.safetensors", Screen(quiet=True))
 
     export(root, 1, None, None, Screen())
@@ -384,7 +384,7 @@ def test_no_export_takes_the_place_of_somebodys_files(fake_run, wan, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(wan, base)
     before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"--output .*base: there is something already\n.*new name"):
+    with pytest.raises(UserError, match=r"--output .*base: it already exists\n.*new name"):
         export(run.folder.root, None, None, base, Screen(quiet=True))
     assert before == {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
 
@@ -412,7 +412,7 @@ def test_what_cant_be_exported_is_reported(fake_run, tmp_path):
         export(run.folder.root, 3, None, None, quiet)
     with pytest.raises(UserError, match=r"is a \.safetensors file"):
         export(run.folder.root, None, None, tmp_path / "folder", quiet)
-    with pytest.raises(UserError, match=r"can't be read .*\n.*output_dir"):
+    with pytest.raises(UserError, match=r"nowhere: no such folder\n.*output_dir"):
         export(tmp_path / "nowhere", None, None, None, quiet)
 
 

@@ -80,7 +80,7 @@ def test_what_cant_be_merged_is_reported(wan, tmp_path):
     adapter(wan, file, seed=0)
     with pytest.raises(UserError, match="--strength: 2 for 1 adapters"):
         merge(str(wan), [file], [1.0, 2.0], tmp_path / "out", "float32", QUIET)
-    with pytest.raises(UserError, match="there is something already"):
+    with pytest.raises(UserError, match="it already exists"):
         merge(str(wan), [file], [1.0], wan, "float32", QUIET)
     for strength in (float("nan"), float("inf")):
         with pytest.raises(UserError, match=f"--strength: {strength} is not a finite number"):

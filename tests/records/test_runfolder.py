@@ -51,6 +51,43 @@ def test_a_damaged_line_is_named_and_goes_when_the_run_goes_on(folder: RunFolder
     assert not folder.best_file.exists()
 
 
+def test_a_line_with_a_wrong_value_goes_too(folder: RunFolder):
+    with folder.metrics.open("a", encoding="utf-8") as file:
+        file.write('{"step": 2, "loss": "x"}\n{"step": 2, "eval_loss": NaN}\n')
+    folder.checkpoint(2).mkdir(parents=True)
+    with folder:
+        folder.inspect()
+        folder.claim(2)
+    assert [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()] == LINES
+
+
+def test_a_damaged_line_does_not_stop_a_run_without_a_checkpoint(folder: RunFolder):
+    """Neither one that has logged steps, nor one that ended before its first step, whose folder any config may have."""
+    with folder.metrics.open("a", encoding="utf-8") as file:
+        file.write("rubbish\n")
+    with folder:
+        assert folder.inspect() is None
+        folder.claim(0)
+    assert folder.lines() == []
+    folder.metrics.write_text('rubbish\n{"step": 1, "loss": "x"}\n', encoding="utf-8")
+    other = RunFolder(folder.config.changed(learning_rate=0.5))
+    with other:
+        assert other.inspect() is None
+
+
+def test_a_claim_that_fails_leaves_the_status(folder: RunFolder):
+    folder.status("stopped", 2)
+    before = folder.status_file.read_bytes()
+    folder.checkpoint(2).mkdir(parents=True)
+    folder.best_file.unlink(missing_ok=True)
+    folder.best_file.mkdir()  # what no file can replace
+    with folder:
+        folder.inspect()
+        with pytest.raises(UserError, match=r"best\.json can't be written"):
+            folder.claim(2)
+    assert folder.status_file.read_bytes() == before
+
+
 def test_later_steps_are_set_aside_and_a_second_time_replace_the_first(folder: RunFolder):
     for times in range(2):
         for step in (2, 4):

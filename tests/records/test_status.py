@@ -22,8 +22,8 @@ def lines_of(root: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def test_five_lines_say_it(tmp_path: Path, capsys):
     state, progress, numbers, saved, validation = lines_of(write_run(tmp_path / "run"), capsys)
-    assert state.startswith("state       running, last heard of 0:00:0")
-    assert progress == "progress    step 40 of 100 (40%), 2 s a step, 0:02:00 to go"
+    assert state.startswith("state       running, last written 0:00:0")
+    assert progress == "progress    step 40 of 100 (40%), 2 s a step, 0:02:00 left"
     assert numbers.split(maxsplit=1)[1] == (
         "loss 0.2500  diffusion loss 0.5000  alignment 0.7500  self-similarity 0.5000  weight 0.3000  CREPA on"
     )
@@ -62,7 +62,7 @@ def test_a_run_that_fell_silent_may_have_died(tmp_path: Path, capsys):
     long_ago = time.time() - 4000
     for name in ("metrics.jsonl", "status.json"):
         os.utime(root / name, (long_ago, long_ago))
-    assert lines_of(root, capsys)[0] == "state       running, last heard of 1:06:40 ago; it may have died"
+    assert lines_of(root, capsys)[0] == "state       running, last written 1:06:40 ago; it may have died"
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path, capsys):

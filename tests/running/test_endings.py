@@ -205,7 +205,7 @@ def test_a_command_that_was_preparing_takes_no_place_of_one_that_has_trained(con
     assert late.inspect() is None
     folder = train(config_file, max_train_steps=2)
     before = snapshot(folder)
-    with pytest.raises(UserError, match=r"another command has trained in it while this one was preparing\n.*give it again"):
+    with pytest.raises(UserError, match=r"another command has trained in it while this one was preparing\n.*same command again"):
         late.claim(0)
     assert {path: content for path, (content, _) in before.items()} == {
         path: content for path, (content, _) in snapshot(folder).items()

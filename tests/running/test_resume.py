@@ -66,6 +66,18 @@ def test_a_run_that_died_repeats_no_line(config_file: Write, tmp_path: Path):
     expect_same_run(whole, parts)
 
 
+def test_a_run_with_damaged_lines_goes_on_without_them(config_file: Write, tmp_path: Path):
+    changes = {"max_train_steps": 4, "checkpointing_steps": 2}
+    whole = train(config_file, output_dir=str(tmp_path / "whole"), **changes)
+    parts = train(config_file, output_dir=str(tmp_path / "parts"), max_train_steps=2, checkpointing_steps=2)
+    with (parts / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('rubbish\n{"step": 2, "loss": "x"}\n')
+    train(config_file, output_dir=str(parts), **changes)
+    assert column(parts, "step") == [1, 2, 3, 4]
+    assert status(parts)["status"] == "completed"
+    expect_same_run(whole, parts)
+
+
 def test_a_run_that_died_within_a_logging_window_logs_the_whole_window(config_file: Write, tmp_path: Path):
     changes = {"max_train_steps": 6, "checkpointing_steps": 3, "logging_steps": 2}
     whole = train(config_file, output_dir=str(tmp_path / "whole"), **changes)

@@ -22,6 +22,7 @@ from crepatrain.console import Screen
 from crepatrain.errors import UserError
 from crepatrain.records.events import CheckpointSaved
 from crepatrain.running import validation
+from crepatrain.sharing.hub import upload
 from crepatrain.stopping import Stopped
 
 PROMPTS = ["a red square", 'with "quotes" | and: übel']
@@ -173,7 +174,7 @@ def test_a_card_of_ones_own_is_set_aside_for_the_hubs(trained, hub, capsys):
     card = trained / "README.md"
     card.write_text(card.read_text(encoding="utf-8") + "\nmy words\n", encoding="utf-8")
     push(trained, Screen())
-    assert "README.md.left now" in " ".join(capsys.readouterr().out.split())
+    assert "the old file is kept as" in " ".join(capsys.readouterr().out.split())
     assert "my words" in (trained / "README.md.left").read_text(encoding="utf-8")
     assert b"my words" not in hub.repos["me/crush"]["README.md"]
 
@@ -290,7 +291,7 @@ def test_a_card_that_the_hub_dislikes_is_reported(trained, hub):
     hub.dislikes = "license is odd"
     with pytest.raises(UserError, match=r"me/crush: .*license is odd"):
         push(trained, Screen(quiet=True))
-    assert hub.repos["me/crush"] == {}
+    assert hub.repos == {}, "nothing is made there"
 
 
 @pytest.mark.parametrize(
@@ -316,6 +317,21 @@ def test_a_whole_transformer_is_pushed_as_a_folder(hub, config_file, tmp_path):
     assert 'WanTransformer3DModel.from_pretrained("me/run", subfolder="transformer"' in text
     assert "finetune" not in text  # its base is no repository
     assert "A whole transformer" in text
+
+
+def test_a_file_that_is_gone_is_not_the_hubs_fault(hub, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    files = {"README.md": tmp_path / "README.md", "video.mp4": tmp_path / "video.mp4"}
+    with pytest.raises(UserError, match=r"video\.mp4 can't be read"):
+        upload("me/run", files, private=True, message="a step")
+    assert hub.asked == []
+
+
+def test_a_damaged_checkpoint_of_a_whole_transformer_is_reported(hub, config_file, tmp_path):
+    fit(read_plan(config_file(model_type="full", max_train_steps=1)), Screen(quiet=True))
+    (tmp_path / "run" / "checkpoints" / "step-000001" / "fingerprint.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"fingerprint\.json can't be read"):
+        push(tmp_path / "run", Screen(quiet=True), dry=True)
 
 
 def test_an_untrained_adapter_is_not_pushed(hub, config_file, tmp_path):
