@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from crepatrain.screen import Screen
     from crepatrain.training.context import Context
 
+# Of the run that the fixture `trained` makes.
+PROMPTS = ["a square", "another square moves"]
+
 
 def tiny_family(name: str = "wan", size: str = "tiny", **options: Any) -> "Family":
     """A family as one of its tiny checkpoints is.
@@ -78,3 +81,9 @@ def tiny_values(wan: Path, clips: Path, output_dir: Path, factory: pytest.TempPa
         "crepa_encoder": str(wan / "encoder"),
         "crepa_encoder_image_size": "grid",
     }
+
+
+def frames_of(path):
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

@@ -9,10 +9,11 @@ import pytest
 import torch
 from common import context_of, render_image, tiny_family
 
+from crepatrain.commands.fit import fit
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
-from crepatrain.preparing.preflight import Dataset, build_sampler, image_bytes, latents_bytes, read_dataset
+from crepatrain.preparing.preflight import Dataset, build_sampler, image_bytes, latents_bytes, read_dataset, read_datasets
 
 
 class Listening(Screen):
@@ -218,3 +219,22 @@ def test_a_counted_caption_is_as_long_as_the_encoded_one(tiny_checkpoint, captio
     with torch.no_grad():
         (text,) = family.encode_text(family.load_text_encoder(folder, torch.float32), [caption])
     assert family.count_tokens(folder, [caption]) == [text["prompt_embeds"].shape[0]]
+
+
+# Held-out clips
+
+
+def test_what_is_held_out_is_not_trained_on(config_file, clips):
+    with pytest.raises(UserError, match=r"eval_data: .*clip-0.mp4 is in train_data too \(3 in all\)"):
+        fit(read_plan(config_file(eval_data=str(clips))), Screen(quiet=True))
+
+
+def test_a_share_is_held_out_by_content(config_file):
+    whole = read_dataset(context_of(read_plan(config_file())))
+    digests = {window.clip.digest for window in whole.clips.windows}
+    shares = sorted(int(digest[:8], 16) / 2**32 for digest in digests)
+    trained, held = read_datasets(context_of(read_plan(config_file(eval_share=(shares[0] + shares[1]) / 2))))
+    assert {window.clip.digest for window in held.clips.windows} == {min(digests, key=lambda d: int(d[:8], 16))}
+    assert len(trained.clips.windows) + len(held.clips.windows) == len(whole.clips.windows)
+    with pytest.raises(UserError, match="none of the clips would be held out"):
+        read_datasets(context_of(read_plan(config_file(eval_share=shares[0] / 2))))

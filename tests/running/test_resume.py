@@ -200,3 +200,23 @@ def test_a_mistake_before_the_first_step_does_not_claim_the_folder(config_file: 
         train(config_file, train_data=str(own), missing_captions="skip", num_frames=81)
     folder = train(config_file, train_data=str(own), missing_captions="empty", max_train_steps=1)
     assert status(folder)["status"] == "completed"
+
+
+def test_a_resume_from_an_earlier_step_forgets_what_came_later(trained, tmp_path):
+    """Lines, figures, videos and adapters of abandoned steps don't mix with those that take their place."""
+    root = tmp_path / "run"
+    shutil.copytree(trained, root)
+    config = json.loads((root / "config.json").read_text()) | {"output_dir": str(root), "checkpoints_total_limit": None}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | {"max_train_steps": 6}), encoding="utf-8")
+    fit(read_plan(path), Screen(quiet=True))
+    (root / "samples" / "figures.jsonl").open("a").write('{"step": 6, "promp')  # a kill
+    path.write_text(json.dumps(config | {"max_train_steps": 5, "resume_from_checkpoint": "step-000004"}), encoding="utf-8")
+    fit(read_plan(path), Screen(quiet=True))
+    assert not (root / "samples" / "step-000006.mp4").exists()
+    assert not (root / "adapters" / "adapter-000006.safetensors").exists()
+    assert (root / "adapters" / "adapter-000006.safetensors.left").exists()
+    steps = [json.loads(line)["step"] for line in (root / "samples" / "figures.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [0, 2, 4, 5]
+    assert len(steps) == 2 * 4
+    assert json.loads((root / "best.json").read_text())["step"] <= 5

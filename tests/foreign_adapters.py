@@ -1,24 +1,13 @@
-"""What diffusers and ComfyUI do with adapter files, reported before they do it."""
+"""Adapter files in the ways that programs have: right ones and wrong ones."""
 
 import json
-import re
 
-import diffusers
-import pytest
 import torch
 from common import tiny_family
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
-
-from crepatrain import cli
-from crepatrain.adapters.adapter_file import Model, read_adapter
-from crepatrain.adapters.compatibility import diffusers_compatibility
-from crepatrain.commands.verify import verify
-from crepatrain.console import Screen
-from crepatrain.errors import UserError
-from crepatrain.specs import FAMILIES
 
 RANK = 4
+
+
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "ffn.net.0.proj", "ffn.net.2", "to_query", "to_key"]
 TARGETS += ["add_k_proj", "add_v_proj", "to_value", "out_layer", "in_layer"]
 
@@ -431,27 +420,6 @@ WRONG = {
 }
 
 
-@pytest.fixture(scope="module")
-def foreign():
-    made = {}
-
-    def of(family, size=None):
-        return made.setdefault((family, size), Foreign(family, size))
-
-    return of
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_what_would_be_ignored_or_is_wrong_is_reported_with_its_reason(case, foreign, tiny_checkpoint, tmp_path):
-    family, make, reason = WRONG[case]
-    tensors, metadata = make(foreign(family))
-    path = tmp_path / "lora.safetensors"
-    save_file(tensors, path, metadata={"format": "pt", **metadata})
-    with pytest.raises(UserError) as error:
-        verify(path, tiny_checkpoint(family, size_of(family)), Screen(quiet=True))
-    assert re.search(reason, str(error.value)), str(error.value)
-
-
 # Files of other programs that both programs load completely, or the one that knows the family.
 GOOD = {
     "wan, baked": ("wan", lambda f: (f.exported(), {}), "at 1 x"),
@@ -505,184 +473,3 @@ GOOD = {
         "at 1 x",
     ),
 }
-
-
-@pytest.mark.parametrize("case", GOOD)
-def test_what_is_loaded_completely_is_loaded_as_reported(case, foreign, tiny_checkpoint, tmp_path, capsys):
-    family, make, strength = GOOD[case]
-    adapter = foreign(family)
-    tensors, metadata = make(adapter)
-    path = tmp_path / "lora.safetensors"
-    save_file(tensors, path, metadata={"format": "pt", **metadata})
-    verify(path, tiny_checkpoint(family, size_of(family)), Screen())
-    out = capsys.readouterr().out
-    assert f"{len(adapter.pairs)} layers, {strength}" in out
-    assert 'weight_name="lora.safetensors"' in out
-    assert ("models/loras" in out) == (family != "sanavideo")
-
-
-class Loaded:
-    """A tiny pipeline with nothing but its transformer, into which files are really loaded."""
-
-    def __init__(self, family, folder):
-        self.family, spec = family, family.spec
-        index = json.loads((folder / "model_index.json").read_text())
-        absent = {name: None for name in index if name.startswith(("text_enc", "tokenizer", "image_"))}
-        self.pipeline = getattr(diffusers, spec.pipelines[family.task]).from_pretrained(folder, **absent)
-
-    def deltas(self, path):
-        """By layer what the file adds to its weight; of a layer that is not filled None. Raises what diffusers raises."""
-        fresh = self.family.transformer_class.from_config(dict(self.family.checkpoint.transformer))
-        self.pipeline.register_modules(transformer=fresh)
-        self.pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="loaded")
-        return {
-            name: None if any(part.is_meta for part in module.parameters()) else module.get_delta_weight("loaded")
-            for name, module in fresh.named_modules()
-            if isinstance(module, LoraLayer)
-        }
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_checkpoint):
-    made = {}
-
-    def of(family):
-        if family not in made:
-            made[family] = Loaded(tiny_family(family, size_of(family)), tiny_checkpoint(family, size_of(family)))
-        return made[family]
-
-    return of
-
-
-@pytest.mark.parametrize("case", {**WRONG, **GOOD})
-def test_diffusers_does_what_is_reported(case, foreign, loaded, tmp_path):
-    """Every file is really loaded: refused with the reported exception, or into the reported layers at the reported strengths."""
-    family, make, _ = (WRONG | GOOD)[case]
-    adapter = foreign(family)
-    tensors, metadata = make(adapter)
-    path = tmp_path / "lora.safetensors"
-    save_file(tensors, path, metadata={"format": "pt", **metadata})
-    file, model = read_adapter(path), Model(adapter.family, adapter.family.empty_transformer(), family)
-    found = diffusers_compatibility(file, model)
-    if found.refusal:
-        with pytest.raises(Exception) as error:  # noqa: PT011 - whichever is reported
-            loaded(family).deltas(path)
-        assert found.refusal.startswith(type(error.value).__name__)
-        return
-    deltas = loaded(family).deltas(path)
-    # To an image-to-video model diffusers adds zeros for what a file does not have.
-    filled = {layer for layer, delta in deltas.items() if delta is not None and (delta.any() or layer in found.strengths)}
-    assert filled == found.strengths.keys()
-    for pair in file.pairs.values():
-        layer = model.find(pair)
-        if layer in filled and pair.complete:
-            expected = found.strengths[layer] * pair.up.float() @ pair.down.float()
-            torch.testing.assert_close(deltas[layer], expected, rtol=1e-3, atol=1e-3, equal_nan=True)
-
-
-@pytest.mark.parametrize("family", ["wan", "kandinsky5_video"])
-def test_a_family_is_recognised_by_its_names(family, foreign, tmp_path, capsys):
-    adapter = foreign(family)
-    path = tmp_path / "lora.safetensors"
-    save_file(adapter.exported(), path)
-    verify(path, None, Screen())
-    assert adapter.family.spec.title in capsys.readouterr().out
-
-
-def test_a_damaged_layer_does_not_hide_whose_shapes_the_others_are(foreign, tmp_path, capsys):
-    path = tmp_path / "lora.safetensors"
-    save_file(changed(foreign("ltxvideo").exported(), "lora_A.weight", lambda t: t[:, :-1].contiguous()), path)
-    with pytest.raises(UserError, match=r"1 layers don't fit.*\n.*\n.*diffusers refuses the file: RuntimeError"):
-        verify(path, None, Screen())
-    out = " ".join(capsys.readouterr().out.split())
-    assert "refuses it: RuntimeError" in out
-    assert "ComfyUI 99 layers, at 1 x lora_B lora_A; ignores 1" in out
-
-
-def test_families_of_the_same_names_are_distinguished_by_shapes_or_not_at_all(foreign, tmp_path, capsys):
-    path = tmp_path / "lora.safetensors"
-    for title, width, prefix in (("LTX-Video", 2048, "diffusion_model"), ("SANA-Video", 2240, "transformer")):
-        halves = {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.ones(width, 2)}
-        save_file({f"{prefix}.transformer_blocks.0.attn1.to_q.{end}": tensor for end, tensor in halves.items()}, path)
-        verify(path, None, Screen())
-        assert title in capsys.readouterr().out
-    halves = {"lora_A.weight": torch.ones(2, 77), "lora_B.weight": torch.ones(77, 2)}
-    save_file({f"transformer.transformer_blocks.0.attn1.to_q.{end}": tensor for end, tensor in halves.items()}, path)
-    with pytest.raises(UserError, match=r"could be those of ltxvideo or sanavideo\n.*--base"):
-        verify(path, None, Screen(quiet=True))
-
-
-def test_one_of_two_experts_is_named_alike_everywhere(foreign, tiny_checkpoint, tmp_path):
-    adapter = foreign("wan", "tiny-a14b")
-    path = tmp_path / "style_low_noise.safetensors"
-    save_file(adapter.exported(), path, metadata={"crepatrain.expert": "high"})
-    with pytest.raises(UserError, match="named after the low-noise expert, and was trained for the high-noise one"):
-        verify(path, None, Screen(quiet=True))
-    save_file(adapter.exported(), path, metadata={"crepatrain.expert": "low"})
-    with pytest.raises(UserError, match="low-noise expert of two, and wan-tiny has one transformer"):
-        verify(path, tiny_checkpoint("wan", "tiny"), Screen(quiet=True))
-
-
-def test_the_low_noise_expert_is_loaded_into_the_second_transformer(foreign, tiny_checkpoint, tmp_path, capsys):
-    path = tmp_path / "style_low_noise.safetensors"
-    save_file(foreign("wan", "tiny-a14b").exported(), path, metadata={"crepatrain.expert": "low"})
-    verify(path, tiny_checkpoint("wan", "tiny-a14b"), Screen())
-    assert "load_into_transformer_2=True" in capsys.readouterr().out
-
-
-def test_what_is_worth_knowing_is_noted(foreign, tiny_checkpoint, tmp_path, capsys):
-    adapter = foreign("wan", "tiny-a14b")
-    path = tmp_path / "my-checkpoint.safetensors"
-    tensors = adapter.exported()
-    save_file(changed(tensors, "lora_B.weight", torch.zeros_like), path)
-    verify(path, tiny_checkpoint("wan", "tiny-a14b"), Screen())
-    out = " ".join(capsys.readouterr().out.split())
-    assert "has two experts, and neither the file's name nor its header says for which one" in out
-    assert "ignores files with checkpoint in their name" in out
-    assert f"lora_B is zero in 1 of {len(adapter.pairs)} layers" in out
-
-
-def test_what_is_not_an_adapter_is_reported(wan, tmp_path):
-    with pytest.raises(UserError, match="can't be read"):
-        verify(wan / "model_index.json", None, Screen(quiet=True))
-    with pytest.raises(UserError, match="can't be read"):
-        verify(tmp_path / "none.safetensors", None, Screen(quiet=True))
-    path = tmp_path / "other.safetensors"
-    save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 4)}, path)
-    with pytest.raises(UserError, match="no layer of " + ", ".join(FAMILIES) + r" has a name as in its keys"):
-        verify(path, None, Screen(quiet=True))
-    save_file({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 4)}, path)
-    with pytest.raises(UserError, match="its transformer is a AutoencoderKLWan"):
-        verify(path, wan / "vae", Screen(quiet=True))
-
-
-def test_a_bug_or_a_library_that_does_not_fit_is_not_blamed_on_a_file(foreign, tmp_path, monkeypatch):
-    """Diffusers raises the same for an adapter that is known to be right: so this comes out as it is."""
-    adapter, path = foreign("wan"), tmp_path / "lora.safetensors"
-    save_file(adapter.exported(), path)
-    for step, error in (
-        ("load_lora_into_transformer", RuntimeError("CUDA error: unknown")),
-        ("lora_state_dict", TypeError("a bug")),
-    ):
-
-        def fail(*_args, error=error, **_settings):
-            raise error
-
-        with monkeypatch.context() as patched:
-            patched.setattr(diffusers.WanPipeline, step, fail)
-            patched.setattr(diffusers.WanImageToVideoPipeline, step, fail)
-            model = Model(adapter.family, adapter.family.empty_transformer(), "wan")
-            with pytest.raises(type(error), match=str(error)):
-                diffusers_compatibility(read_adapter(path), model)
-
-
-def test_the_command_exits_with_2_and_says_why(foreign, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "lora.safetensors"
-    save_file(foreign("wan").named(diffusers_name), path)
-    monkeypatch.setattr("sys.argv", ["crepatrain", "verify", str(path)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    shown = capsys.readouterr()
-    assert "sha256" in shown.out
-    assert "name the keys as in diffusion_model.blocks." in shown.err
