@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from crepatrain.config.plan import Plan
     from crepatrain.families.base import Family
     from crepatrain.screen import Screen
+    from crepatrain.specs import Variant
     from crepatrain.training.context import Context
 
 # Of the run that the fixture `trained` makes.
@@ -28,6 +29,19 @@ def tiny_family(name: str = "wan", size: str = "tiny", **options: Any) -> "Famil
     from crepatrain.families import family_class, get_family
 
     return get_family(name, family_class(name).tiny[size].checkpoint, **options)
+
+
+def tiny_variants() -> "list[tuple[str, str, Variant]]":
+    """Family, size and variant of the tiny checkpoints: of each family the first of every set of tasks."""
+    from crepatrain.families import family_class
+    from crepatrain.specs import FAMILIES
+
+    found = {}
+    for name, spec in FAMILIES.items():
+        for size, shapes in family_class(name).tiny.items():
+            variant = spec.variant(shapes.checkpoint, None)
+            found.setdefault((name, variant.tasks), (name, size, variant))
+    return list(found.values())
 
 
 def context_of(plan: "Plan", screen: "Screen | None" = None, device: str = "cpu") -> "Context":

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from runs import (
     MEASURED,
     Write,
     adapter,
-    alive,
     column,
     expect_same_run,
     last_checkpoint,
@@ -28,7 +28,10 @@ from runs import (
     train,
 )
 from safetensors.torch import load_file
-from transformers import Dinov2Model
+
+from crepatrain.alignment.encoders import VisionEncoder
+from crepatrain.alignment.teachers import PixelTeacher
+from crepatrain.running.events import StepLaunched
 
 
 def in_two_processes(config: Path) -> bytes:
@@ -167,20 +170,27 @@ def test_the_first_step_of_a_warm_up_measures_nothing(config_file: Write):
 
 
 def test_a_cutoff_step_frees_the_teacher(config_file: Write):
-    before = alive(Dinov2Model)
-    seen: dict[int, int] = {}
+    asked: list[bool] = []
+    encoders: list[weakref.ref[VisionEncoder]] = []
 
-    def look(step: int) -> None:
-        seen[step] = len(alive(Dinov2Model, but=before))
+    def look(event: object) -> None:
+        if not isinstance(event, StepLaunched):
+            return
+        teacher = event.run.teacher
+        asked.append(teacher is not None)
+        if isinstance(teacher, PixelTeacher):
+            encoders.append(weakref.ref(teacher.encoder))
+        else:
+            assert all(encoder() is None for encoder in encoders)
 
-    folder = train(config_file, after_step=look, crepa_feature_source="pixels", crepa_cutoff_step=2, max_train_steps=4)
+    folder = train(config_file, subscribers=[look], crepa_feature_source="pixels", crepa_cutoff_step=2, max_train_steps=4)
     assert column(folder, "crepa_cutoff") == [False, False, True, True]
     assert column(folder, "crepa_weight") == [0.5, 0.5, 0.0, 0.0]
-    assert seen[1] == 1
-    assert seen[3] == 0
+    assert asked == [True, True, False, False]
+    assert len(encoders) == 2
 
 
-def test_without_crepa_nothing_of_it_is_said(config_file: Write):
+def test_without_crepa_nothing_of_it_is_reported(config_file: Write):
     folder = train(config_file, crepa_enabled=False, max_train_steps=2)
     for line in lines(folder):
         assert all(line.get(key) is None for key in KEYS if key.startswith("crepa"))

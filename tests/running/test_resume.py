@@ -89,7 +89,7 @@ def test_an_older_checkpoint_can_be_gone_on_from(config_file: Write, tmp_path: P
     expect_same_run(whole, parts)
 
 
-def test_a_checkpoint_that_is_not_there_is_told(config_file: Write):
+def test_a_checkpoint_that_is_not_there_is_reported(config_file: Write):
     folder = train(config_file, max_train_steps=2, checkpointing_steps=1)
     before = snapshot(folder)
     with pytest.raises(UserError) as error:
@@ -134,7 +134,7 @@ def test_the_same_things_elsewhere_are_the_same_run(config_file: Write, clips: P
     assert column(folder, "step") == [1, 2]
 
 
-def test_another_model_is_told_before_anything_is_computed(config_file: Write, wan: Path, tmp_path: Path):
+def test_another_model_is_reported_before_anything_is_computed(config_file: Write, wan: Path, tmp_path: Path):
     train(config_file, max_train_steps=1)
     other = tmp_path / "other"
     shutil.copytree(wan, other)
@@ -148,14 +148,14 @@ def test_another_model_is_told_before_anything_is_computed(config_file: Write, w
     assert not (cache / "latents").exists()
 
 
-def test_a_target_that_is_no_layer_is_told_before_anything_is_computed(config_file: Write, tmp_path: Path):
+def test_a_target_that_is_no_layer_is_reported_before_anything_is_computed(config_file: Write, tmp_path: Path):
     with pytest.raises(UserError, match="lora_targets: 'to_z'"):
         train(config_file, lora_targets=["to_z"], cache_dir=str(tmp_path / "fresh"))
     assert not (tmp_path / "fresh" / "latents").exists()
     assert not (tmp_path / "run").exists()
 
 
-def test_a_longer_run_is_said_to_stretch_what_decays(config_file: Write, capsys: pytest.CaptureFixture[str]):
+def test_a_longer_run_is_reported_to_stretch_what_decays(config_file: Write, capsys: pytest.CaptureFixture[str]):
     train(config_file, max_train_steps=1)
     fit(read_plan(config_file(max_train_steps=2)), Screen())
     assert "the run was of 1 steps and is of 2 now" in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """Videos on the way, and what they leave of a run's memory and numbers."""
 
-import gc
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ import pytest
 import torch
 from common import PROMPTS, frames_of
 from diffusers import AutoencoderKLWan, WanPipeline
+from runs import alive
 from transformers import Dinov2Model
 
 from crepatrain.commands import sample as module
@@ -125,19 +125,14 @@ def test_steadiness_tells_a_still_from_noise(trained, config_file):
 
 def test_memory_is_given_back_after_a_validation(trained, tmp_path):
     """What lives in the steps behind the videos is what lived in those before them; models of the videos are gone."""
-    seen = {}
+    kinds = (AutoencoderKLWan, Dinov2Model, WanPipeline)
+    seen, before_it = {}, alive(*kinds)
 
     def count(event):
         if isinstance(event, StepDone):
-            gc.collect()
-            things = gc.get_objects()
-            models = [thing for thing in things if issubclass(type(thing), (AutoencoderKLWan, Dinov2Model, WanPipeline))]
-            tensors = [thing for thing in things if type(thing) in {torch.Tensor, torch.nn.Parameter}]
-            sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-            seen[event.done] = ([model for model in models if id(model) not in held], sum(sizes.values()))
+            sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive(torch.Tensor)}
+            seen[event.done] = (alive(*kinds, but=before_it), sum(sizes.values()))
 
-    gc.collect()
-    held = set(map(id, gc.get_objects()))  # by other tests of this process
     config = json.loads((trained / "config.json").read_text())
     changes = {"output_dir": str(tmp_path / "run"), "max_train_steps": 6, "validation_steps": 3, "checkpointing_steps": 6}
     path = tmp_path / "config.json"
