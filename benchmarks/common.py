@@ -6,18 +6,19 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import crepatrain
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.geometry import Geometry, TokenGrid
+from crepatrain.memory.account import StorageAccount
 from crepatrain.specs import WAN
 from crepatrain.tensors import Batch, PatchFeatures
 from crepatrain.training.lora import add_lora, target_modules
@@ -54,6 +55,23 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=11)
     return parser
+
+
+def peak_bytes(work: Callable[[], object], beside: Sequence[Tensor]) -> int:
+    """The most bytes of tensors that some work holds at once.
+
+    Args:
+        beside: tensors of the same device that exist already and don't count.
+    """
+    account = StorageAccount()
+    with account:
+        with account.of("beside"):
+            for tensor in beside:
+                tensor.detach()
+        account.begin()
+        work()
+    held = account.on(beside[0].device)
+    return held.peak - held.peak_of["beside"]
 
 
 def geometry(config: Mapping[str, Any]) -> Geometry:

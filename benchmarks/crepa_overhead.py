@@ -9,10 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import FAMILY, SIZES, arguments, build_batch, build_transformer, geometry, paired, ratio, write
+from common import FAMILY, SIZES, arguments, build_batch, build_transformer, geometry, paired, peak_bytes, ratio, write
 from diffusers import AutoencoderKLWan
 from loss import literal
-from memory import PeakMemory
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
@@ -103,8 +102,6 @@ def main() -> None:
     for name, run in work.items():
         with FlopCounterMode(display=False) as flops:
             run()
-        with PeakMemory(resident) as memory:
-            run()
         against = ratio(seconds[name], seconds["plain"])
         rows.append(
             {
@@ -115,7 +112,7 @@ def main() -> None:
                 "low": against["low"],
                 "high": against["high"],
                 "TFLOP": flops.get_total_flops() / 1e12,
-                "activation peak MiB": memory.peak / 2**20,
+                "activation peak MiB": peak_bytes(run, resident) / 2**20,
             }
         )
     for row in rows:

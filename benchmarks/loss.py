@@ -5,8 +5,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from common import arguments, paired, ratio, write
-from memory import PeakMemory
+from common import arguments, paired, peak_bytes, ratio, write
 from torch import Tensor
 
 from crepatrain.alignment.crepa import Crepa
@@ -42,8 +41,6 @@ def main() -> None:
     seconds = paired(work, options.repeats, device)
     rows = []
     for name, run in work.items():
-        with PeakMemory([hidden, teacher.values, *crepa.parameters()]) as memory:
-            run()
         against = ratio(seconds[name], seconds["literal"])
         rows.append(
             {
@@ -52,7 +49,7 @@ def main() -> None:
                 "time ratio": against["median"],
                 "low": against["low"],
                 "high": against["high"],
-                "peak MiB": memory.peak / 2**20,
+                "peak MiB": peak_bytes(run, [hidden, teacher.values, *crepa.parameters()]) / 2**20,
             }
         )
     write(f"loss-{options.device}", " ".join(["python", *sys.argv]), rows)

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from common import arguments, write
 
-from crepatrain.config.plan import make_plan
+from crepatrain.config.plan import Plan, make_plan
 from crepatrain.config.run_config import RunConfig
 from crepatrain.data.buckets import Bucket
 from crepatrain.memory import stages
+from crepatrain.memory.account import StorageAccount
 from crepatrain.specs import FAMILIES
 
 SIZES = ("wan2.1-1.3b", "wan2.1-14b", "wan2.2-5b", "ltx-2b", "ltx-13b", "sana-2b", "kandinsky5-lite")
@@ -44,10 +45,20 @@ def row(name: str, device: str) -> dict[str, Any]:
     estimated = stages.training_stage(plan, bucket).allocated / stages.GIB
     found = {"model": name, "clip": str(bucket), "estimated GiB": estimated, "measured GiB": None, "ratio": None}
     if device == "cuda":
-        measured = stages.measured_step(plan, bucket, torch.device("cuda")) / stages.GIB
+        measured = measured_step(plan, bucket, torch.device("cuda")) / stages.GIB
         torch.cuda.empty_cache()
         found |= {"measured GiB": measured, "ratio": estimated / measured}
     return found
+
+
+def measured_step(plan: Plan, bucket: Bucket, device: torch.device) -> int:
+    """Bytes that a CUDA device really allocates in the step that is estimated, with arbitrary weights."""
+    step, account = stages.TrainingStep(plan, bucket), StorageAccount()
+    with account:
+        step.place(account, device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step.run(account)
+    return torch.cuda.max_memory_allocated(device)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from crepatrain.families.base import Family
     from crepatrain.preparing.context import Context
     from crepatrain.screen import Screen
+    from crepatrain.specs import Variant
+
+# Of the run that the fixture `trained` makes.
+PROMPTS = ["a square", "another square moves"]
 
 
 def tiny_family(name: str = "wan", size: str = "tiny", **options: Any) -> "Family":
@@ -25,6 +29,19 @@ def tiny_family(name: str = "wan", size: str = "tiny", **options: Any) -> "Famil
     from crepatrain.families import family_class, get_family
 
     return get_family(name, family_class(name).tiny[size].checkpoint, **options)
+
+
+def tiny_variants() -> "list[tuple[str, str, Variant]]":
+    """Family, size and variant of the tiny checkpoints: of each family the first of every set of tasks."""
+    from crepatrain.families import family_class
+    from crepatrain.specs import FAMILIES
+
+    found = {}
+    for name, spec in FAMILIES.items():
+        for size, shapes in family_class(name).tiny.items():
+            variant = spec.variant(shapes.checkpoint, None)
+            found.setdefault((name, variant.tasks), (name, size, variant))
+    return list(found.values())
 
 
 def context_of(plan: "Plan", screen: "Screen | None" = None, device: str = "cpu") -> "Context":
@@ -78,3 +95,9 @@ def tiny_values(wan: Path, clips: Path, output_dir: Path, factory: pytest.TempPa
         "crepa_encoder": str(wan / "encoder"),
         "crepa_encoder_image_size": "grid",
     }
+
+
+def frames_of(path):
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import render_clip, render_image, tiny_values
+from common import PROMPTS, render_clip, render_image, tiny_values
 
 # A comparison in a module of helpers explains what differs, as one in a test does.
 pytest.register_assert_rewrite("runs")
@@ -85,3 +85,64 @@ def config_file(tmp_path: Path, values: dict[str, Any]) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, wan: Path, clips: Path) -> Path:
+    """A run of the tiny Wan with two adapters, a base that it does change, videos on the way and clips held out."""
+    from crepatrain.commands.fit import fit
+    from crepatrain.config.plan import read_plan
+    from crepatrain.console import Screen
+
+    root = tmp_path_factory.mktemp("trained")
+    held_out = root / "held-out"
+    held_out.mkdir()
+    render_clip(held_out / "other.mp4", seed=77)
+    (held_out / "other.txt").write_text("something else\n", encoding="utf-8")
+    values = tiny_values(wan, clips, root / "run", tmp_path_factory) | {
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 1,
+        "learning_rate": 0.05,
+        "validation_prompts": PROMPTS,
+        "validation_steps": 2,
+        "validation_sampling_steps": 2,
+        "eval_data": str(held_out),
+    }
+    path = root / "config.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    fit(read_plan(path), Screen(quiet=True))
+    return root / "run"
+
+
+@pytest.fixture(scope="session")
+def foreign() -> Callable[..., Any]:
+    """Adapters of every Linear of a tiny model's blocks, by family and size."""
+    from foreign_adapters import Foreign
+
+    made: dict[tuple[str, str | None], Foreign] = {}
+
+    def of(family: str, size: str | None = None) -> Any:
+        return made.setdefault((family, size), Foreign(family, size))
+
+    return of
+
+
+@pytest.fixture
+def fake_run(config_file: Callable[..., Path], tiny_checkpoint: Callable[..., Path]) -> Callable[..., Any]:
+    """Makes a run's folder of random weights."""
+    from written_adapters import FakeRun
+
+    from crepatrain.config.plan import read_plan
+
+    def make(family: str = "wan", size: str = "tiny", **changes: Any) -> Any:
+        sizes = {"num_frames": 9, "height": 128, "width": 192} if family != "wan" else {}
+        path = config_file(
+            model_family=family,
+            pretrained_model_name_or_path=str(tiny_checkpoint(family, size)),
+            **sizes,
+            **changes,
+        )
+        return FakeRun(read_plan(path))
+
+    return make

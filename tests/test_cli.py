@@ -97,7 +97,7 @@ def test_what_needs_no_weights_loads_no_torch_and_answers_at_once(config_file, w
 # What is printed where
 
 
-def test_a_good_config_is_told_in_words(run, config_file):
+def test_a_good_config_is_shown_in_words(run, config_file):
     result = run("validate-config", config_file())
     assert result.code == 0
     assert result.errors == ""
@@ -119,7 +119,7 @@ def test_options_win_over_the_file(run, config_file):
     assert "exp(-distance / 2)" in result.out
 
 
-def test_an_option_before_the_file_is_told_its_place(run, config_file):
+def test_an_option_before_the_file_is_reported_with_its_place(run, config_file):
     result = run("validate-config", "--crepa-lambda=0.3", config_file())
     assert result.code == 2
     assert "--crepa-lambda=0.3" in result.errors
@@ -225,7 +225,7 @@ def test_the_process_ends_as_the_exit_code_says(config_file):
     ]
 
 
-def test_an_offline_hub_is_said_to_be_offline(config_file):
+def test_an_offline_hub_is_reported_as_offline(config_file):
     path = config_file(pretrained_model_name_or_path="some/thing")
     result = in_a_process("fit", path)
     assert result.returncode == 2
@@ -318,7 +318,7 @@ def test_a_folder_that_can_not_be_made_is_refused(run, config_file):
     assert "output_dir=/proc/crepatrain/run" in result.errors
 
 
-def test_a_run_that_failed_before_its_first_step_may_be_mended(run, config_file, values, wan, tmp_path):
+def test_a_run_that_failed_before_its_first_step_may_be_fixed(run, config_file, values, wan, tmp_path):
     broken = Path(shutil.copytree(wan, tmp_path / "broken"))
     (broken / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     result = run("fit", config_file(pretrained_model_name_or_path=str(broken)))

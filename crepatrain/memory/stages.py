@@ -134,7 +134,7 @@ def sampling_stage(plan: Plan, bucket: Bucket, *, fake: bool = True) -> Stage:
         UserError: the model can't run on fake tensors.
     """
     twice = replace(plan, config=plan.config.changed(train_batch_size=2))
-    step, family = _Step(twice, bucket), build.build_family(plan)
+    step, family = TrainingStep(twice, bucket), build.build_family(plan)
     vae = _vae(plan, family)
     with _accounted(plan, fake=fake) as account, torch.no_grad():
         step.place(account)
@@ -154,22 +154,12 @@ def training_stage(plan: Plan, bucket: Bucket, *, fake: bool = True) -> Stage:
     Raises:
         UserError: the model's step can't run on fake tensors.
     """
-    step = _Step(plan, bucket)
+    step = TrainingStep(plan, bucket)
     with _accounted(plan, fake=fake) as account:
         step.place(account)
         account.begin()
         step.run(account)
         return _stage(account.on(_CPU))
-
-
-def measured_step(plan: Plan, bucket: Bucket, device: torch.device) -> int:
-    """Bytes that a CUDA device really allocates in the same step, with arbitrary weights."""
-    step, account = _Step(plan, bucket), StorageAccount()
-    with account:
-        step.place(account, device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step.run(account)
-    return torch.cuda.max_memory_allocated(device)
 
 
 @contextlib.contextmanager
@@ -218,7 +208,7 @@ def _optimizer(config: ResolvedConfig, module: nn.Module) -> ScheduledOptimizer 
     return build_scheduled_optimizer(config, module, config.optim.learning_rate, 100)
 
 
-class _Step:
+class TrainingStep:
     """All that `fit` holds on the device, and its optimizer step. Built on the meta device."""
 
     def __init__(self, plan: Plan, bucket: Bucket) -> None:

@@ -100,7 +100,7 @@ def test_a_fast_clip_is_too_short_by_its_resampled_frames():
     assert reason.startswith("8 frames at 16 fps")
 
 
-def test_slower_clips_are_told_with_their_factor():
+def test_slower_clips_are_reported_with_their_factor():
     result = cut(clip(20, fps=8, name="slow.mp4"), clip(20, name="right.mp4"))
     assert [(path.name, pytest.approx(factor, rel=1e-2)) for path, factor in result.slower] == [("slow.mp4", 2)]
     assert len(result.windows) == 4

@@ -89,7 +89,7 @@ def test_a_key_changes_with_every_fact():
 
 
 @pytest.mark.parametrize("harm", ["cut", "empty", "garbage", "gone"])
-def test_a_damaged_entry_is_told_by_name(store: CacheStore, harm: str):
+def test_a_damaged_entry_is_reported_by_name(store: CacheStore, harm: str):
     store.write("latents", "k" * 64, {"latents": torch.randn(100)})
     path = store.path("latents", "k" * 64)
     content = path.read_bytes()
@@ -103,7 +103,7 @@ def test_a_damaged_entry_is_told_by_name(store: CacheStore, harm: str):
     assert "delete it" in str(error.value)
 
 
-def test_a_disk_that_refuses_is_told_and_leaves_nothing(store: CacheStore):
+def test_a_disk_that_refuses_is_reported_and_leaves_nothing(store: CacheStore):
     store.write("latents", "before", {"latents": torch.randn(100)})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
@@ -116,7 +116,7 @@ def test_a_disk_that_refuses_is_told_and_leaves_nothing(store: CacheStore):
     assert entries(store.root) == [store.path("latents", "before")]
 
 
-def test_a_folder_that_is_a_file_is_told(tmp_path: Path):
+def test_a_folder_that_is_a_file_is_reported(tmp_path: Path):
     (tmp_path / "cache").write_text("in the way", encoding="utf-8")
     with pytest.raises(UserError, match=r"can't be written"):
         CacheStore(tmp_path / "cache").write("text", "k", {"x": torch.zeros(2)})

@@ -166,7 +166,7 @@ def test_a_csv_list_is_read(folder: Path):
         ("metadata.csv", "video,caption\n", ["the list is empty"]),
     ],
 )
-def test_a_list_that_is_wrong_is_told(folder: Path, name: str, content: str, words: list[str]):
+def test_a_list_that_is_wrong_is_reported(folder: Path, name: str, content: str, words: list[str]):
     (folder / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError) as error:
         list_clips(folder)
@@ -174,13 +174,13 @@ def test_a_list_that_is_wrong_is_told(folder: Path, name: str, content: str, wor
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
-def test_a_list_that_is_not_utf8_is_told(folder: Path, name: str):
+def test_a_list_that_is_not_utf8_is_reported(folder: Path, name: str):
     (folder / name).write_bytes('{"video": "a.mp4", "caption": "été"}'.encode("latin-1"))
     with pytest.raises(UserError, match=rf"{name}.*not UTF-8"):
         list_clips(folder)
 
 
-def test_a_caption_that_is_not_utf8_is_told(folder: Path, video: Path):
+def test_a_caption_that_is_not_utf8_is_reported(folder: Path, video: Path):
     add(folder, video, "a.mp4").with_suffix(".txt").write_bytes(b"\xe9t\xe9")
     with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
         list_clips(folder)

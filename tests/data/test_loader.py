@@ -283,17 +283,17 @@ def test_dropped_first_frames_are_the_same_in_every_layout(training_set: Trainin
     """One process or two, one micro-batch or two, from the beginning or from a later step, alone or with workers."""
     subject = conditioned(training_set, 0.5)
 
-    def told(source: Iterator[Batch], times: int) -> list[float]:
+    def shown(source: Iterator[Batch], times: int) -> list[float]:
         return [value for _ in range(times) for value in next(source).conditioning["given"].tolist()]
 
-    expected = told(batches(subject), 8)
-    assert told(batches(subject), 8) == expected
-    assert told(batches(subject, start=3), 5) == expected[3 * UNIT :]
-    assert told(batches(subject, batch_size=1), 8 * UNIT) == expected
-    assert told(batches(subject, batch_size=2, workers=2), 16) == expected
-    ranks = [told(batches(subject, world=2, rank=rank, batch_size=1), 8 * 2) for rank in range(2)]
+    expected = shown(batches(subject), 8)
+    assert shown(batches(subject), 8) == expected
+    assert shown(batches(subject, start=3), 5) == expected[3 * UNIT :]
+    assert shown(batches(subject, batch_size=1), 8 * UNIT) == expected
+    assert shown(batches(subject, batch_size=2, workers=2), 16) == expected
+    ranks = [shown(batches(subject, world=2, rank=rank, batch_size=1), 8 * 2) for rank in range(2)]
     assert [value for pair in zip(*ranks, strict=True) for value in pair] == expected
-    assert told(batches(replace(subject, seed=8)), 8) != expected
+    assert shown(batches(replace(subject, seed=8)), 8) != expected
 
 
 def test_images_have_no_conditioning_and_never_share_a_batch_with_clips(training_set: TrainingSet):
@@ -403,7 +403,7 @@ def test_features_are_not_read_where_none_are_needed(without_features: TrainingS
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_lost_entry_is_told_by_name(without_features: TrainingSet, workers: int):
+def test_a_lost_entry_is_reported_by_name(without_features: TrainingSet, workers: int):
     """From a worker process too: the message must arrive as what it is."""
     with pytest.raises(UserError) as error:
         next(batches(without_features, workers=workers))

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from common import context_of, render_image, tiny_family
+from common import context_of, render_image, tiny_family, tiny_variants
 
+from crepatrain.commands.fit import fit
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
-from crepatrain.preparing.preflight import Dataset, build_sampler, image_bytes, latents_bytes, read_dataset
+from crepatrain.preparing.preflight import Dataset, build_sampler, image_bytes, latents_bytes, read_dataset, read_datasets
+from crepatrain.specs import FAMILIES
 
 
 class Listening(Screen):
@@ -28,7 +30,7 @@ class Listening(Screen):
 
 @pytest.fixture
 def look(config_file, clips_and_images, tiny_checkpoint) -> Callable[..., tuple[Plan, Dataset, list[str]]]:
-    """Looks at the clips and images with a tiny checkpoint: the plan, what was found, and what was said."""
+    """Looks at the clips and images with a tiny checkpoint: the plan, what was found, and what was reported."""
 
     def command(family: str = "wan", size: str = "tiny", **changes: Any) -> tuple[Plan, Dataset, list[str]]:
         of = {"model_family": family, "pretrained_model_name_or_path": str(tiny_checkpoint(family, size))}
@@ -52,10 +54,7 @@ def images(tmp_path) -> Path:
 # Images
 
 
-@pytest.mark.parametrize(
-    ("family", "size"),
-    [("wan", "tiny"), ("wan", "tiny-ti2v"), ("ltxvideo", "tiny"), ("sanavideo", "tiny"), ("kandinsky5_video", "tiny")],
-)
+@pytest.mark.parametrize(("family", "size"), [(family, size) for family, size, variant in tiny_variants() if variant.images])
 def test_images_are_buckets_of_one_frame_beside_the_clips(look, family, size):
     plan, dataset, _ = look(family, size, fps=16)
     counts = {bucket.frames: count for bucket, count in dataset.clips.buckets.items()}
@@ -105,7 +104,7 @@ def test_a_broken_image_is_refused_in_one_message(look, images):
     assert len(notes) == 1
 
 
-def test_an_image_without_a_caption_is_told_as_a_clip_is(look, images):
+def test_an_image_without_a_caption_is_reported_as_a_clip_is(look, images):
     (images / "1.txt").unlink()
     with pytest.raises(UserError, match=r"1\.png: no caption"):
         look(train_data=str(images))
@@ -137,7 +136,7 @@ def test_a_threshold_that_images_can_not_reach_is_refused(look, images):
     look(train_data=str(images), crepa_similarity_threshold=1.2, crepa_enabled=False)
 
 
-def test_a_threshold_over_images_and_clips_is_said_to_depend_on_their_mix(look):
+def test_a_threshold_over_images_and_clips_is_reported_to_depend_on_their_mix(look):
     _, _, notes = look(crepa_similarity_threshold=1.2)
     (note,) = notes
     assert "images score at most 1" in note
@@ -156,7 +155,7 @@ def test_a_threshold_over_images_and_clips_is_said_to_depend_on_their_mix(look):
     ],
     ids=lambda changes: ",".join(changes) or "no threshold",
 )
-def test_where_images_score_as_clips_do_nothing_is_said(look, changes):
+def test_where_images_score_as_clips_do_nothing_is_reported(look, changes):
     assert look(**changes)[2] == []
 
 
@@ -205,8 +204,9 @@ def test_batches_of_kandinsky_hold_captions_of_one_length(look, spoken, tiny_che
 
 
 def test_captions_are_not_counted_where_it_does_not_matter(look, spoken):
-    for family, batch in (("kandinsky5_video", 1), ("wan", 2), ("ltxvideo", 2), ("sanavideo", 2)):
-        _, dataset, _ = look(family, train_data=str(spoken), train_batch_size=batch, fps=16)
+    for spec in FAMILIES.values():
+        batch = 2 if spec.text_is_padded else 1
+        _, dataset, _ = look(spec.name, train_data=str(spoken), train_batch_size=batch, fps=16)
         assert {bucket.caption_tokens for bucket in dataset.grids} == {None}
 
 
@@ -218,3 +218,22 @@ def test_a_counted_caption_is_as_long_as_the_encoded_one(tiny_checkpoint, captio
     with torch.no_grad():
         (text,) = family.encode_text(family.load_text_encoder(folder, torch.float32), [caption])
     assert family.count_tokens(folder, [caption]) == [text["prompt_embeds"].shape[0]]
+
+
+# Held-out clips
+
+
+def test_what_is_held_out_is_not_trained_on(config_file, clips):
+    with pytest.raises(UserError, match=r"eval_data: .*clip-0.mp4 is in train_data too \(3 in all\)"):
+        fit(read_plan(config_file(eval_data=str(clips))), Screen(quiet=True))
+
+
+def test_a_share_is_held_out_by_content(config_file):
+    whole = read_dataset(context_of(read_plan(config_file())))
+    digests = {window.clip.digest for window in whole.clips.windows}
+    shares = sorted(int(digest[:8], 16) / 2**32 for digest in digests)
+    trained, held = read_datasets(context_of(read_plan(config_file(eval_share=(shares[0] + shares[1]) / 2))))
+    assert {window.clip.digest for window in held.clips.windows} == {min(digests, key=lambda d: int(d[:8], 16))}
+    assert len(trained.clips.windows) + len(held.clips.windows) == len(whole.clips.windows)
+    with pytest.raises(UserError, match="none of the clips would be held out"):
+        read_datasets(context_of(read_plan(config_file(eval_share=shares[0] / 2))))

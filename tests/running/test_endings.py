@@ -161,7 +161,7 @@ def test_a_cache_entry_that_has_lost_its_end_is_written_again(config_file: Write
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_cache_entry_that_is_lost_on_the_way_costs_no_step(config_file: Write, tmp_path: Path, workers: int):
-    """The message says which, the steps before it are saved, and the same command mends it and goes on to the bit."""
+    """The message says which, the steps before it are saved, and the same command repairs it and goes on to the bit."""
     common = {"max_train_steps": 14, "dataloader_num_workers": workers}
     whole = train(config_file, output_dir=str(tmp_path / "whole"), cache_dir=str(tmp_path / "other"), **common)
     cache = tmp_path / "cache"
@@ -252,7 +252,7 @@ def test_a_stop_within_a_logging_window_changes_no_line(config_file: Write, tmp_
     expect_same_run(whole, parts)
 
 
-def test_a_checkpoint_that_holds_something_else_is_told(config_file: Write):
+def test_a_checkpoint_that_holds_something_else_is_reported(config_file: Write):
     folder = train(config_file, max_train_steps=2, checkpointing_steps=1)
     last = folder / "checkpoints" / "step-000002"
     for name, content in (
@@ -281,7 +281,7 @@ def test_a_kill_behind_the_last_checkpoint_is_made_good(config_file: Write):
     assert (folder / "report.html").is_file()
 
 
-def test_a_cache_disk_that_is_full_is_told(config_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_cache_disk_that_is_full_is_reported(config_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import render_image, tiny_family
+from common import render_image, tiny_family, tiny_variants
 from diffusers import WanTransformer3DModel
 from runs import (
     ADAPTER,
@@ -31,6 +31,7 @@ from crepatrain.commands.fit import fit
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
+from crepatrain.specs import FAMILIES
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
@@ -94,9 +95,9 @@ def test_a_full_run_trains_the_blocks_beyond_crepas_too(config_file: Write, wan:
 def test_a_full_run_says_how_to_load_what_it_made(config_file: Write, capsys: pytest.CaptureFixture[str]):
     plan = read_plan(config_file(max_train_steps=1, **FULL))
     fit(plan, Screen())
-    said = "".join(capsys.readouterr().out.split())
-    assert f'WanTransformer3DModel.from_pretrained("{plan.config.loop.output_dir}",subfolder="transformer")' in said
-    assert ADAPTER not in said
+    shown = "".join(capsys.readouterr().out.split())
+    assert f'WanTransformer3DModel.from_pretrained("{plan.config.loop.output_dir}",subfolder="transformer")' in shown
+    assert ADAPTER not in shown
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -116,20 +117,20 @@ def test_an_expert_is_trained_alone_at_its_noise_levels(
     assert len(sigma) == 9
     assert inside[0] <= sigma.min()
     assert sigma.max() < inside[1]
-    said = "".join(capsys.readouterr().out.split())
+    shown = "".join(capsys.readouterr().out.split())
     if kind == "full":
         begun = load_file(checkpoint / own / "diffusion_pytorch_model.safetensors")
         written = load_file(folder / own / "diffusion_pytorch_model.safetensors")
         assert begun.keys() == written.keys()
         assert all((written[name] - begun[name]).abs().max() < 0.1 for name in begun), "it begins with its own weights"
         assert not (folder / other).exists()
-        assert f'subfolder="{own}"' in said
+        assert f'subfolder="{own}"' in shown
     else:
         assert names(folder / "adapters") == [f"squares_{expert}_noise-000003.safetensors"]
         for path in (folder / ADAPTER, folder / "adapters" / f"squares_{expert}_noise-000003.safetensors"):
             with safe_open(path, framework="pt") as file:
                 assert file.metadata()["crepatrain.expert"] == expert
-        assert ("load_into_transformer_2=True" in said) == (expert == "low")
+        assert ("load_into_transformer_2=True" in shown) == (expert == "low")
 
 
 def test_experts_are_different_runs(config_file: Write, tiny_checkpoint):
@@ -190,7 +191,9 @@ def test_images_are_refused_before_anything_is_computed(
 
 
 @pytest.mark.parametrize(
-    "which", [("ltxvideo", "tiny"), ("sanavideo", "tiny"), ("kandinsky5_video", "tiny"), ("wan", "tiny-ti2v")]
+    "which",
+    [(family, size) for family, size, variant in tiny_variants() if {"t2v", "i2v"} <= set(variant.tasks)],
+    ids="-".join,
 )
 def test_without_its_first_frames_an_image_to_video_run_is_one_from_text(
     config_file: Write, clips_and_images: Path, tiny_checkpoint, tmp_path: Path, which: tuple[str, str]
@@ -212,9 +215,9 @@ def test_without_its_first_frames_an_image_to_video_run_is_one_from_text(
         folder = train(config_file, subscribers=[seen], output_dir=str(tmp_path / name), **common, **changes, **checkpoint)
         losses[name] = column(folder, "diffusion_loss")
         frames = [batch.latents.shape[2] for batch in seen]
-        told = [batch.conditioning["given"].item() if "given" in batch.conditioning else None for batch in seen]
+        shown = [batch.conditioning["given"].item() if "given" in batch.conditioning else None for batch in seen]
         share = {"text": None, "dropped": 0.0, "given": 1.0}[name]
-        assert told == [None if count == 1 else share for count in frames]
+        assert shown == [None if count == 1 else share for count in frames]
     assert len(frames) == len(set(frames)) == 2
     assert losses["dropped"] == pytest.approx(losses["text"], rel=1e-3)
     for count, text, given in zip(frames, losses["text"], losses["given"], strict=True):
@@ -241,9 +244,9 @@ def test_kandinsky_trains_batches_of_captions_of_other_lengths(
     assert len(set(lengths)) > 2
 
 
-@pytest.mark.parametrize("which", [("ltxvideo", "tiny"), ("sanavideo", "tiny"), ("kandinsky5_video", "tiny")])
-def test_every_weight_of_every_family_can_be_trained(config_file: Write, tiny_checkpoint, which: tuple[str, str]):
-    checkpoint = tiny_checkpoint(*which)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_of_every_family_can_be_trained(config_file: Write, tiny_checkpoint, family: str):
+    checkpoint = tiny_checkpoint(family)
     folder = train(config_file, max_train_steps=1, **FULL, **of(checkpoint))
     begun = load_file(checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
     written = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")

@@ -4,42 +4,87 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from common import render_clip
 from runs import (
     CUT,
     KEYS,
     MEASURED,
     Write,
     adapter,
-    alive,
     column,
     expect_same_run,
+    last_checkpoint,
     lines,
     losses_of,
     names,
     same_tensors,
+    status,
     train,
 )
 from safetensors.torch import load_file
-from transformers import Dinov2Model
+
+from crepatrain.alignment.encoders import VisionEncoder
+from crepatrain.alignment.teachers import PixelTeacher
+from crepatrain.running.events import StepLaunched
+
+
+def in_two_processes(config: Path) -> bytes:
+    """Train a config with two processes; gives what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "crepatrain", "fit", str(config)]
+    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True).stdout
+
+
+def expect_same_columns(left: list[dict[str, Any]], right: list[dict[str, Any]], *keys: str) -> None:
+    """As near as sums in another order are."""
+    for key in keys:
+        pairs = zip([line.get(key) for line in left], [line.get(key) for line in right], strict=True)
+        assert all(a == b or a == pytest.approx(b, rel=1e-5) for a, b in pairs), key
 
 
 def test_two_processes_are_one_with_twice_the_batch(config_file: Write, tmp_path: Path):
     changes = {"max_train_steps": 4, "gradient_accumulation_steps": 2, "crepa_cutoff_step": 3, "crepa_warmup_steps": 1}
     alone = train(config_file, output_dir=str(tmp_path / "alone"), train_batch_size=2, **changes)
     both = tmp_path / "both"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "crepatrain", "fit"]
-    config = config_file(output_dir=str(both), **changes)
-    done = subprocess.run([*command, str(config)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
-    assert done.stdout.count(b"looking at clips") == 1
+    shown = in_two_processes(config_file(output_dir=str(both), **changes))
+    assert shown.count(b"looking at clips") == 1
     assert len(lines(both)) == 4
     assert column(both, "crepa_alignment_score")[0] is None  # the warm-up's first step
-    for key in ("loss", "diffusion_loss", "crepa_alignment_score", "grad_norm"):
-        pairs = zip(column(both, key), column(alone, key), strict=True)
-        assert all(a == b or a == pytest.approx(b, rel=1e-5) for a, b in pairs), key
+    expect_same_columns(lines(both), lines(alone), "loss", "diffusion_loss", "crepa_alignment_score", "grad_norm")
+
+
+@pytest.mark.slow
+def test_two_processes_look_at_and_continue_a_run_as_one_does(config_file: Write, tmp_path: Path):
+    """Averaged weights, held-out clips, videos, checkpoints, and a second command that goes on from these."""
+    held_out = tmp_path / "held-out"
+    held_out.mkdir()
+    render_clip(held_out / "other.mp4", seed=77)
+    (held_out / "other.txt").write_text("something else\n", encoding="utf-8")
+    changes = {"gradient_accumulation_steps": 2, "crepa_cutoff_step": 3, "crepa_warmup_steps": 1, "checkpointing_steps": 2}
+    changes |= {"use_ema": True, "ema_decay": 0.5, "eval_data": str(held_out)}
+    changes |= {"validation_prompts": ["a square"], "validation_steps": 2, "validation_sampling_steps": 2}
+    alone = train(config_file, output_dir=str(tmp_path / "alone"), train_batch_size=2, max_train_steps=4, **changes)
+    both = tmp_path / "both"
+    for steps in (2, 4):
+        shown = in_two_processes(config_file(output_dir=str(both), max_train_steps=steps, **changes))
+        assert shown.count(b"looking at clips") == 2, "those to train on and the held-out ones, in the first process alone"
+        assert (b"going on from" in shown) == (steps == 4)
+        assert status(both) == {"status": "completed", "step": steps, "reason": ""}
+    trained, measured = ([[line for line in lines(run) if key in line] for run in (both, alone)] for key in ("loss", "eval_loss"))
+    expect_same_columns(*trained, "step", "loss", "diffusion_loss", "crepa_alignment_score", "grad_norm")
+    assert [line["step"] for line in measured[0]] == [0, 2, 4]
+    expect_same_columns(*measured, "step", "eval_loss", "eval_alignment")
+    assert names(both / "samples") == names(alone / "samples")
+    for file in ("adapter", "ema", "projector"):
+        left, right = (load_file(last_checkpoint(run) / f"{file}.safetensors") for run in (both, alone))
+        assert left.keys() == right.keys()
+        for name, tensor in left.items():
+            torch.testing.assert_close(tensor, right[name], rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_that_was_cut_off_stays_cut_off(config_file: Write, wan: Path, tmp_path: Path):
@@ -125,20 +170,27 @@ def test_the_first_step_of_a_warm_up_measures_nothing(config_file: Write):
 
 
 def test_a_cutoff_step_frees_the_teacher(config_file: Write):
-    before = alive(Dinov2Model)
-    seen: dict[int, int] = {}
+    asked: list[bool] = []
+    encoders: list[weakref.ref[VisionEncoder]] = []
 
-    def look(step: int) -> None:
-        seen[step] = len(alive(Dinov2Model, but=before))
+    def look(event: object) -> None:
+        if not isinstance(event, StepLaunched):
+            return
+        teacher = event.run.teacher
+        asked.append(teacher is not None)
+        if isinstance(teacher, PixelTeacher):
+            encoders.append(weakref.ref(teacher.encoder))
+        else:
+            assert all(encoder() is None for encoder in encoders)
 
-    folder = train(config_file, after_step=look, crepa_feature_source="pixels", crepa_cutoff_step=2, max_train_steps=4)
+    folder = train(config_file, subscribers=[look], crepa_feature_source="pixels", crepa_cutoff_step=2, max_train_steps=4)
     assert column(folder, "crepa_cutoff") == [False, False, True, True]
     assert column(folder, "crepa_weight") == [0.5, 0.5, 0.0, 0.0]
-    assert seen[1] == 1
-    assert seen[3] == 0
+    assert asked == [True, True, False, False]
+    assert len(encoders) == 2
 
 
-def test_without_crepa_nothing_of_it_is_said(config_file: Write):
+def test_without_crepa_nothing_of_it_is_reported(config_file: Write):
     folder = train(config_file, crepa_enabled=False, max_train_steps=2)
     for line in lines(folder):
         assert all(line.get(key) is None for key in KEYS if key.startswith("crepa"))

@@ -101,7 +101,7 @@ def test_an_older_checkpoint_can_be_gone_on_from(config_file: Write, tmp_path: P
     expect_same_run(whole, parts)
 
 
-def test_a_checkpoint_that_is_not_there_is_told(config_file: Write):
+def test_a_checkpoint_that_is_not_there_is_reported(config_file: Write):
     folder = train(config_file, max_train_steps=2, checkpointing_steps=1)
     before = snapshot(folder)
     with pytest.raises(UserError) as error:
@@ -146,7 +146,7 @@ def test_the_same_things_elsewhere_are_the_same_run(config_file: Write, clips: P
     assert column(folder, "step") == [1, 2]
 
 
-def test_another_model_is_told_before_anything_is_computed(config_file: Write, wan: Path, tmp_path: Path):
+def test_another_model_is_reported_before_anything_is_computed(config_file: Write, wan: Path, tmp_path: Path):
     train(config_file, max_train_steps=1)
     other = tmp_path / "other"
     shutil.copytree(wan, other)
@@ -160,14 +160,14 @@ def test_another_model_is_told_before_anything_is_computed(config_file: Write, w
     assert not (cache / "latents").exists()
 
 
-def test_a_target_that_is_no_layer_is_told_before_anything_is_computed(config_file: Write, tmp_path: Path):
+def test_a_target_that_is_no_layer_is_reported_before_anything_is_computed(config_file: Write, tmp_path: Path):
     with pytest.raises(UserError, match="lora_targets: 'to_z'"):
         train(config_file, lora_targets=["to_z"], cache_dir=str(tmp_path / "fresh"))
     assert not (tmp_path / "fresh" / "latents").exists()
     assert not (tmp_path / "run").exists()
 
 
-def test_a_longer_run_is_said_to_stretch_what_decays(config_file: Write, capsys: pytest.CaptureFixture[str]):
+def test_a_longer_run_is_reported_to_stretch_what_decays(config_file: Write, capsys: pytest.CaptureFixture[str]):
     train(config_file, max_train_steps=1)
     fit(read_plan(config_file(max_train_steps=2)), Screen())
     assert "the run was of 1 steps and is of 2 now" in capsys.readouterr().out
@@ -212,3 +212,23 @@ def test_a_mistake_before_the_first_step_does_not_claim_the_folder(config_file: 
         train(config_file, train_data=str(own), missing_captions="skip", num_frames=81)
     folder = train(config_file, train_data=str(own), missing_captions="empty", max_train_steps=1)
     assert status(folder)["status"] == "completed"
+
+
+def test_a_resume_from_an_earlier_step_forgets_what_came_later(trained, tmp_path):
+    """Lines, figures, videos and adapters of abandoned steps don't mix with those that take their place."""
+    root = tmp_path / "run"
+    shutil.copytree(trained, root)
+    config = json.loads((root / "config.json").read_text()) | {"output_dir": str(root), "checkpoints_total_limit": None}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | {"max_train_steps": 6}), encoding="utf-8")
+    fit(read_plan(path), Screen(quiet=True))
+    (root / "samples" / "figures.jsonl").open("a").write('{"step": 6, "promp')  # a kill
+    path.write_text(json.dumps(config | {"max_train_steps": 5, "resume_from_checkpoint": "step-000004"}), encoding="utf-8")
+    fit(read_plan(path), Screen(quiet=True))
+    assert not (root / "samples" / "step-000006.mp4").exists()
+    assert not (root / "adapters" / "adapter-000006.safetensors").exists()
+    assert (root / "adapters" / "adapter-000006.safetensors.left").exists()
+    steps = [json.loads(line)["step"] for line in (root / "samples" / "figures.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [0, 2, 4, 5]
+    assert len(steps) == 2 * 4
+    assert json.loads((root / "best.json").read_text())["step"] <= 5

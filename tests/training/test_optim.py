@@ -85,7 +85,7 @@ def norm_of(trained: list[nn.Parameter]) -> float:
     return math.sqrt(sum(parameter.grad.square().sum().item() for parameter in trained if parameter.grad is not None))
 
 
-def test_gradients_are_clipped_and_the_norm_from_before_is_told():
+def test_gradients_are_clipped_and_the_norm_from_before_is_reported():
     trained = with_gradients(3.0, 4.0)
     assert clip_gradients(trained, 1.0).item() == pytest.approx(5)
     assert norm_of(trained) == pytest.approx(1, rel=1e-4)
@@ -120,6 +120,6 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm(max_norm: float, bad: f
 
 @pytest.mark.parametrize("max_norm", [0.0, 1.0])
 def test_the_norm_is_on_the_device_of_the_weights(max_norm: float):
-    """Without gradients too: the norms of both learners are stacked."""
+    """Without gradients too: the norms of both optimizers are stacked."""
     weights = [nn.Parameter(torch.empty(3, 4, device="meta"))]
     assert clip_gradients(weights, max_norm).device.type == "meta"
