@@ -148,11 +148,11 @@ def test_an_image_has_the_bucket_of_a_clip_of_one_frame():
 
 
 def test_images_that_can_not_be_used_are_refused_with_the_reason():
-    result = cut(image(), clip(9), no_images="this model is trained on clips alone")
+    result = cut(image(), clip(9), no_images="this model is trained on clips only")
     assert [window.path.name for window in result.windows] == ["clip.mp4"]
     (refusal,) = result.refused
     assert refusal.path.name == "image.png"
-    assert refusal.reason == "it is an image, and this model is trained on clips alone"
+    assert refusal.reason == "it is an image, and this model is trained on clips only"
     assert refusal.remedy == "remove it"
 
 

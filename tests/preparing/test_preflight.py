@@ -74,7 +74,7 @@ def test_images_are_refused_where_the_channels_have_no_place_for_them(look, size
     problems = caught.value.problems
     assert [Path(problem.what.partition(": ")[0]).name for problem in problems] == ["image-0.png", "image-1.jpg"]
     for problem in problems:
-        assert problem.what.endswith(f"it is an image, and {title} is trained on clips alone")
+        assert problem.what.endswith(f"it is an image, and {title} is trained on clips only")
         assert "remove it" in problem.fix
         assert "unusable_clips" in problem.fix
     _, dataset, notes = look(size=size, unusable_clips="skip", **expert)

@@ -84,7 +84,7 @@ def test_a_signal_to_the_whole_group_loses_nothing(config_file: Write, tmp_path:
     output = log.read_text(encoding="utf-8")
     assert process.returncode == 3, output
     assert "Traceback" not in output
-    assert "once more ends it at once" in output
+    assert "a second signal ends it at once" in output
     assert (folder / "checkpoints" / f"step-{status(folder)['step']:06d}").is_dir()
 
 

@@ -184,7 +184,7 @@ def test_images_are_refused_before_anything_is_computed(
     config_file: Write, clips_and_images: Path, tiny_checkpoint, tmp_path: Path
 ):
     fresh = tmp_path / "fresh"
-    with pytest.raises(UserError, match=r"image-0\.png: it is an image, and Wan 2\.1 image-to-video is trained on clips alone"):
+    with pytest.raises(UserError, match=r"image-0\.png: it is an image, and Wan 2\.1 image-to-video is trained on clips only"):
         train(config_file, train_data=str(clips_and_images), cache_dir=str(fresh), **of(tiny_checkpoint("wan", "tiny-i2v")))
     assert not (fresh / "latents").exists()
     assert not (tmp_path / "run").exists()

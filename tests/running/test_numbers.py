@@ -52,7 +52,7 @@ def test_two_processes_are_one_with_twice_the_batch(config_file: Write, tmp_path
     alone = train(config_file, output_dir=str(tmp_path / "alone"), train_batch_size=2, **changes)
     both = tmp_path / "both"
     shown = in_two_processes(config_file(output_dir=str(both), **changes))
-    assert shown.count(b"looking at clips") == 1
+    assert shown.count(b"reading clips") == 1
     assert len(lines(both)) == 4
     assert column(both, "crepa_alignment_score")[0] is None  # the warm-up's first step
     expect_same_columns(lines(both), lines(alone), "loss", "diffusion_loss", "crepa_alignment_score", "grad_norm")
@@ -72,8 +72,8 @@ def test_two_processes_look_at_and_continue_a_run_as_one_does(config_file: Write
     both = tmp_path / "both"
     for steps in (2, 4):
         shown = in_two_processes(config_file(output_dir=str(both), max_train_steps=steps, **changes))
-        assert shown.count(b"looking at clips") == 2, "those to train on and the held-out ones, in the first process alone"
-        assert (b"going on from" in shown) == (steps == 4)
+        assert shown.count(b"reading clips") == 2, "those to train on and the held-out ones, in the first process alone"
+        assert (b"continuing from" in shown) == (steps == 4)
         assert status(both) == {"status": "completed", "step": steps, "reason": ""}
     trained, measured = ([[line for line in lines(run) if key in line] for run in (both, alone)] for key in ("loss", "eval_loss"))
     expect_same_columns(*trained, "step", "loss", "diffusion_loss", "crepa_alignment_score", "grad_norm")

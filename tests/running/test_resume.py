@@ -170,7 +170,7 @@ def test_a_target_that_is_no_layer_is_reported_before_anything_is_computed(confi
 def test_a_longer_run_is_reported_to_stretch_what_decays(config_file: Write, capsys: pytest.CaptureFixture[str]):
     train(config_file, max_train_steps=1)
     fit(read_plan(config_file(max_train_steps=2)), Screen())
-    assert "the run was of 1 steps and is of 2 now" in capsys.readouterr().out
+    assert "the run's length changed from 1 to 2 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant_with_warmup"])
