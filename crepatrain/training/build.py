@@ -120,7 +120,7 @@ def build_encoder(plan: Plan, device: torch.device) -> VisionEncoder:
 def build_vae(plan: Plan, family: Family, device: torch.device) -> Any:
     """The VAE with its weights, frozen."""
     folder = model_folder(plan)
-    with loading(folder, ("vae",)):
+    with loading(folder, (plan.variant.vae,)):
         vae = family.load_vae(str(folder), getattr(torch, plan.config.diffusion.vae_dtype))
     return vae.to(device)
 
