@@ -92,7 +92,7 @@ class _Probe:
         family = build.build_family(plan)
         transformer, crepa = build.load_transformer(plan, family), build.build_crepa(plan).to(device)
         build.adapt(plan, family, transformer)
-        place(plan.config, transformer, family.blocks(transformer), device)
+        place(plan.config.loop, transformer, family.blocks(transformer), device)
         restore_modules(checkpoint, transformer, crepa)
         if plan.config.optim.use_ema:  # the average is the run's result
             load_trained_state(transformer, read_trained(checkpoint, transformer, average=True))

@@ -98,7 +98,7 @@ def _export_adapter(source: _Source, path: Path, dtype: torch.dtype, screen: Scr
     if path.suffix != ".safetensors":
         raise UserError(f"--output {path}: an adapter is a .safetensors file", "end its name in .safetensors")
     if source.checkpoint:
-        transformer = adapter_of_checkpoint(config, family, source.checkpoint, average=source.average)
+        transformer = adapter_of_checkpoint(config.lora, family, source.checkpoint, average=source.average)
         metadata = adapter_metadata(
             config,
             family,

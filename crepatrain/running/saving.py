@@ -53,7 +53,7 @@ def _write(run: Run, gathered: Gathered) -> None:
     step, folder = run.state.step, run.folder
     # The result first: a kill in between then leaves no checkpoint without it.
     weights = gathered.tensors[EMA_FILE if run.transformer.average else TRAINED_FILE[run.config.model.model_type]]
-    write_result(folder, run.config, run.family, run.fingerprint, run.transformer.module, step, weights=weights)
+    write_result(folder, run.family, run.fingerprint, run.transformer.module, step, weights=weights)
     path = folder.checkpoint(step)
     write_checkpoint(path, gathered.tensors, gathered.trees, gathered.plain)
     rotate(folder.checkpoints, run.config.loop.checkpoints_total_limit, keep=read_best(folder.root).get("step"))

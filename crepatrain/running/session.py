@@ -146,7 +146,7 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
     if start.adapter:
         copy_into_adapter(transformer, start.adapter)
         screen.say(f"beginning with {config.lora.init_adapter}")
-    place(config, transformer, family.blocks(transformer), context.device)
+    place(config.loop, transformer, family.blocks(transformer), context.device)
     if config.loop.compile:
         screen.note(
             "the blocks are compiled in the first step, and once more for a second bucket: that takes minutes, the rest is faster"
@@ -185,7 +185,7 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
 def _trained(context: Context, accelerator: Accelerator, module: nn.Module, learning_rate: float, total: int) -> Trained:
     """Wrap a module that is placed, then give what of it is trained an optimizer."""
     wrapper = wrap(accelerator, module)
-    return Trained(module, wrapper, build_scheduled_optimizer(context.plan.config, module, learning_rate, total))
+    return Trained(module, wrapper, build_scheduled_optimizer(context.plan.config.optim, module, learning_rate, total))
 
 
 def restore_modules(checkpoint: Path, transformer: nn.Module, projector: nn.Module | None) -> None:
