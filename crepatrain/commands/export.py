@@ -64,7 +64,7 @@ def export(
     which = "" if not config.optim.use_ema else "-ema" if source.average else "-raw"
     default = RunLayout(run).exports / f"{numbered(source.name, source.step)}{which}-{str(kind).removeprefix('torch.')}"
     if output:
-        expect_nothing_at(output)
+        expect_nothing_at(output, "--output")
     if config.model.model_type == "full":
         _export_transformer(source, output or default, kind, screen)
     else:

@@ -259,7 +259,7 @@ def check_blocks(config: ResolvedConfig, depth: int, *, source_known: bool = Tru
             what = "crepa_projector=conv, crepa_spatial_align=false: a convolution needs the patches"
             fix = "set crepa_spatial_align to true, or crepa_projector to linear"
             problems.append(Problem(what, fix, ("crepa_projector", "crepa_spatial_align")))
-        problems += _check_block("crepa_block_index", config.crepa.crepa_block_index, depth)
+        problems += _check_block("crepa_block_index", config.crepa.block, depth)
         if config.crepa.crepa_feature_source == "backbone" and source_known:
             pair = ("crepa_block_index", "crepa_teacher_block_index")
             problems += _check_deeper(config, *pair, depth, needed_by="crepa_feature_source")

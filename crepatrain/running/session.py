@@ -188,17 +188,18 @@ def _trained(context: Context, accelerator: Accelerator, module: nn.Module, lear
     return Trained(module, wrapper, build_scheduled_optimizer(context.plan.config.optim, module, learning_rate, total))
 
 
-def restore_modules(checkpoint: Path, transformer: nn.Module, projector: nn.Module | None) -> None:
+def restore_modules(checkpoint: Path, transformer: nn.Module, projector: nn.Module | None, *, average: bool = False) -> None:
     """Put a checkpoint's tensors into modules that are built.
 
     Args:
         transformer: adapted where an adapter is trained.
         projector: None where CREPA is off.
+        average: whether the transformer gets the average of its weights rather than the weights.
 
     Raises:
         UserError: the checkpoint is damaged, or of another run.
     """
-    load_trained_state(transformer, read_trained(checkpoint, transformer))
+    load_trained_state(transformer, read_trained(checkpoint, transformer, average=average))
     if projector:
         projector.load_state_dict(read_weights(checkpoint, "projector", projector))
 
