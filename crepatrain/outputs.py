@@ -6,14 +6,17 @@ from pathlib import Path
 from crepatrain.errors import UserError
 
 
-def expect_nothing_at(output: Path) -> None:
+def expect_nothing_at(output: Path, argument: str) -> None:
     """Make sure that nobody's files would be replaced; an empty folder may be there.
+
+    Args:
+        argument: name of the option or argument that gave it.
 
     Raises:
         UserError: it already exists.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: it already exists", "give a new name")
+        raise UserError(f"{argument} {output}: it already exists", "give a new name")
 
 
 def expect_writable(output: Path) -> None:

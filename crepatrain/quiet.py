@@ -1,4 +1,4 @@
-"""Our libraries speak through us: their progress bars and hints would break the live line."""
+"""Library messages are hidden, as they would break the live line."""
 
 import logging
 import warnings

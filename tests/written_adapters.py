@@ -59,7 +59,7 @@ class FakeRun:
         build.adapt(self.plan, self.family, transformer)
         if self.plan.config.model.model_type == "lora":
             randomised(transformer, std=0.1 * step)
-        write_result(self.folder, self.plan.config, self.family, self.fingerprint, transformer, step)
+        write_result(self.folder, self.family, self.fingerprint, transformer, step)
         if keep:
             name = {"lora": "adapter", "full": "transformer"}[self.plan.config.model.model_type]
             tensors = {name: trained_state(transformer)}

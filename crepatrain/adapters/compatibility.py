@@ -31,8 +31,6 @@ DAMAGE = _HALF, _MISFIT, _ALPHA = "one half of it is missing", "its tensors don'
 _NO_OBJECT = "lora_adapter_metadata in its header is no JSON object"
 _REWRITE_METADATA = "write lora_adapter_metadata again, or leave it out"
 
-_COMFYUI_HINTS = {"kandinsky5_video": " (ComfyUI of December 2025 or newer)"}
-
 
 @dataclass(frozen=True)
 class Compatibility:
@@ -282,10 +280,10 @@ def _why_ignored(pair: Pair, model: Model, accepted: Sequence[str]) -> str:
 
 def _why_not_converted(file: AdapterFile, model: Model) -> str:
     """The cause of an exception that a converter of diffusers raised; its own message names none."""
-    pairs, wan = list(file.pairs.values()), model.family.spec.name == "wan"
+    pairs, translated = list(file.pairs.values()), model.family.spec.diffusers_translates_lora
     if any(pair.prefix == "lora_unet_" for pair in pairs):
         return "as it accepts lora_unet_ keys only with .alpha and for every layer of every block"
-    if any(pair.prefix == "diffusion_model." and pair.name in model.layers for pair in pairs) and wan:
+    if any(pair.prefix == "diffusion_model." and pair.name in model.layers for pair in pairs) and translated:
         return "as diffusers' own names follow diffusion_model., where the original's belong"
     if any(".default." in end for pair in pairs for end in pair.ends):
         return "as it accepts no adapter's name (default) in the keys"
@@ -296,7 +294,7 @@ def _why_not_converted(file: AdapterFile, model: Model) -> str:
         return scaled
     if not pairs:
         return "as no key is a LoRA's"
-    if wan and not any(".blocks." in f".{pair.name}" for pair in pairs):
+    if translated and not any(".blocks." in f".{pair.name}" for pair in pairs):
         return "as it looks for blocks, and the file has none"
     if file.other_keys:
         return f"as {file.other_keys[0]} is no part of a LoRA"
@@ -311,7 +309,7 @@ def _why_not_converted(file: AdapterFile, model: Model) -> str:
 def _why_not_scaled(pairs: Sequence[Pair], spec: FamilySpec) -> str | None:
     """Why a converter does not accept the .alpha of a file, where that may be the cause; otherwise None."""
     scaled = [pair for pair in pairs if pair.alpha is not None]
-    if scaled and spec.name != "wan":
+    if scaled and not spec.diffusers_translates_lora:
         return f"as it accepts no .alpha for {spec.title}"
     outside = [pair for pair in scaled if pair.prefix != "diffusion_model."]
     if outside:
@@ -372,4 +370,4 @@ def load_call(folder: Path | str, name: str, expert: Expert | None) -> str:
 
 def comfyui_hint(spec: FamilySpec) -> str:
     """What else a user must know to load a family's adapters in ComfyUI."""
-    return _COMFYUI_HINTS.get(spec.name, "")
+    return f" (ComfyUI of {spec.comfyui_since} or newer)" if spec.comfyui_since else ""

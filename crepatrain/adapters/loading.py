@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from crepatrain.adapters.adapter_file import AdapterFile, Model, read_adapter
 from crepatrain.adapters.checks import check_content, check_layers
 from crepatrain.adapters.compatibility import diffusers_compatibility
-from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.resolved import ResolvedLora
 from crepatrain.errors import Problem, UserError
 from crepatrain.families.base import Family
 from crepatrain.training.checkpoint_content import read_trained
-from crepatrain.training.lora import add_lora, live_adapter, load_trained_state, put_on_cpu, target_modules
+from crepatrain.training.lora import add_configured_lora, add_lora, live_adapter, load_trained_state, put_on_cpu
 
 
 def load_scaled(file: AdapterFile, model: Model, label: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -65,26 +65,18 @@ def load_initial_adapter(path: Path, family: Family, transformer: nn.Module) -> 
     return loaded
 
 
-def adapter_of_checkpoint(config: ResolvedConfig, family: Family, checkpoint: Path, *, average: bool) -> nn.Module:
+def adapter_of_checkpoint(config: ResolvedLora, family: Family, checkpoint: Path, *, average: bool) -> nn.Module:
     """A transformer on the meta device with the adapter of a checkpoint on the CPU.
 
     Args:
-        config: of the run.
+        config: of the run's adapter.
         average: the weights' average in place of the weights.
 
     Raises:
         UserError: a file of the checkpoint is missing or damaged, or its adapter is not this run's.
     """
     transformer = family.empty_transformer()
-    modules = target_modules(transformer, config.lora.targets, family.spec)
-    add_lora(
-        transformer,
-        modules,
-        rank=config.lora.lora_rank,
-        alpha=config.lora.alpha,
-        dropout=0.0,
-        rslora=config.lora.lora_use_rslora,
-    )
+    add_configured_lora(transformer, config, family.spec)
     put_on_cpu(transformer)
     load_trained_state(transformer, read_trained(checkpoint, transformer, average=average))
     return transformer

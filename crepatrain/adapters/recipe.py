@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import crepatrain
-from crepatrain.config.resolved import ResolvedConfig, ResolvedDiffusion
-from crepatrain.config.sections import CrepaConfig
+from crepatrain.config.resolved import ResolvedConfig, ResolvedCrepa, ResolvedDiffusion
 from crepatrain.families.base import TRAIN_TIMESTEPS, Family
 
 SCHEMA = 1
@@ -37,7 +36,7 @@ def adapter_metadata(
         step: optimizer steps behind the adapter.
         layers: names of the adapted layers.
         day: on which it is written.
-        averaged: whether its weights are those of use_ema.
+        averaged: whether its weights are the moving average.
     """
     variant, rank = family.variant, str(config.lora.lora_rank)
     low, high = (round(sigma * TRAIN_TIMESTEPS) for sigma in variant.sigmas)
@@ -94,7 +93,7 @@ def recipe(
         },
         "expert": family.variant.expert,
         "rank": config.lora.lora_rank,
-        "alpha_trained": config.lora.lora_alpha,
+        "alpha_trained": config.lora.alpha,
         "rslora": config.lora.lora_use_rslora,
         "scale_baked": True,
         "targets": sorted({re.sub(r"^\w*blocks\.\d+\.", "", layer) for layer in layers}),
@@ -129,11 +128,11 @@ def _training_shift(config: ResolvedDiffusion) -> float:
     return config.flow_shift if config.timestep_sampling == "shifted" else 1.0
 
 
-def _crepa(config: CrepaConfig) -> dict[str, Any] | None:
+def _crepa(config: ResolvedCrepa) -> dict[str, Any] | None:
     if not config.crepa_enabled:
         return None
     return {
-        "block": config.crepa_block_index,
+        "block": config.block,
         "lambda": config.crepa_lambda,
         "scheduler": config.crepa_scheduler,
         "distance": config.crepa_adjacent_distance,

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from crepatrain.adapters.checks import expect_same_adapter
 from crepatrain.adapters.recipe import adapter_metadata
-from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.errors import Problem, UserError
 from crepatrain.families.base import Family
 from crepatrain.files import share
@@ -26,7 +25,6 @@ from crepatrain.training.lora import baked_adapter, live_adapter
 
 def write_result(
     folder: RunFolder,
-    config: ResolvedConfig,
     family: Family,
     fingerprint: Mapping[str, Any],
     transformer: Any,
@@ -42,6 +40,7 @@ def write_result(
     Raises:
         UserError: the disk is full, or a program would not read the file that was written as this adapter.
     """
+    config = folder.config
     if config.model.model_type == "full":
         write_transformer(
             folder.result_transformer(family.variant.transformer), transformer, compute_dtype(config.loop), weights=weights

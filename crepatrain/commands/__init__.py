@@ -1,1 +1,1 @@
-"""What each command does. The stages of a run call each other in one direction: preflight, precompute, session, fit."""
+"""One file per command: what is asked, in which order, what is said at the end."""

@@ -32,9 +32,7 @@ from crepatrain.stopping import StopSignal
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.checkpoint import replace_json
-from crepatrain.training.checkpoint_content import read_trained
 from crepatrain.training.diffusion import FlowMatching
-from crepatrain.training.lora import load_trained_state
 
 _CLIPS = 3
 _SIGMA = 0.5
@@ -71,7 +69,7 @@ def write_alignment_map(root: Path, screen: Screen) -> None:
         batch = samples.read([Draw(index, step=0, slot=index)])
         fixed = replace(batch, sigma=torch.full_like(batch.sigma, probe.sigma))
         clips.append(_clip(window, probe.cosines(fixed.to(device)), fixed))
-    facts = {"step": step_of(found[-1]), "block": plan.config.crepa.crepa_block_index, "sigma": probe.sigma, "clips": clips}
+    facts = {"step": step_of(found[-1]), "block": plan.config.crepa.block, "sigma": probe.sigma, "clips": clips}
     replace_json(layout.alignment_map_file, facts)
 
 
@@ -91,10 +89,8 @@ class _Probe:
         family = build.build_family(plan)
         transformer, crepa = build.load_transformer(plan, family), build.build_crepa(plan).to(device)
         build.adapt(plan, family, transformer)
-        place(plan.config, transformer, family.blocks(transformer), device)
-        restore_modules(checkpoint, transformer, crepa)
-        if plan.config.optim.use_ema:  # the average is the run's result
-            load_trained_state(transformer, read_trained(checkpoint, transformer, average=True))
+        place(plan.config.loop, transformer, family.blocks(transformer), device)
+        restore_modules(checkpoint, transformer, crepa, average=plan.config.optim.use_ema)  # the average is the run's result
         process, teacher = build.build_process(plan), build.build_teacher(plan, family, device)
         return cls(plan, family, process, transformer.eval(), crepa, teacher)
 

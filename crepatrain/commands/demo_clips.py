@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from crepatrain.data.encode import write_video
-from crepatrain.errors import UserError
+from crepatrain.outputs import expect_nothing_at
 from crepatrain.screen import Screen
 
 
@@ -34,8 +34,7 @@ def make_clips(folder: Path, screen: Screen) -> None:
     Raises:
         UserError: the folder is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: it exists and is not an empty folder", "give a new folder")
+    expect_nothing_at(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(_SCENES):
         path = folder / f"clip-{number}.mp4"

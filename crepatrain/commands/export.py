@@ -64,7 +64,7 @@ def export(
     which = "" if not config.optim.use_ema else "-ema" if source.average else "-raw"
     default = RunLayout(run).exports / f"{numbered(source.name, source.step)}{which}-{str(kind).removeprefix('torch.')}"
     if output:
-        expect_nothing_at(output)
+        expect_nothing_at(output, "--output")
     if config.model.model_type == "full":
         _export_transformer(source, output or default, kind, screen)
     else:
@@ -98,7 +98,7 @@ def _export_adapter(source: _Source, path: Path, dtype: torch.dtype, screen: Scr
     if path.suffix != ".safetensors":
         raise UserError(f"--output {path}: an adapter is a .safetensors file", "end its name in .safetensors")
     if source.checkpoint:
-        transformer = adapter_of_checkpoint(config, family, source.checkpoint, average=source.average)
+        transformer = adapter_of_checkpoint(config.lora, family, source.checkpoint, average=source.average)
         metadata = adapter_metadata(
             config,
             family,

@@ -18,7 +18,7 @@ from crepatrain.outputs import expect_nothing_at, expect_writable
 from crepatrain.screen import Screen
 from crepatrain.specs import FAMILIES
 
-# From this share of unchanged weights on, the user is told that the merge has lost much of the adapter.
+# From this share of unchanged weights on, a note says that the merge has lost much of the adapter.
 _MUCH = 0.5
 
 
@@ -40,7 +40,7 @@ def merge(
         UserError: an adapter is not for this base, or something can't be read or written.
     """
     _check_strengths(strengths, adapters)
-    expect_nothing_at(output)
+    expect_nothing_at(output, "--output")
     expect_writable(output)
     files = [read_adapter(path) for path in adapters]
     name, expert = common_target(files)

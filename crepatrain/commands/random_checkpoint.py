@@ -5,6 +5,7 @@ from pathlib import Path
 from crepatrain.errors import UserError, closest
 from crepatrain.families import family_class
 from crepatrain.families.random import write_random_pipeline
+from crepatrain.outputs import expect_nothing_at
 from crepatrain.quiet import quiet_libraries
 from crepatrain.screen import Screen
 from crepatrain.specs import FAMILIES
@@ -27,8 +28,7 @@ def make_random(family: str, folder: Path, size: str | None, seed: int, screen: 
     name = size or next(iter(kind.tiny))
     if name not in models:
         raise UserError(f"--size {name}: unknown", _did_you_mean(name, list(models)))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: it exists and is not an empty folder", "give a new folder")
+    expect_nothing_at(folder, "folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -230,7 +230,7 @@ def _open_adapter(path: Path, options: SampleOptions) -> _Source:
 
 
 def _settings(source: _Source, options: SampleOptions, screen: Screen) -> dict[str, Any]:
-    """The recipe's settings with the user's options in their place; the user is told of each difference.
+    """The recipe's settings with the user's options in their place; a note names each difference.
 
     Raises:
         UserError: a size that the model can't make.

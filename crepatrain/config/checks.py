@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -181,18 +182,31 @@ def check_targets(config: ResolvedConfig, spec: FamilySpec, depth: int) -> list[
         return []
     targets = config.lora.targets
     names = [f"{spec.blocks}.{block}.{linear}" for block in range(depth) for linear in spec.linears]
-    about = ("lora_targets",)
     if isinstance(targets, str):
-        if any(re.fullmatch(targets, name) for name in names):
-            return []
-        what = f"lora_targets={targets}: a regex that matches the whole name of no Linear layer of the blocks"
-        return [Problem(what, f"the names are {names[0]} and the like; use a list to match their ends", about)]
-    ends = f"use ends of {', '.join(spec.linears)}, or all-linear"
+        matches = any(re.fullmatch(targets, name) for name in names)
+        return [] if matches else [unknown_target(targets, names, regex=True)]
     return [
-        Problem(f"lora_targets: {target!r} is not a Linear layer of a block", ends, about)
+        unknown_target(target, names, regex=False)
         for target in targets
         if not any(name == target or name.endswith(f".{target}") for name in names)
     ]
+
+
+def unknown_target(target: str, names: Sequence[str], *, regex: bool) -> Problem:
+    """A target of the adapter that matches none of the Linear layers of the blocks.
+
+    Args:
+        names: of these layers, in full.
+        regex: whether the target is a regex rather than the end of a name.
+    """
+    about = ("lora_targets",)
+    if regex:
+        what = f"lora_targets={target}: a regex that matches the whole name of no Linear layer of the blocks"
+        return Problem(what, f"the names are {names[0]} and the like; use a list to match their ends", about)
+    ends = dict.fromkeys(name.split(".", maxsplit=2)[2] for name in names)
+    return Problem(
+        f"lora_targets: {target!r} is not a Linear layer of a block", f"use ends of {', '.join(ends)}, or all-linear", about
+    )
 
 
 def check_source(written: RunConfig) -> list[Problem]:
@@ -245,7 +259,7 @@ def check_blocks(config: ResolvedConfig, depth: int, *, source_known: bool = Tru
             what = "crepa_projector=conv, crepa_spatial_align=false: a convolution needs the patches"
             fix = "set crepa_spatial_align to true, or crepa_projector to linear"
             problems.append(Problem(what, fix, ("crepa_projector", "crepa_spatial_align")))
-        problems += _check_block("crepa_block_index", config.crepa.crepa_block_index, depth)
+        problems += _check_block("crepa_block_index", config.crepa.block, depth)
         if config.crepa.crepa_feature_source == "backbone" and source_known:
             pair = ("crepa_block_index", "crepa_teacher_block_index")
             problems += _check_deeper(config, *pair, depth, needed_by="crepa_feature_source")

@@ -78,7 +78,7 @@ class DataConfig(Section, frozen=True):
     height: int | None = Field(None, ge=16, le=4096, description="Height of the clips in pixels. null: the family's default.")
     width: int | None = Field(None, ge=16, le=4096, description="Width of the clips in pixels. null: the family's default.")
     num_frames: int | None = Field(
-        None, ge=1, le=2048, description="Pixel frames of one training window. null: the family's default."
+        None, ge=1, le=2048, description="Number of pixel frames in one training window. null: the family's default."
     )
     fps: float | None = Field(
         None, gt=0, le=240, description="Clips are resampled to this frame rate. null: the family's default."
@@ -88,7 +88,7 @@ class DataConfig(Section, frozen=True):
         description="Keep each clip's aspect ratio: use the legal size nearest to it, with the same area as height x width.",
     )
     max_windows_per_clip: int = Field(
-        0, ge=0, description="At most so many windows of num_frames are cut from one clip, spread evenly. 0: all that fit."
+        0, ge=0, description="Largest number of windows of num_frames cut from one clip, spread evenly. 0: all that fit."
     )
     missing_captions: Literal["error", "empty", "filename", "skip"] = Field(
         "error",
@@ -110,7 +110,7 @@ class DataConfig(Section, frozen=True):
         json_schema_extra=_MAY_CHANGE,
     )
     dataloader_num_workers: int = Field(
-        2, ge=0, le=64, description="Processes that read batches ahead of the training.", json_schema_extra=_MAY_CHANGE
+        2, ge=0, le=64, description="Number of processes that read batches ahead of the training.", json_schema_extra=_MAY_CHANGE
     )
 
 
@@ -174,7 +174,7 @@ class OptimConfig(Section, frozen=True):
         "constant_with_warmup", description="Learning-rate schedule, as diffusers defines it."
     )
     lr_warmup_steps: int = Field(
-        0, ge=0, description="Optimizer steps in which the learning rate rises from 0. Not for the schedule constant."
+        0, ge=0, description="Number of optimizer steps in which the learning rate rises from 0. Not for the schedule constant."
     )
 
 
@@ -212,8 +212,8 @@ class LoopConfig(Section, frozen=True):
         description="Length of the run in passes over all windows. Set either this or max_train_steps.",
         json_schema_extra=_MAY_CHANGE,
     )
-    train_batch_size: int = Field(1, ge=1, le=1024, description="Clips of one forward pass on one device.")
-    gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Forward passes of one optimizer step.")
+    train_batch_size: int = Field(1, ge=1, le=1024, description="Number of clips in one forward pass on one device.")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Number of forward passes in one optimizer step.")
     gradient_checkpointing: bool = Field(
         True, description="Recompute the blocks in the backward pass: much less memory, a third more time."
     )
@@ -228,12 +228,12 @@ class LoopConfig(Section, frozen=True):
         description="no: everything in fp32; bf16: frozen weights and arithmetic in bf16, trained weights in fp32.",
     )
     checkpointing_steps: int = Field(
-        500, ge=1, description="Optimizer steps between two checkpoints.", json_schema_extra=_MAY_CHANGE
+        500, ge=1, description="Number of optimizer steps between two checkpoints.", json_schema_extra=_MAY_CHANGE
     )
     checkpoints_total_limit: int | None = Field(
         3,
         ge=1,
-        description="The newest checkpoints that are kept; adapters are all kept. null: all checkpoints.",
+        description="How many of the newest checkpoints are kept. All adapters are kept. null: all checkpoints.",
         json_schema_extra=_MAY_CHANGE,
     )
     resume_from_checkpoint: str | None = Field(
@@ -242,7 +242,7 @@ class LoopConfig(Section, frozen=True):
         json_schema_extra=_MAY_CHANGE,
     )
     logging_steps: int = Field(
-        1, ge=1, description="Optimizer steps that one line in metrics.jsonl covers.", json_schema_extra=_MAY_CHANGE
+        1, ge=1, description="Number of optimizer steps that one line in metrics.jsonl covers.", json_schema_extra=_MAY_CHANGE
     )
     report_to: list[Literal["tensorboard", "wandb"]] = Field(
         ["tensorboard"],
@@ -268,7 +268,7 @@ class ValidationConfig(Section, frozen=True):
         json_schema_extra=_MAY_CHANGE,
     )
     validation_steps: int = Field(
-        500, ge=1, description="Optimizer steps between two rounds of validation videos.", json_schema_extra=_MAY_CHANGE
+        500, ge=1, description="Number of optimizer steps between two rounds of validation videos.", json_schema_extra=_MAY_CHANGE
     )
     validation_seed: int = Field(
         42, ge=0, lt=2**31, description="Seed of the noise, the same for every validation video.", json_schema_extra=_MAY_CHANGE
@@ -285,7 +285,7 @@ class ValidationConfig(Section, frozen=True):
         description="Instead of eval_data: share of the clips of train_data, chosen by their content, that is never trained on.",
     )
     validation_sampling_steps: int = Field(
-        25, ge=2, le=1000, description="Denoising steps of a validation video.", json_schema_extra=_MAY_CHANGE
+        25, ge=2, le=1000, description="Number of denoising steps of a validation video.", json_schema_extra=_MAY_CHANGE
     )
 
 
@@ -358,7 +358,7 @@ class CrepaConfig(Section, frozen=True):
         description="Size at which the encoder sees a frame. A number n: the frame is resized to n x n pixels; grid: one encoder "
         "patch per token, with the aspect ratio kept.",
     )
-    crepa_encoder_frames_batch_size: int = Field(8, ge=1, description="Frames of one forward pass of the encoder.")
+    crepa_encoder_frames_batch_size: int = Field(8, ge=1, description="Number of frames in one forward pass of the encoder.")
     crepa_cache_dtype: Literal["float16", "int8"] = Field(
         "float16",
         description="How cached features are stored. int8: with a scale per patch; half the disk space, and an error of the "
@@ -370,9 +370,13 @@ class CrepaConfig(Section, frozen=True):
     crepa_scheduler: Literal["constant", "linear", "cosine", "polynomial"] = Field(
         "constant", description="How the weight decays from crepa_lambda to crepa_lambda_end."
     )
-    crepa_warmup_steps: int = Field(0, ge=0, description="Optimizer steps in which the weight rises from 0 to crepa_lambda.")
+    crepa_warmup_steps: int = Field(
+        0, ge=0, description="Number of optimizer steps in which the weight rises from 0 to crepa_lambda."
+    )
     crepa_decay_steps: int = Field(
-        0, ge=0, description="Optimizer steps of the decay, counted from the end of the warm-up. 0: the rest of the run."
+        0,
+        ge=0,
+        description="Number of optimizer steps of the decay, counted from the end of the warm-up. 0: the rest of the run.",
     )
     crepa_lambda_end: float = Field(0.0, ge=0, description="Weight at the end of the decay.")
     crepa_power: float = Field(1.0, gt=0, description="Power of the polynomial decay. Only where crepa_scheduler is polynomial.")
@@ -395,8 +399,8 @@ class CrepaConfig(Section, frozen=True):
     crepa_probe_interval: int = Field(
         10,
         ge=1,
-        description="Steps between two measurements of the score while CREPA is off. Only where crepa_threshold_mode is "
-        "recoverable.",
+        description="Number of steps between two measurements of the score while CREPA is off. Only where crepa_threshold_mode "
+        "is recoverable.",
     )
 
 

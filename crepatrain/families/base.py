@@ -66,7 +66,7 @@ class Family(ABC):
 
     def load_vae(self, path: str, dtype: torch.dtype) -> Any:
         """The VAE with its weights, frozen, in eval mode."""
-        vae = self.vae_class.from_pretrained(path, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+        vae = self.vae_class.from_pretrained(path, subfolder=self.variant.vae, torch_dtype=dtype, use_safetensors=True)
         return vae.requires_grad_(False)
 
     def empty_vae(self) -> Any:

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from crepatrain.alignment.encoders import VisionEncoder, empty_encoder
 from crepatrain.alignment.teachers import Teacher
 from crepatrain.config.plan import Plan
-from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.sections import OptimConfig
 from crepatrain.data.buckets import Bucket
 from crepatrain.data.decode import as_video
 from crepatrain.errors import UserError
@@ -202,10 +202,10 @@ class _KnownStates:
             parameter.grad = None
 
 
-def _optimizer(config: ResolvedConfig, module: nn.Module) -> ScheduledOptimizer | _KnownStates:
-    if config.optim.optimizer != "adamw":
-        return _KnownStates(config.optim.optimizer, trainable_parameters(module))
-    return build_scheduled_optimizer(config, module, config.optim.learning_rate, 100)
+def _optimizer(config: OptimConfig, module: nn.Module) -> ScheduledOptimizer | _KnownStates:
+    if config.optimizer != "adamw":
+        return _KnownStates(config.optimizer, trainable_parameters(module))
+    return build_scheduled_optimizer(config, module, config.learning_rate, 100)
 
 
 class TrainingStep:
@@ -222,7 +222,7 @@ class TrainingStep:
         self._device = device
         config, transformer = self._plan.config, self._trained["transformer"]
         # Kernels and compiled graphs have no place for tensors without values.
-        plain = config.changed(attention_backend=None, compile=False)
+        plain = config.loop.model_copy(update={"attention_backend": None, "compile": False})
         with account.of("transformer"):
             place(plain, transformer, self._family.blocks(transformer), device)
         for owner, module in {**self._trained, **self._of_teacher}.items():
@@ -242,7 +242,7 @@ class TrainingStep:
         if config.optim.use_ema:
             with account.of("EMA"):
                 self._average = WeightAverage(trainable_parameters(transformer), config.optim.ema_decay)
-        self._optimizers = [_optimizer(config, module) for module in self._trained.values()]
+        self._optimizers = [_optimizer(config.optim, module) for module in self._trained.values()]
         for optimizer in self._optimizers:
             for parameter in optimizer.parameters:
                 parameter.register_post_accumulate_grad_hook(count_gradient)

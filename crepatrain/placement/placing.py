@@ -6,11 +6,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
 
 
-def place(config: ResolvedConfig, transformer: Any, blocks: nn.ModuleList, device: torch.device) -> None:
+def place(config: LoopConfig, transformer: Any, blocks: nn.ModuleList, device: torch.device) -> None:
     """Put a transformer on a device in training mode, with gradient checkpointing, attention backend and compiled blocks.
 
     A transformer on the meta device gets memory there, without values.
@@ -22,16 +22,16 @@ def place(config: ResolvedConfig, transformer: Any, blocks: nn.ModuleList, devic
     Raises:
         UserError: an attention backend that is not installed, or that would download code.
     """
-    if config.loop.gradient_checkpointing:
+    if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    if config.loop.attention_backend:
-        _set_attention_backend(transformer, config.loop.attention_backend)
+    if config.attention_backend:
+        _set_attention_backend(transformer, config.attention_backend)
     if next(transformer.parameters()).is_meta:
         materialise(transformer, device)
     else:
         transformer.to(device)
     transformer.train()
-    if config.loop.compile:  # block by block: they share one graph, and a second bucket makes it dynamic rather than one more
+    if config.compile:  # block by block: they share one graph, and a second bucket makes it dynamic rather than one more
         for block in blocks:
             block.compile()
 

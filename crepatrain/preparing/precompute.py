@@ -159,7 +159,7 @@ def _text_keys(
 
 
 def _latents_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str]) -> dict[Window, str]:
-    facts = {"family": plan.spec.name, "vae": models["vae"], "dtype": plan.config.diffusion.vae_dtype}
+    facts = {"family": plan.spec.name, "vae": models[plan.variant.vae], "dtype": plan.config.diffusion.vae_dtype}
     return {window: entry_key(kind="latents", **_source(window, window.frames), **facts) for window in windows}
 
 

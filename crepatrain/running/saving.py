@@ -63,7 +63,7 @@ def _write(run: Run, gathered: Gathered) -> None:
     transformer = run.transformer
     average, own = average_file("transformer"), weights_file("transformer", adapted=is_adapted(transformer.module))
     weights = gathered.tensors[average if transformer.average else own]
-    write_result(folder, run.config, run.family, run.fingerprint, transformer.module, step, weights=weights)
+    write_result(folder, run.family, run.fingerprint, transformer.module, step, weights=weights)
     path = folder.checkpoint(step)
     write_checkpoint(path, gathered.tensors, gathered.trees, gathered.plain)
     rotate(folder.checkpoints, run.config.loop.checkpoints_total_limit, keep=read_best(folder.root).get("step"))

@@ -147,7 +147,7 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
     if start.adapter:
         copy_into_adapter(transformer, start.adapter)
         screen.say(f"starting from the adapter {config.lora.init_adapter}")
-    place(config, transformer, family.blocks(transformer), context.device)
+    place(config.loop, transformer, family.blocks(transformer), context.device)
     if config.loop.compile:
         screen.note(
             "the blocks are compiled in the first step, and once more for a second bucket: that takes minutes, the rest is faster"
@@ -186,20 +186,21 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
 def _trained(context: Context, accelerator: Accelerator, module: nn.Module, learning_rate: float, total: int) -> Trained:
     """Wrap a module that is placed, then give what of it is trained an optimizer."""
     wrapper = wrap(accelerator, module)
-    return Trained(module, wrapper, build_scheduled_optimizer(context.plan.config, module, learning_rate, total))
+    return Trained(module, wrapper, build_scheduled_optimizer(context.plan.config.optim, module, learning_rate, total))
 
 
-def restore_modules(checkpoint: Path, transformer: nn.Module, projector: nn.Module | None) -> None:
+def restore_modules(checkpoint: Path, transformer: nn.Module, projector: nn.Module | None, *, average: bool = False) -> None:
     """Put a checkpoint's tensors into modules that are built.
 
     Args:
         transformer: adapted where an adapter is trained.
         projector: None where CREPA is off.
+        average: whether the transformer gets the average of its weights rather than the weights.
 
     Raises:
         UserError: the checkpoint is damaged, or of another run.
     """
-    load_trained_state(transformer, read_trained(checkpoint, transformer))
+    load_trained_state(transformer, read_trained(checkpoint, transformer, average=average))
     if projector:
         projector.load_state_dict(read_weights(checkpoint, weights_file("projector"), projector))
 

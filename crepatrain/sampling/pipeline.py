@@ -25,7 +25,7 @@ def training_pipeline(
         dropped_parts: names of parts that are left out: prompts come encoded, so no text encoder and no tokenizer is needed.
         device: to which the other parts are moved.
     """
-    parts = {family.variant.transformer: transformer, "vae": vae, **dict.fromkeys(dropped_parts)}
+    parts = {family.variant.transformer: transformer, family.variant.vae: vae, **dict.fromkeys(dropped_parts)}
     pipeline = getattr(diffusers, family.spec.pipelines[family.task]).from_pretrained(folder, **parts).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

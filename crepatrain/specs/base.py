@@ -238,6 +238,12 @@ class Variant:
         return folder
 
     @property
+    def vae(self) -> str:
+        """The part that encodes and decodes clips."""
+        (folder,) = self.folders("vae")
+        return folder
+
+    @property
     def weights(self) -> tuple[str, ...]:
         """The parts that hold safetensors."""
         return self.folders("transformer", "vae", "text_encoder", "text_connector", "image_encoder")
@@ -277,6 +283,9 @@ class FamilySpec:
         released: released models by name.
         comfyui: prefixes that the keys of an adapter file may have for ComfyUI, before the original's names; empty: ComfyUI
             has no such model.
+        comfyui_since: month of the first ComfyUI that knows the model; None where any recent one does.
+        diffusers_translates_lora: whether diffusers translates the original's names of layers in an adapter file, with their
+            .alpha; otherwise it accepts no .alpha.
     """
 
     name: str
@@ -294,6 +303,8 @@ class FamilySpec:
     variant: Callable[[Checkpoint, Expert | None], Variant]
     released: Mapping[str, ModelShapes]
     comfyui: tuple[str, ...] = ("diffusion_model.", "lora_unet_")
+    comfyui_since: str | None = None
+    diffusers_translates_lora: bool = False
 
     def default_variant(self) -> Variant:
         """Of the first released model."""

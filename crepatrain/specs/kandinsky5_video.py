@@ -122,6 +122,7 @@ KANDINSKY5_VIDEO = FamilySpec(
     geometry=_geometry,
     variant=_variant,
     comfyui=("diffusion_model.", "transformer.", "lora_unet_", ""),
+    comfyui_since="December 2025",
     released=MappingProxyType(
         {
             "kandinsky5-lite": ModelShapes("kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers", _LITE, _HUNYUAN_VAE, _SAMPLER),

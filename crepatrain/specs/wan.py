@@ -152,6 +152,7 @@ WAN = FamilySpec(
     text_is_padded=True,
     geometry=_geometry,
     variant=_variant,
+    diffusers_translates_lora=True,
     released=MappingProxyType(
         {
             "wan2.1-1.3b": ModelShapes("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _transformer(12, 8960, 30), WAN_VAE, _SAMPLER),

@@ -1,4 +1,4 @@
-"""From a plan to the modules of a run. The only place that reads the config and loads torch models for training."""
+"""From a plan to the modules of a run."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from crepatrain.families.base import Family
 from crepatrain.placement.precision import encoding_dtype, weights_dtype
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.loading import loading
-from crepatrain.training.lora import add_lora, leave_casts_to_autocast, target_modules
+from crepatrain.training.lora import add_configured_lora, leave_casts_to_autocast
 from crepatrain.training.step import CrepaForward, CrepaTerm, LayerSyncTerm
 
 _ENCODER_FILES = ("*.json", "*.safetensors")
@@ -120,7 +120,7 @@ def build_encoder(plan: Plan, device: torch.device) -> VisionEncoder:
 def build_vae(plan: Plan, family: Family, device: torch.device) -> Any:
     """The VAE with its weights, frozen."""
     folder = model_folder(plan)
-    with loading(folder, ("vae",)):
+    with loading(folder, (plan.variant.vae,)):
         vae = family.load_vae(str(folder), getattr(torch, plan.config.diffusion.vae_dtype))
     return vae.to(device)
 
@@ -204,17 +204,8 @@ def adapt(plan: Plan, family: Family, transformer: Any) -> None:
     if config.model.model_type == "full":
         transformer.requires_grad_(True)
         return
-    modules = target_modules(transformer, config.lora.targets, plan.spec)
-    for module in modules:
+    for module in add_configured_lora(transformer, config.lora, plan.spec):
         family.export_name(module)
-    add_lora(
-        transformer,
-        modules,
-        rank=config.lora.lora_rank,
-        alpha=config.lora.alpha,
-        dropout=config.lora.lora_dropout,
-        rslora=config.lora.lora_use_rslora,
-    )
     if config.loop.mixed_precision != "no":
         leave_casts_to_autocast(transformer)
 

@@ -11,6 +11,8 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from crepatrain.config.checks import unknown_target
+from crepatrain.config.resolved import ResolvedLora
 from crepatrain.errors import UserError
 from crepatrain.specs import FamilySpec
 
@@ -39,8 +41,7 @@ def target_modules(transformer: nn.Module, targets: Sequence[str] | str, spec: F
         chosen = {target: [name for name in linears if name == target or name.endswith(f".{target}")] for target in targets}
     for target, names in chosen.items():
         if not names:
-            ends = sorted({name.split(".", maxsplit=2)[2] for name in linears})
-            raise UserError(f"lora_targets: {target!r} is no Linear of a block", f"use ends of {', '.join(ends)}, or all-linear")
+            raise UserError.of([unknown_target(target, linears, regex=isinstance(targets, str))])
     wanted = {name for names in chosen.values() for name in names}
     return [name for name in linears if name in wanted]
 
@@ -60,6 +61,27 @@ def add_lora(transformer: Any, modules: Sequence[str], *, rank: int, alpha: floa
     )
     for parameter in trainable_parameters(transformer):
         parameter.data = parameter.data.float()
+
+
+def add_configured_lora(transformer: Any, config: ResolvedLora, spec: FamilySpec) -> list[str]:
+    """Freeze a transformer and put the config's adapter on it, from torch's global generator.
+
+    Returns:
+        The full names of the adapted layers.
+
+    Raises:
+        UserError: a target that matches no layer.
+    """
+    modules = target_modules(transformer, config.targets, spec)
+    add_lora(
+        transformer,
+        modules,
+        rank=config.lora_rank,
+        alpha=config.alpha,
+        dropout=config.lora_dropout,
+        rslora=config.lora_use_rslora,
+    )
+    return modules
 
 
 def put_on_cpu(transformer: nn.Module) -> None:

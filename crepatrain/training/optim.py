@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.config.sections import OptimConfig
 from crepatrain.training.lora import trainable_parameters
 
@@ -25,11 +24,11 @@ def build_optimizer(config: OptimConfig, parameters: Sequence[nn.Parameter], lea
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=decay)
     if config.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports] - the 8bit extra; make_plan has looked for it
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports] - the 8bit extra; make_plan has checked that it is installed
 
         return AdamW8bit(parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=decay)
     if config.optimizer == "prodigy":
-        from prodigyopt import Prodigy  # pyright: ignore[reportMissingImports] - the prodigy extra; make_plan has looked for it
+        from prodigyopt import Prodigy  # pyright: ignore[reportMissingImports] - the prodigy extra; make_plan has checked that it is installed
 
         return Prodigy(parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=decay, use_bias_correction=True)
     return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=decay, fused=True)
@@ -86,12 +85,12 @@ class ScheduledOptimizer:
 
 
 def build_scheduled_optimizer(
-    config: ResolvedConfig, module: nn.Module, learning_rate: float, max_train_steps: int
+    config: OptimConfig, module: nn.Module, learning_rate: float, max_train_steps: int
 ) -> ScheduledOptimizer:
     """An optimizer over what of a module is trained. Built after the module is placed."""
     parameters = trainable_parameters(module)
-    optimizer = build_optimizer(config.optim, parameters, learning_rate)
-    return ScheduledOptimizer(parameters, optimizer, build_lr_scheduler(config.optim, optimizer, max_train_steps))
+    optimizer = build_optimizer(config, parameters, learning_rate)
+    return ScheduledOptimizer(parameters, optimizer, build_lr_scheduler(config, optimizer, max_train_steps))
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:

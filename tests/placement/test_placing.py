@@ -1,7 +1,5 @@
 """Placing a transformer: with weights and without."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -25,7 +23,7 @@ def test_a_transformer_without_values_is_placed_like_one_with_weights(tiny_check
     for make in (build.load_transformer, build.empty_transformer):
         transformer = make(plan, family)
         build.adapt(plan, family, transformer)
-        place(plan.config, transformer, family.blocks(transformer), CPU)
+        place(plan.config.loop, transformer, family.blocks(transformer), CPU)
         placed.append(transformer)
     for tensors in ("named_parameters", "named_buffers"):
         full, empty = (
@@ -41,7 +39,7 @@ def test_an_attention_backend_that_can_not_be_had_is_refused(config_file, backen
     plan = read_plan(config_file(crepa_enabled=False))
     family = build.build_family(plan)
     transformer = build.empty_transformer(plan, family)
-    config = replace(plan, config=plan.config.changed(attention_backend=backend)).config
+    config = plan.config.changed(attention_backend=backend).loop
     with pytest.raises(UserError, match=f"attention_backend={backend}"):
         place(config, transformer, family.blocks(transformer), CPU)
 

@@ -157,6 +157,45 @@ def test_a_damaged_tokenizer_is_one_clear_message(folder: Path, content: str | N
     assert error.value.problems[0].fix == "download this part again"
 
 
+@pytest.mark.parametrize(
+    ("kind", "files"),
+    [
+        ("Qwen2Tokenizer", {"tokenizer.json": "{}"}),
+        ("T5TokenizerFast", {"spiece.model": "no protobuf"}),
+        ("CLIPTokenizer", {"vocab.json": '{"a": 0}', "merges.txt": "#version\na b c d\n"}),
+    ],
+)
+def test_a_damaged_vocabulary_is_one_clear_message(folder: Path, kind: str, files: dict[str, str]):
+    part = folder / "tokenizer"
+    shutil.rmtree(part)
+    part.mkdir()
+    for name, content in (files | {"tokenizer_config.json": json.dumps({"tokenizer_class": kind})}).items():
+        (part / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=f"(?s){part} can't be loaded: ") as error:
+        load(folder, "text_encoder")
+    assert error.value.problems[0].fix == "download this part again"
+
+
+@pytest.mark.parametrize(("part", "key"), [("transformer", "axes_dims"), ("vae", "norm_num_groups")])
+def test_a_config_without_a_key_is_one_clear_message(tiny_checkpoint: Callable[..., Path], tmp_path: Path, part: str, key: str):
+    folder = Path(shutil.copytree(tiny_checkpoint("kandinsky5_video"), tmp_path / "checkpoint"))
+    path = folder / part / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    del values[key]  # the class then takes a default that does not fit the other values
+    path.write_text(json.dumps(values), encoding="utf-8")
+    message = f"{path} can't be loaded: no \\w+ can be built from it: \\w+Error"
+    with pytest.raises(UserError, match=message), loading(folder, (part,)):
+        pass
+
+
+def test_a_config_that_a_library_can_not_read_is_one_clear_message(folder: Path):
+    path = folder / "text_encoder" / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(values | {"num_heads": "two"}), encoding="utf-8")
+    with pytest.raises(UserError, match=f"{path} can't be loaded: no UMT5EncoderModel can be built from it: .*num_heads"):
+        load(folder, "text_encoder")
+
+
 def test_a_vision_model_may_have_the_config_of_the_pair(folder: Path):
     """transformers loads CLIP's vision model from the config of the whole CLIP too."""
     path = folder / "image_encoder" / "config.json"
