@@ -370,9 +370,7 @@ class CrepaConfig(Section, frozen=True):
     crepa_scheduler: Literal["constant", "linear", "cosine", "polynomial"] = Field(
         "constant", description="How the weight decays from crepa_lambda to crepa_lambda_end."
     )
-    crepa_warmup_steps: int = Field(
-        0, ge=0, description="Number of optimizer steps in which the weight rises from 0 to crepa_lambda."
-    )
+    crepa_warmup_steps: int = Field(0, ge=0, description="Number of optimizer steps of the rise from 0 to crepa_lambda.")
     crepa_decay_steps: int = Field(
         0,
         ge=0,
