@@ -391,7 +391,7 @@ def test_make_random_never_writes_over_anything(run, tmp_path):
     for target in (tmp_path / "full", tmp_path / "full" / "model.txt"):
         result = run("make-random", "wan", target)
         assert result.code == 2
-        assert f"folder {target}: there is something already" in " ".join(result.errors.split())
+        assert f"folder {target}: it already exists" in " ".join(result.errors.split())
         assert "give a new name" in result.errors
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "model.txt"]
 

@@ -93,7 +93,7 @@ def recipe(
         },
         "expert": family.variant.expert,
         "rank": config.lora.lora_rank,
-        "alpha_trained": config.lora.alpha,
+        "alpha_trained": config.lora.lora_alpha,  # null where every weight is trained
         "rslora": config.lora.lora_use_rslora,
         "scale_baked": True,
         "targets": sorted({re.sub(r"^\w*blocks\.\d+\.", "", layer) for layer in layers}),
