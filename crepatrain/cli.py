@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 import crepatrain
-from crepatrain.config.load import parse_numbers
+from crepatrain.config.load import options_of_released_model, parse_numbers
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.config.run_config import RunConfig
 from crepatrain.config.summary import summarize
 from crepatrain.console import Screen
-from crepatrain.errors import DivergedError, UserError, closest
+from crepatrain.errors import DivergedError, UserError
 from crepatrain.specs import FAMILIES
 
 EXIT_USER_ERROR, EXIT_STOPPED, EXIT_DIVERGED, EXIT_DOES_NOT_FIT = 2, 3, 4, 5
@@ -133,7 +133,7 @@ def dry_run(
     as_json: Annotated[bool, typer.Option("--json", help="Print only the estimate, as JSON.")] = False,
 ) -> None:
     """Read every clip; show what training will use, its steps, disk space and GPU memory. Loads no weights."""
-    plan = _plan(config, [*context.args, *_assumed(assume_model)], online=False)
+    plan = _plan(config, [*context.args, *options_of_released_model(assume_model)], online=False)
 
     def work() -> None:
         from crepatrain.commands import dryrun
@@ -153,22 +153,6 @@ def dry_run(
             sys.exit(EXIT_DOES_NOT_FIT)
 
     _stoppable(work)
-
-
-def _assumed(model: str | None) -> list[str]:
-    """Options that replace the config's model by a released one."""
-    if model is None:
-        return []
-    known = {name: spec for spec in FAMILIES.values() for name in spec.released}
-    if model not in known:
-        close = closest(model, known)
-        raise UserError(
-            f"--assume-model {model}: unknown", f"did you mean {close}?" if close else f"use one of {', '.join(known)}"
-        )
-    spec = known[model]
-    expert = spec.variant(spec.released[model].checkpoint, None).expert
-    options = ["--model_family", spec.name, "--pretrained_model_name_or_path", str(spec.released[model].repo)]
-    return options + (["--wan_expert", expert] if expert else [])
 
 
 @app.command()

@@ -79,3 +79,8 @@ def test_nothing_runs_code_out_of_a_download(refused):
 def test_what_torch_loads_holds_tensors_only():
     calls = [line for path in SOURCES for line in path.read_text(encoding="utf-8").splitlines() if "torch.load(" in line]
     assert all("weights_only=True" in line for line in calls)
+
+
+def test_no_file_is_too_long_to_be_read():
+    long = {str(path.name): count for path in SOURCES if (count := len(path.read_text(encoding="utf-8").splitlines())) > 420}
+    assert not long

@@ -230,6 +230,26 @@ def _choices(annotation: Any) -> set[Any]:
     return set().union(*(_choices(arg) for arg in get_args(annotation)))
 
 
+def options_of_released_model(model: str | None) -> list[str]:
+    """Options that replace the config's model by a released one; none for None.
+
+    Raises:
+        UserError: no released model has that name.
+    """
+    if model is None:
+        return []
+    known = {name: spec for spec in FAMILIES.values() for name in spec.released}
+    if model not in known:
+        close = closest(model, known)
+        raise UserError(
+            f"--assume-model {model}: unknown", f"did you mean {close}?" if close else f"use one of {', '.join(known)}"
+        )
+    spec = known[model]
+    expert = spec.variant(spec.released[model].checkpoint, None).expert
+    options = ["--model_family", spec.name, "--pretrained_model_name_or_path", str(spec.released[model].repo)]
+    return options + (["--wan_expert", expert] if expert else [])
+
+
 def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> tuple[Any, ...]:
     """Finite numbers, separated by commas.
 

@@ -26,7 +26,7 @@ REFERENCE = {
 }
 
 
-def test_crepa_keys_without_crepa_are_told(plan):
+def test_crepa_keys_without_crepa_are_reported(plan):
     assert plan(**OFF).warnings == ()
     assert plan(**OFF | {"crepa_enabled": False}).warnings == ()
     [warning] = plan(**OFF, crepa_lambda=0.3).warnings
@@ -35,7 +35,7 @@ def test_crepa_keys_without_crepa_are_told(plan):
     assert warning == "layersync_student_block: without effect, as layersync_enabled is false"
 
 
-def test_crepa_keys_without_crepa_are_told_at_their_defaults_too(plan, config_file):
+def test_crepa_keys_without_crepa_are_reported_at_their_defaults_too(plan, config_file):
     [warning] = plan(**OFF | REFERENCE).warnings
     assert warning == f"{', '.join(REFERENCE)}: without effect, as crepa_enabled is false"
     options = ["--crepa_enabled", "false", "--crepa_lambda", "0.5"]
@@ -55,15 +55,15 @@ def test_the_config_of_a_run_says_every_key_and_wishes_for_none_of_its_defaults(
 
 
 @pytest.mark.parametrize(("frames", "distance", "capped"), [(9, 2, None), (9, 3, 2), (9, 50, 2), (1, 1, 0)])
-def test_a_distance_beyond_the_clip_is_capped_and_told_once(plan, frames, distance, capped):
+def test_a_distance_beyond_the_clip_is_capped_and_reported_once(plan, frames, distance, capped):
     found = plan(num_frames=frames, crepa_adjacent_distance=distance)
-    told = [warning for warning in found.warnings if "crepa_adjacent_distance" in warning]
+    shown = [warning for warning in found.warnings if "crepa_adjacent_distance" in warning]
     if capped is None:
-        assert not told
+        assert not shown
     else:
-        assert len(told) == 1
-        assert f"crepa_adjacent_distance={distance}" in told[0]
-        assert f"as {capped}" in told[0]
+        assert len(shown) == 1
+        assert f"crepa_adjacent_distance={distance}" in shown[0]
+        assert f"as {capped}" in shown[0]
 
 
 FADING = {"crepa_scheduler": "cosine"}
@@ -73,7 +73,7 @@ THRESHOLD = {"crepa_similarity_threshold": 0.8}
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "shown"),
     [
         (
             {"crepa_lambda_end": 0.1, "crepa_decay_steps": 9},
@@ -133,9 +133,9 @@ THRESHOLD = {"crepa_similarity_threshold": 0.8}
         ({"validation_prompts": ["a"], "validation_images": [__file__]}, "validation_images: * as task is t2v"),
     ],
 )
-def test_what_has_no_effect_is_told_once(plan, changes, told):
+def test_what_has_no_effect_is_reported_once(plan, changes, shown):
     [warning] = plan(**changes).warnings
-    assert warning.startswith(told.replace("*", "without effect,"))
+    assert warning.startswith(shown.replace("*", "without effect,"))
 
 
 @pytest.mark.parametrize(
@@ -157,11 +157,11 @@ def test_what_has_no_effect_is_told_once(plan, changes, told):
         {"logit_mean": 0.0, "timestep_sampling": "uniform", "ema_decay": 0.999, "revision": None, "validation_steps": 500},
     ],
 )
-def test_what_has_an_effect_is_not_told(plan, changes):
+def test_what_has_an_effect_is_not_reported(plan, changes):
     assert plan(**changes).warnings == ()
 
 
-def test_a_dropout_of_first_frames_that_nothing_is_told_is_told(plan, tiny):
+def test_a_dropout_of_first_frames_without_conditioning_is_reported(plan, tiny):
     [warning] = plan(i2v_dropout=0.1).warnings
     assert warning == "i2v_dropout: without effect, as task is t2v"
     [warning] = plan(**tiny("ltxvideo"), i2v_dropout=0.1).warnings
@@ -170,7 +170,7 @@ def test_a_dropout_of_first_frames_that_nothing_is_told_is_told(plan, tiny):
     assert plan(i2v_dropout=0.0).warnings == ()
 
 
-def test_keys_of_an_adapter_without_an_adapter_are_told(plan):
+def test_keys_of_an_adapter_without_an_adapter_are_reported(plan):
     [warning] = plan(model_type="full", lora_alpha=2.0, lora_use_rslora=True).warnings
     assert warning == "lora_rank, lora_alpha, lora_use_rslora: without effect, as model_type is full"
     assert plan(model_type="full", lora_rank=32, lora_dropout=0.0).warnings == (), "their defaults"

@@ -193,7 +193,7 @@ def test_a_target_that_is_no_linear_of_a_block_is_refused(problems, tiny, family
         assert end in problem.fix
 
 
-def test_every_wrong_target_is_told(problems):
+def test_every_wrong_target_is_reported(problems):
     found = problems(lora_targets=["to_q", "to_y", "to_z"])
     assert [problem.what.split("'")[1] for problem in found] == ["to_y", "to_z"]
 
@@ -273,7 +273,7 @@ def test_ti2v_takes_multiples_of_32(plan, problems, tiny):
 
 @pytest.mark.parametrize("size", ["tiny-i2v", "tiny-i2v-a14b"])
 def test_image_to_video_channels_need_frames_behind_the_first(plan, problems, tiny, size):
-    """As images are refused there: of a clip of one frame nothing is told that the transformer must be told."""
+    """As images are refused there: of a clip of one frame nothing is given that the transformer must be given."""
     of = tiny("wan", size) | ({"wan_expert": "high"} if "a14b" in size else {})
     assert plan(**of, num_frames=5).grid.t == 2
     [problem] = problems(**of, num_frames=1)
@@ -326,7 +326,7 @@ def test_a_misspelt_key_does_not_hide_the_rest(problems):
 
 def test_a_wrong_value_does_not_hide_the_rest(problems):
     found = problems(seed="x", height=100, train_data="/nowhere/seed")
-    assert keys_of(found) == {"seed", "height", "train_data"}, "a path that happens to hold a wrong key's name is still told"
+    assert keys_of(found) == {"seed", "height", "train_data"}, "a path that happens to hold a wrong key's name is still shown"
 
 
 def test_a_threshold_is_checked_beside_a_wrong_height(problems):
@@ -339,7 +339,7 @@ def test_a_missing_required_key_does_not_hide_the_rest(problems, key):
     assert keys_of(found) == {key, key[:-1], "max_train_steps,", "crepa_encoder_image_size"}
 
 
-def test_a_wrong_value_is_not_told_twice(problems):
+def test_a_wrong_value_is_not_reported_twice(problems):
     assert len(problems(crepa_block_index="8", crepa_feature_source="backbone", crepa_teacher_block_index=9)) == 1
     assert len(problems(num_frames="50")) == 1
     assert len(problems(max_train_steps="many")) == 1
@@ -349,7 +349,7 @@ def test_a_wrong_value_is_not_told_twice(problems):
 def test_an_adapter_to_begin_with_is_one_by_its_header(problems, tmp_path):
     path = tmp_path / "adapter.safetensors"
 
-    def told(content: bytes) -> list[str]:
+    def shown(content: bytes) -> list[str]:
         path.write_bytes(content)
         return [problem.what for problem in problems(init_adapter=str(path))]
 
@@ -363,8 +363,8 @@ def test_an_adapter_to_begin_with_is_one_by_its_header(problems, tmp_path):
         (3).to_bytes(8, "little") + b"[1]",
         b"\x04" + bytes(7) + b"nil!",
     ):
-        assert told(content) == [f"init_adapter={path}: it is not a safetensors file, or not a complete one"]
+        assert shown(content) == [f"init_adapter={path}: it is not a safetensors file, or not a complete one"]
     weights = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
-    assert told(weights) == [f"init_adapter={path}: none of its 1 tensors belongs to a LoRA"]
+    assert shown(weights) == [f"init_adapter={path}: none of its 1 tensors belongs to a LoRA"]
     path.unlink()
     assert [problem.what for problem in problems(init_adapter=str(path))] == [f"init_adapter={path}: there is no such file"]

@@ -53,7 +53,7 @@ def test_a_checkpoint_without_a_part_is_refused(problems, checkpoint, gone, name
     assert named in problem.what
 
 
-def test_every_missing_part_is_told_at_once(problems, clips):
+def test_every_missing_part_is_reported_at_once(problems, clips):
     [problem] = problems(pretrained_model_name_or_path=str(clips))
     for part in ("model_index.json", "transformer/", "vae/", "scheduler/"):
         assert part in problem.what
@@ -61,7 +61,7 @@ def test_every_missing_part_is_told_at_once(problems, clips):
     assert "make-random" in problem.fix
 
 
-def test_every_missing_part_of_a_variant_is_told_at_once(problems, copied):
+def test_every_missing_part_of_a_variant_is_reported_at_once(problems, copied):
     folder = copied("wan", "tiny-i2v")
     for part in ("text_encoder", "tokenizer", "image_processor"):
         shutil.rmtree(folder / part)
@@ -301,7 +301,7 @@ def test_a_second_transformer_that_is_named_but_not_there_is_none(plan, copied):
         ("HfHubHTTPError", "answered", "later"),
     ],
 )
-def test_a_hub_that_does_not_let_us_is_told_which_way(problems, monkeypatch, error, what, fix):
+def test_a_hub_that_does_not_let_us_is_explained_with_the_way_out(problems, monkeypatch, error, what, fix):
     import huggingface_hub
 
     kind = getattr(huggingface_hub.errors, error)
