@@ -1,33 +1,47 @@
-"""What each optimizer keeps on the device for a parameter, known without running it: the one table of state sizes."""
+"""What each optimizer keeps for a parameter, known without running it: the one table of optimizer states."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_States = list[tuple[tuple[int, ...], torch.dtype]]
+
+@dataclass(frozen=True)
+class State:
+    """One tensor that an optimizer keeps for a parameter: on the parameter's device, or on the host."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    on_host: bool = False
+
+
+_States = dict[str, State]
 
 
 def _adamw(shape: torch.Size, dtype: torch.dtype) -> _States:
     """First and second moment, and a step that the fused kernel counts on the device."""
-    return [(shape, dtype), (shape, dtype), ((), torch.float32)]
+    return {"exp_avg": State(shape, dtype), "exp_avg_sq": State(shape, dtype), "step": State((), torch.float32)}
 
 
 def _adamw8bit(shape: torch.Size, _dtype: torch.dtype) -> _States:
-    """Two bytes for each number, and two scales for each 256 of them."""
-    return [((2 * shape.numel(),), torch.uint8), ((shape.numel() // 256 * 2 + 2,), torch.float32)]
+    """Two bytes for each number, and two scales for each 256 of them; not by the names that bitsandbytes has for their halves."""
+    count = shape.numel()
+    return {"states": State((2 * count,), torch.uint8), "scales": State((count // 256 * 2 + 2,), torch.float32)}
 
 
 def _adafactor(shape: torch.Size, dtype: torch.dtype) -> _States:
     """The mean of the second moments over each row and over each column of a matrix."""
+    step = State((), torch.float32, on_host=True)
     if len(shape) < 2:
-        return [(shape, dtype)]
-    return [(shape[:-1], torch.float32), ((*shape[:-2], shape[-1]), torch.float32)]
+        return {"variance": State(shape, dtype), "step": step}
+    rows, columns = (*shape[:-1], 1), (*shape[:-2], 1, shape[-1])
+    return {"row_var": State(rows, torch.float32), "col_var": State(columns, torch.float32), "step": step}
 
 
 def _prodigy(shape: torch.Size, dtype: torch.dtype) -> _States:
     """First and second moment, where the parameter began, and the sum of its gradients."""
-    return [(shape, dtype)] * 4
+    return {name: State(shape, dtype) for name in ("exp_avg", "exp_avg_sq", "p0", "s")}
 
 
 _TABLE: Mapping[str, Callable[[torch.Size, torch.dtype], _States]] = {
@@ -38,10 +52,16 @@ _TABLE: Mapping[str, Callable[[torch.Size, torch.dtype], _States]] = {
 }
 
 
+def states_of(optimizer: str, parameter: Tensor) -> Mapping[str, State]:
+    """What an optimizer, by its name in a config, keeps for a parameter, by the names that torch's own optimizers have for it."""
+    return _TABLE[optimizer](parameter.shape, parameter.dtype)
+
+
 def empty_states(optimizer: str, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors that an optimizer makes when it first moves some parameters, on their devices; without values."""
+    """The tensors that an optimizer makes on the parameters' devices when it first moves them; without values."""
     return [
-        torch.empty(shape, dtype=dtype, device=parameter.device)
+        torch.empty(state.shape, dtype=state.dtype, device=parameter.device)
         for parameter in parameters
-        for shape, dtype in _TABLE[optimizer](parameter.shape, parameter.dtype)
+        for state in states_of(optimizer, parameter).values()
+        if not state.on_host
     ]

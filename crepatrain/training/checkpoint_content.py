@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from crepatrain.placement.states import State, states_of
 from crepatrain.training.checkpoint import (
     FINGERPRINT_FILE,
     STATE_FILE,
@@ -160,7 +161,7 @@ def read_optimizer(folder: Path, name: str, optimizer: Optimizer, lr_scheduler: 
     for index, state in states.items():
         if index not in parameters or not isinstance(state, dict):
             raise unusable(path, f"optimizer.state.{index}: it is the state of none of the {len(parameters)} parameters")
-        _check_parameter_state(path, f"optimizer.state.{index}", state, _state_shapes(optimizer, parameters[index]))
+        _check_parameter_state(path, f"optimizer.state.{index}", state, _states(optimizer, parameters[index]))
     _check_lr_scheduler(path, content["lr_scheduler"], len(groups), lr_scheduler)
     return content
 
@@ -180,25 +181,20 @@ def _check_groups(path: Path, groups: list[Any], optimizer: Optimizer) -> None:
                 raise unusable(path, f"{place}.{key}: {group[key]!r} is not a number")
 
 
-def _state_shapes(optimizer: Optimizer, parameter: Tensor) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what an optimizer of torch keeps for a parameter; empty for the optimizers of other packages."""
-    shape = tuple(parameter.shape)
-    if isinstance(optimizer, torch.optim.AdamW):
-        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
-    if isinstance(optimizer, torch.optim.Adafactor):
-        if len(shape) < 2:
-            return {"step": (), "variance": shape}
-        return {"step": (), "row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
-    return {}
+def _states(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, State]:
+    """What an optimizer of torch keeps for a parameter; empty for the optimizers of other packages."""
+    names = {torch.optim.AdamW: "adamw", torch.optim.Adafactor: "adafactor"}
+    name = names.get(type(optimizer))
+    return states_of(name, parameter) if name else {}
 
 
-def _check_parameter_state(path: Path, place: str, state: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    for key, shape in shapes.items():
+def _check_parameter_state(path: Path, place: str, state: Mapping[Any, Any], expected: Mapping[str, State]) -> None:
+    for key, own in expected.items():
         tensor = state.get(key)
         if not isinstance(tensor, Tensor):
             raise unusable(path, f"{place}: it has no {key}")
-        if tuple(tensor.shape) != shape:
-            raise unusable(path, f"{place}.{key} has the shape {list(tensor.shape)}, and this run's {list(shape)}")
+        if tuple(tensor.shape) != tuple(own.shape):
+            raise unusable(path, f"{place}.{key} has the shape {list(tensor.shape)}, and this run's {list(own.shape)}")
 
 
 def _check_lr_scheduler(path: Path, state: Mapping[str, Any], groups: int, lr_scheduler: LRScheduler) -> None:

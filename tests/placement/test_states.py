@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from crepatrain.config.sections import OptimConfig
-from crepatrain.placement.states import empty_states
+from crepatrain.placement.states import empty_states, states_of
 from crepatrain.training.optim import build_optimizer
 
 SHAPES = [(64, 128), (128,), (96, 3, 2, 2)]
 
 
-def states_of(optimizer: str) -> tuple[list[torch.Tensor], list[nn.Parameter]]:
+def held_by(optimizer: str) -> tuple[list[torch.Tensor], list[nn.Parameter]]:
     """What an optimizer itself holds after a step."""
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
@@ -33,7 +33,7 @@ def states_of(optimizer: str) -> tuple[list[torch.Tensor], list[nn.Parameter]]:
 def test_the_table_has_what_the_optimizer_makes(optimizer: str):
     if optimizer == "prodigy":
         pytest.importorskip("prodigyopt")
-    held, parameters = states_of(optimizer)
+    held, parameters = held_by(optimizer)
     known = empty_states(optimizer, parameters)
     assert sorted((tensor.numel(), str(tensor.dtype)) for tensor in known) == sorted(
         (tensor.numel(), str(tensor.dtype)) for tensor in held
@@ -52,3 +52,14 @@ def test_an_8bit_adamw_holds_about_two_bytes_for_each_number():
     expected = sum(tensor.nbytes for tensor in empty_states("adamw8bit", large))
     assert sum(tensor.nbytes for tensor in held if tensor.dtype == torch.uint8) == 2 * 64 * 128
     assert expected - 2 * 64 * 128 == pytest.approx(2 * 4 * (64 * 128 // 256), rel=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_table_has_the_names_and_shapes_of_torch(optimizer: str, shape: tuple[int, ...]):
+    parameter = nn.Parameter(torch.randn(shape))
+    built = build_optimizer(OptimConfig(optimizer=optimizer), [parameter], 1e-3)  # type: ignore[arg-type]
+    parameter.grad = torch.randn_like(parameter)
+    built.step()
+    held = {name: tuple(tensor.shape) for name, tensor in built.state[parameter].items()}
+    assert {name: tuple(state.shape) for name, state in states_of(optimizer, parameter).items()} == held
