@@ -108,20 +108,14 @@ class Run:
         return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within it the trained weights are those of the run's result: their average with use_ema."""
-        with contextlib.ExitStack() as stack:
-            for model in self.models.values():
-                if model.average:
-                    stack.enter_context(model.average.in_place())
-            yield
-
-    @contextlib.contextmanager
     def apart_from_training(self) -> Iterator[None]:
-        """Within it the weights are those of the run's result, and the memory that is held does not count as training's."""
+        """Within it the weights are the run's result, with use_ema their average; memory held does not count as training's."""
         self.measure_peak()
         try:
-            with self.averaged():
+            with contextlib.ExitStack() as stack:
+                for model in self.models.values():
+                    if model.average:
+                        stack.enter_context(model.average.in_place())
                 yield
         finally:
             if self.context.device.type == "cuda":

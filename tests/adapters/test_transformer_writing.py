@@ -1,29 +1,15 @@
 """A whole transformer, written as the result of a run."""
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from common import tiny_family
+from common import disk_of, tiny_family
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 from crepatrain.adapters.writing import write_transformer
 from crepatrain.errors import UserError
-
-
-@contextmanager
-def disk_of(size: int) -> Iterator[None]:
-    """No file may grow larger; the write then fails as it does on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture

@@ -1,18 +1,16 @@
 """Checkpoints: whole or not there, and back to the bit."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from common import disk_of
 from torch import nn
 
 from crepatrain.errors import UserError
@@ -29,17 +27,6 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(map(same, left, right))
     return type(left) is type(right) and left == right
-
-
-@contextmanager
-def disk_of(size: int) -> Iterator[None]:
-    """No file may grow larger; the write then fails as it does on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def trained(**options: Any) -> torch.optim.AdamW:
