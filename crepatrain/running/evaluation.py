@@ -72,8 +72,7 @@ class Evaluation:
                 },
             }
         )
-        if run.folder.writes:
-            run.folder.mark_best()
+        run.folder.mark_best()
 
     @property
     def _sigmas(self) -> list[float]:
