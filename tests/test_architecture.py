@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import crepatrain
+from crepatrain.config.alignment_sections import CrepaConfig
 from crepatrain.config.load import parse, read_values
 from crepatrain.config.plan import read_plan
 from crepatrain.config.run_config import KEYS
-from crepatrain.config.sections import CrepaConfig
 from crepatrain.errors import Problem
 from crepatrain.specs import FAMILIES
 

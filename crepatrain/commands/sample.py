@@ -16,7 +16,7 @@ from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.config.sections import DataConfig
 from crepatrain.config.sources import BASE_KEY, read_checkpoint
 from crepatrain.data.encode import grid_video, write_video
-from crepatrain.data.index import choose_captions, list_clips
+from crepatrain.data.listing import choose_captions, list_clips
 from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from crepatrain.config.alignment_sections import CrepaConfig
 from crepatrain.config.resolved import ResolvedConfig, ResolvedData
 from crepatrain.config.run_config import RunConfig
-from crepatrain.config.sections import CrepaConfig, LoopConfig, ModelConfig, ValidationConfig
+from crepatrain.config.sections import LoopConfig, ModelConfig, ValidationConfig
 from crepatrain.errors import Problem, UserError
 from crepatrain.files import safetensors_header
 from crepatrain.geometry import Geometry

@@ -1,10 +1,10 @@
-"""Values that a key of the config may have beyond plain numbers and texts."""
+"""What a section of the config is, and values that a key may have beyond plain numbers and texts."""
 
 import os
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from crepatrain.specs import FAMILIES
@@ -43,3 +43,13 @@ LoraTargets = (
     | Literal["all-linear"]
     | Annotated[str, Field(min_length=1), AfterValidator(_possible_regex)]
 )
+
+# A run may go on after such a key was changed: it alters how the run is watched, how long it is, or where things lie. What lies
+# there is compared with the checkpoint's fingerprint.
+MAY_CHANGE: dict[str, Any] = {"may_change": True}
+
+
+class Section(BaseModel, frozen=True):
+    """One part of the config: unknown keys are errors, values are taken as they are written, never coerced."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from crepatrain.config.alignment_sections import CrepaConfig, LayerSyncConfig
+from crepatrain.config.fields import Section
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.config.run_config import KEYS, RunConfig
-from crepatrain.config.sections import CrepaConfig, LayerSyncConfig, LoraConfig, Section
+from crepatrain.config.sections import LoraConfig
 from crepatrain.geometry import Geometry, TokenGrid
 
 

@@ -2,8 +2,9 @@
 
 from typing import TypeVar
 
+from crepatrain.config.alignment_sections import CrepaConfig, LayerSyncConfig
 from crepatrain.config.run_config import RunConfig
-from crepatrain.config.sections import CrepaConfig, DataConfig, DiffusionConfig, LayerSyncConfig, LoraConfig, ModelConfig
+from crepatrain.config.sections import DataConfig, DiffusionConfig, LoraConfig, ModelConfig
 from crepatrain.specs import Task
 
 _T = TypeVar("_T")

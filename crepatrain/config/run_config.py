@@ -12,18 +12,17 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from crepatrain.config.alignment_sections import CrepaConfig, LayerSyncConfig
+from crepatrain.config.fields import Section
 from crepatrain.config.migrations import CONFIG_VERSION, VERSION_KEY
 from crepatrain.config.sections import (
-    CrepaConfig,
     DataConfig,
     DiffusionConfig,
     HubConfig,
-    LayerSyncConfig,
     LoopConfig,
     LoraConfig,
     ModelConfig,
     OptimConfig,
-    Section,
     ValidationConfig,
 )
 

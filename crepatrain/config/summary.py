@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from crepatrain.config.alignment_sections import CrepaConfig
 from crepatrain.config.checks import maximum_score
 from crepatrain.config.plan import Plan
 from crepatrain.config.resolved import ResolvedConfig
-from crepatrain.config.sections import CrepaConfig, LoopConfig, OptimConfig
+from crepatrain.config.sections import LoopConfig, OptimConfig
 
 
 def summarize(plan: Plan) -> list[tuple[str, str]]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crepatrain.data.decode import is_image, resample_frames
-from crepatrain.data.index import Clip, Refusal
+from crepatrain.data.index import Clip
+from crepatrain.data.listing import Refusal
 
 # A bucket of another aspect ratio may be that much smaller than the configured size.
 _LEAST_AREA = 0.8

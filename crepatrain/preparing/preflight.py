@@ -12,7 +12,8 @@ from crepatrain.config.checks import maximum_score
 from crepatrain.config.plan import Plan
 from crepatrain.data.buckets import Bucket, ClipWindows, cut_clips
 from crepatrain.data.digests import FileDigests
-from crepatrain.data.index import ClipIndex, Refusal, choose_captions, list_clips, refusal_error
+from crepatrain.data.index import ClipIndex
+from crepatrain.data.listing import Refusal, choose_captions, list_clips, refusal_error
 from crepatrain.data.loader import StepSampler
 from crepatrain.errors import UserError
 from crepatrain.geometry import TokenGrid

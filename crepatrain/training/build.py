@@ -11,9 +11,9 @@ from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.encoders import VisionEncoder, load_encoder
 from crepatrain.alignment.schedule import CrepaSchedule
 from crepatrain.alignment.teachers import BackboneTeacher, CachedTeacher, LatentTeacher, PixelTeacher, Teacher
+from crepatrain.config.alignment_sections import CrepaConfig
 from crepatrain.config.plan import Plan
 from crepatrain.config.resolved import ResolvedCrepa, ResolvedLayerSync
-from crepatrain.config.sections import CrepaConfig
 from crepatrain.config.sources import BASE_KEY, expect_parts, fetch
 from crepatrain.errors import UserError
 from crepatrain.families import get_family

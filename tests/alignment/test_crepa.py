@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crepatrain.alignment.crepa import Crepa
-from crepatrain.config.sections import CrepaConfig
+from crepatrain.config.alignment_sections import CrepaConfig
 from crepatrain.geometry import TokenGrid
 from crepatrain.tensors import PatchFeatures
 

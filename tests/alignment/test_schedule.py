@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crepatrain.alignment.schedule import CrepaSchedule
-from crepatrain.config.sections import CrepaConfig
+from crepatrain.config.alignment_sections import CrepaConfig
 
 SCHEDULERS = ["constant", "linear", "cosine", "polynomial"]
 

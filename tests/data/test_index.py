@@ -13,7 +13,8 @@ from hard_clips import damage, write_audio
 from crepatrain.data import index
 from crepatrain.data.decode import probe
 from crepatrain.data.digests import FileDigests
-from crepatrain.data.index import Clip, ClipIndex, Refusal, choose_captions, list_clips, refusal_error
+from crepatrain.data.index import Clip, ClipIndex
+from crepatrain.data.listing import Refusal, choose_captions, list_clips, refusal_error
 from crepatrain.errors import UserError
 
 
