@@ -14,7 +14,7 @@ from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import Teacher
 from crepatrain.config.plan import Plan, make_plan
 from crepatrain.data.buckets import Window
-from crepatrain.data.decode import read_frames
+from crepatrain.data.decode import FrameReader
 from crepatrain.data.encode import as_jpeg
 from crepatrain.data.loader import Draw
 from crepatrain.errors import UserError
@@ -116,7 +116,7 @@ class _Probe:
 def _clip(window: Window, cosines: Tensor, batch: Batch) -> dict[str, Any]:
     """A window's pictures and cosines [T, rows, columns], as plain values."""
     frames = tuple(window.frames[frame] for frame in batch.grid.teacher_frames)
-    pictures = read_frames(window.path, frames, (window.bucket.height, window.bucket.width))
+    pictures = FrameReader().read(window.clip, frames, (window.bucket.height, window.bucket.width))
     return {
         "name": window.name,
         "caption": window.clip.caption,

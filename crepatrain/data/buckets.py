@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crepatrain.data.decode import is_image, resample_frames
-from crepatrain.data.index import Clip
+from crepatrain.data.clip import Clip
+from crepatrain.data.frames import resample_frames
 from crepatrain.data.listing import Refusal
 
 # A bucket of another aspect ratio may be that much smaller than the configured size.
@@ -98,8 +98,8 @@ def cut_clips(
     dropped = 0
     for clip in clips:
         chosen = resample_frames(clip.info, fps)
-        frames = 1 if is_image(clip.path) else wanted_frames
-        if is_image(clip.path) and no_images:
+        frames = 1 if clip.info.still else wanted_frames
+        if clip.info.still and no_images:
             refused.append(Refusal(clip.path, f"it is an image, and {no_images}", "remove it"))
             continue
         count = len(chosen) // frames

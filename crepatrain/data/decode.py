@@ -1,180 +1,307 @@
-"""Reading video and image files."""
+"""Reading videos: picture n of a file is the n-th that PyAV decodes from its beginning, by whatever way it is reached."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import contextlib
+import itertools
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import av
 import decord
 import numpy as np
 import torch
-import torch.nn.functional as F
 from av.container import InputContainer
-from PIL import Image, ImageOps
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 from torch import Tensor
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+from crepatrain.data.clip import Clip, ClipInfo, Unreadable
+from crepatrain.data.digests import content_digest
+from crepatrain.data.frames import crop_resize
+from crepatrain.data.pictures import chosen_pictures, is_image, shown_pictures
 
-# Frames that are in memory at once at the file's own size.
+# Frames that decord has in memory at once, at the file's own size.
 _CHUNK = 16
+_FALLBACK_FPS = 25.0
+# Frames of a few groups of pictures.
+_AHEAD = 100
 
 decord.logging.set_level(decord.logging.QUIET)
 
 
-def is_image(path: Path) -> bool:
-    """Whether a file is one picture, by its name."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
+class _Damaged(Exception):
+    """A packet can't be decoded."""
 
 
-class Unreadable(Exception):
-    """A file that can't be decoded, with the reason."""
+@dataclass
+class _Shown:
+    """What a file shows, picture by picture."""
+
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    pts: list[int | None] = field(default_factory=list)
+    seconds: list[float | None] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
+
+    def add(self, picture: np.ndarray, pts: int | None, seconds: float | None) -> None:
+        self.sizes.append((picture.shape[0], picture.shape[1]))
+        self.pts.append(pts)
+        self.seconds.append(seconds)
+        self.marks.append(_mark(picture))
 
 
-@dataclass(frozen=True)
-class ClipInfo:
-    """What a video or image file holds, after its rotation is applied.
+def probe(path: Path, beat: Callable[[], None] = lambda: None) -> ClipInfo:
+    """Decode a file from its first to its last picture.
 
-    Attributes:
-        timestamps: of every frame in seconds, ascending.
-    """
-
-    height: int
-    width: int
-    timestamps: tuple[float, ...]
-
-    @property
-    def frames(self) -> int:
-        return len(self.timestamps)
-
-    @property
-    def fps(self) -> float:
-        """The mean rate; 0 for a single frame."""
-        span = self.timestamps[-1] - self.timestamps[0]
-        return (self.frames - 1) / span if span > 0 else 0.0
-
-
-def probe(path: Path) -> ClipInfo:
-    """Decode a file from its first to its last frame.
+    Args:
+        beat: called after each picture.
 
     Raises:
-        Unreadable: it has no video stream, or is damaged somewhere.
+        Unreadable: it has no pictures, or is damaged somewhere.
+        OSError: it can't be read at present.
     """
     if path.stat().st_size == 0:
         raise Unreadable("the file is empty")
     if is_image(path):
-        height, width = _picture(path).shape[:2]
-        return ClipInfo(height, width, (0.0,))
+        shown = _Shown()
+        for seconds, picture in shown_pictures(path):
+            shown.add(picture, None, seconds)
+            beat()
+        rate = _FALLBACK_FPS
+    else:
+        shown, rate = _decode_strictly(path, beat)
+    if not shown.marks:
+        raise Unreadable("it has no frames")
+    return ClipInfo(
+        *shown.sizes[0],
+        timestamps=tuple(round(seconds, 4) for seconds in _ascending(shown.seconds, rate)),
+        pts=_distinct(shown.pts),
+        marks=tuple(shown.marks),
+        still=len(shown.marks) == 1 and (is_image(path) or path.suffix.lower() == ".gif"),
+    )
+
+
+def _decode_strictly(path: Path, beat: Callable[[], None]) -> tuple[_Shown, float]:
+    """What a video shows, and its mean rate; damage that a decoder would rather conceal is an error."""
+    try:
+        return _decode(path, beat, conceal=False)
+    except _Damaged as error:
+        shown, rate = _decode(path, beat, conceal=True)
+        if not shown.marks or not _starts_with_a_cut(path, shown, beat):
+            raise Unreadable("it is damaged: it can't be decoded to its end") from error
+        return shown, rate
+
+
+def _decode(path: Path, beat: Callable[[], None], *, conceal: bool) -> tuple[_Shown, float]:
+    shown = _Shown()
+    with _opened(path) as (container, stream):
+        if not conceal:
+            stream.codec_context.options = {"err_detect": "explode"}
+        for frame in container.decode(stream):
+            shown.add(_upright(frame), frame.pts, frame.time)
+            beat()
+        return shown, float(stream.average_rate or _FALLBACK_FPS)
+
+
+def _starts_with_a_cut(path: Path, shown: _Shown, beat: Callable[[], None]) -> bool:
+    """Whether all that a strict decoder refuses comes from a cut without encoding, and no picture is wrong for it.
+
+    Such a cut may keep packets of pictures before the first one that is shown, whose references are gone; no player shows them.
+    H.264 may also release, in the first group of pictures, a reference that the cut has taken away, which changes no pixel.
+    """
+    first, groups, marks = shown.pts[0], 0, []
+    with _opened(path, threads="NONE") as (container, stream):  # threads report an error packets later
+        stream.codec_context.options = {"err_detect": "explode"}
+        for packet in container.demux(stream):
+            beat()
+            groups += packet.is_keyframe
+            try:
+                marks += [_mark(_upright(frame)) for frame in packet.decode()]
+            except av.FFmpegError:
+                at = packet.dts if packet.pts is None else packet.pts
+                hidden = at is not None and first is not None and at < first
+                if not hidden and not (stream.codec_context.name == "h264" and groups == 1):
+                    return False
+    return marks == shown.marks
+
+
+@contextlib.contextmanager
+def _opened(path: Path, threads: str = "AUTO") -> Iterator[tuple[InputContainer, VideoStream]]:
+    """A file and the stream that players show.
+
+    Raises:
+        Unreadable: it is no video, or (as _Damaged) is damaged.
+        OSError: it can't be read at present.
+    """
     try:
         container = av.open(str(path))
     except av.FFmpegError as error:
-        raise Unreadable("it is no video, or is cut off") from error
+        raise _blame(error, Unreadable("it is no video, or is cut off")) from error
     with container:
-        if not container.streams.video:
+        stream = container.streams.best("video")
+        if not isinstance(stream, VideoStream):
             raise Unreadable("it has no video stream")
-        timestamps = _decode_strictly(container)
-    if not timestamps:
-        raise Unreadable("it has no frames")
-    height, width = next(_pictures(path, [0])).shape[1:3]
-    return ClipInfo(height, width, tuple(round(t, 4) for t in sorted(timestamps)))
-
-
-def _decode_strictly(container: InputContainer) -> list[float]:
-    """The time of every frame; damage that a decoder would rather conceal ends it."""
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
-    stream.codec_context.options = {"err_detect": "explode"}
-    try:
-        return [float(frame.time or 0.0) for frame in container.decode(stream)]
-    except av.FFmpegError as error:
-        raise Unreadable("it is damaged: it can't be decoded to its end") from error
-
-
-def _pictures(path: Path, frames: Sequence[int]) -> Iterator[np.ndarray]:
-    """Some frames of a file as they are shown, [n, H, W, 3] uint8, a few at a time."""
-    if is_image(path):
-        yield _picture(path)[None]
-        return
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        for start in range(0, len(frames), _CHUNK):
-            yield reader.get_batch(list(frames[start : start + _CHUNK])).asnumpy()
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
-        if "from_size == to_size" not in str(error):
-            raise Unreadable("it can't be decoded") from error
+        stream.thread_type = threads
         try:
-            yield _narrow_pictures(path, frames)
-        except (av.FFmpegError, KeyError, OSError) as gone:
-            raise Unreadable("it can't be decoded") from gone
+            yield container, stream
+        except av.FFmpegError as error:
+            raise _blame(error, _Damaged()) from error
 
 
-def _picture(path: Path) -> np.ndarray:
-    """An image as it is shown, [H, W, 3] uint8, on white where it is transparent."""
+def _blame(error: av.FFmpegError, of_the_file: Exception) -> Exception:
+    """The error that says who is to blame: the file, or whoever was to read it."""
+    if isinstance(error, (OSError, MemoryError)):
+        return OSError(error.errno, error.strerror)
+    return of_the_file
+
+
+def _upright(frame: VideoFrame) -> np.ndarray:
+    """A picture as it is shown, [H, W, 3] uint8."""
+    picture = frame.to_ndarray(format="rgb24")
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]  # x' = a x + c y, y' = b x + d y
+    if abs(a) < abs(b):
+        picture, a, d = picture.transpose(1, 0, 2), c, b
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def _mark(picture: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(picture).data)
+
+
+def _ascending(seconds: Sequence[float | None], rate: float) -> Sequence[float]:
+    """The times as they are, or at an even rate where some are missing or go back."""
+    known = [second for second in seconds if second is not None]
+    if len(known) == len(seconds) and all(a <= b for a, b in itertools.pairwise(known)):
+        return known
+    return [number / rate for number in range(len(seconds))]
+
+
+def _distinct(pts: Sequence[int | None]) -> tuple[int, ...]:
+    known = [at for at in pts if at is not None]
+    return tuple(known) if len(known) == len(pts) and all(a < b for a, b in itertools.pairwise(known)) else ()
+
+
+class FrameReader:
+    """Reads frames of clips, by the fastest way that gives the right ones: the mark of each picture decides.
+
+    decord is asked first, then PyAV from a keyframe before, then PyAV from the beginning, which is right by definition. A way
+    that failed for a file is not tried again.
+    """
+
+    def __init__(self) -> None:
+        self._failed: dict[str, int] = {}  # by a file's digest, how many of the ways
+
+    def read(self, clip: Clip, frames: Sequence[int], size: tuple[int, int], beat: Callable[[], None] = lambda: None) -> Tensor:
+        """Some frames of a clip, the middle cropped to an aspect ratio and resized.
+
+        Args:
+            frames: which, by their ascending numbers in the file.
+            size: pixels (height, width) of the result.
+            beat: called after each frame.
+
+        Returns:
+            [len(frames), 3, height, width] uint8.
+
+        Raises:
+            Unreadable: the file can't be decoded any more, or is another one.
+            OSError: it can't be read at present.
+        """
+        taken = []
+        for picture in self._pictures(clip, frames):
+            taken.append(crop_resize(_as_tensor(picture), size))
+            beat()
+        return torch.cat(taken)
+
+    def _pictures(self, clip: Clip, frames: Sequence[int]) -> Iterator[np.ndarray]:
+        done = 0
+        ways = () if is_image(clip.path) else _FAST_WAYS
+        for number, way in enumerate(ways):
+            if number < self._failed.get(clip.digest, 0):
+                continue
+            with contextlib.suppress(Unreadable, _Damaged, OSError):  # counting from the beginning says what is wrong
+                for picture in way(clip, frames[done:]):
+                    if _mark(picture) != clip.info.marks[frames[done]]:
+                        break
+                    yield picture
+                    done += 1
+            if done == len(frames):
+                return
+            self._failed[clip.digest] = number + 1
+        counted = _by_counting(clip.path, frames[done:])
+        for number, picture in zip(frames[done:], counted, strict=True):
+            # Processors may round colours differently: a mark of another machine decides nothing while the file is the same.
+            if _mark(picture) != clip.info.marks[number] and content_digest(clip.path) != clip.digest:
+                raise Unreadable("it was changed after it was first read")
+            yield picture
+
+
+def _by_decord(clip: Clip, frames: Sequence[int]) -> Iterator[np.ndarray]:
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
-                upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).astype(np.uint8))
-            upright = upright.convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-        raise Unreadable("it is no image, or is cut off") from error
-    white = Image.new("RGBA", upright.size, "white")
-    return np.array(Image.alpha_composite(white, upright).convert("RGB"))
+        reader = decord.VideoReader(str(clip.path), num_threads=1)
+        for start in range(0, len(frames), _CHUNK):
+            yield from reader.get_batch(list(frames[start : start + _CHUNK])).asnumpy()
+    except (decord.DECORDError, RuntimeError, IndexError) as error:
+        raise Unreadable("it can't be decoded") from error
 
 
-def _narrow_pictures(path: Path, frames: Sequence[int]) -> np.ndarray:
-    """What decord can't copy: rows that are padded to four thirds of their length, as those of widths 48, 96 and 144 are."""
-    pictures: dict[int, np.ndarray] = {}
-    with av.open(str(path)) as container:
-        for number, frame in enumerate(container.decode(video=0)):
-            if number in frames:
-                pictures[number] = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
-    return np.stack([pictures[number] for number in frames])
-
-
-def resample_frames(info: ClipInfo, fps: float) -> list[int]:
-    """The frames nearest to the ticks of a clock of `fps`, each at most once: a slower clip is taken frame by frame."""
-    first, last = info.timestamps[0], info.timestamps[-1]
-    chosen: list[int] = []
-    at = 0
-    for tick in range(int((last - first) * fps + 0.5) + 1):
-        wanted = first + tick / fps
-        while at + 1 < info.frames and abs(info.timestamps[at + 1] - wanted) <= abs(info.timestamps[at] - wanted):
-            at += 1
-        if not chosen or chosen[-1] != at:
-            chosen.append(at)
-    return chosen
-
-
-def read_frames(path: Path, frames: tuple[int, ...], size: tuple[int, int]) -> Tensor:
-    """Some frames of a file, its middle cropped to an aspect ratio and resized.
+def _by_seeking(clip: Clip, frames: Sequence[int], *, ahead: int = 0) -> Iterator[np.ndarray]:
+    """By their times, from the keyframe before the first of them.
 
     Args:
-        frames: which, by their number in the file.
-        size: pixels (height, width) of the result.
+        ahead: frames by which to begin earlier, where a keyframe is not found exactly or does not stand alone.
+    """
+    if not clip.info.pts:
+        return
+    wanted = [clip.info.pts[number] for number in frames]
+    with _opened(clip.path) as (container, stream):
+        container.seek(clip.info.pts[max(0, frames[0] - ahead)], stream=stream)
+        for frame in container.decode(stream):
+            if frame.pts in wanted:
+                yield _upright(frame)
+            if frame.pts is None or frame.pts >= wanted[-1]:
+                return
 
-    Returns:
-        [len(frames), 3, height, width] uint8.
+
+_FAST_WAYS = (_by_decord, _by_seeking, partial(_by_seeking, ahead=_AHEAD))
+
+
+def _by_counting(path: Path, frames: Sequence[int]) -> Iterator[np.ndarray]:
+    """From the beginning.
 
     Raises:
-        Unreadable: the file can't be decoded, any more.
+        Unreadable: it ends before.
+        OSError: it can't be read at present.
     """
-    return torch.cat([crop_resize(torch.from_numpy(pictures).permute(0, 3, 1, 2), size) for pictures in _pictures(path, frames)])
+    if is_image(path):
+        yield from chosen_pictures(path, frames)
+        return
+    wanted = set(frames)
+    try:
+        with _opened(path) as (container, stream):
+            for number, frame in enumerate(container.decode(stream)):
+                if number in wanted:
+                    yield _upright(frame)
+                if number == frames[-1]:
+                    return
+    except _Damaged as error:
+        raise Unreadable("it can't be decoded any more") from error
+    raise Unreadable("it has fewer frames than when it was first read")
 
 
-def crop_resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """[F, 3, H, W] uint8 -> [F, 3, height, width] uint8: the largest middle part of that aspect ratio, bicubic, antialias."""
-    height, width = frames.shape[-2:]
-    wanted_h, wanted_w = size
-    crop_h = min(height, round(width * wanted_h / wanted_w))
-    crop_w = min(width, round(height * wanted_w / wanted_h))
-    top, left = (height - crop_h) // 2, (width - crop_w) // 2
-    frames = frames[..., top : top + crop_h, left : left + crop_w]
-    if (crop_h, crop_w) == size:
-        return frames.contiguous()
-    resized = F.interpolate(frames.float(), size=size, mode="bicubic", align_corners=False, antialias=True)
-    return resized.round().clamp(0, 255).to(torch.uint8)
+def read_first(path: Path, size: tuple[int, int]) -> Tensor:
+    """The first picture of an image or video file, [3, height, width] uint8, its middle cropped to an aspect ratio and resized.
+
+    Raises:
+        Unreadable: it can't be decoded.
+        OSError: it can't be read at present.
+    """
+    return crop_resize(_as_tensor(next(_by_counting(path, (0,)))), size)[0]
 
 
-def as_video(frames: Tensor) -> Tensor:
-    """Frames [F, 3, H, W] uint8 -> [1, 3, F, H, W] in [-1, 1], as a VAE takes them."""
-    return (frames.float() / 127.5 - 1).transpose(0, 1).unsqueeze(0)
+def _as_tensor(picture: np.ndarray) -> Tensor:
+    """[H, W, 3] -> [1, 3, H, W]."""
+    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1).unsqueeze(0)

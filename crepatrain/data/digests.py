@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from crepatrain.errors import UserError
 from crepatrain.files import written_aside
+
+_PIECE = 1 << 20
 
 
 class FileDigests:
@@ -21,16 +24,17 @@ class FileDigests:
         self._known: dict[str, str] = read_memo(memo) or {}
         self._changed = False
 
-    def file(self, path: Path) -> str:
-        """Of one file's content."""
+    def file(self, path: Path, beat: Callable[[], None] = lambda: None) -> str:
+        """Of one file's content.
+
+        Args:
+            beat: called after each piece that was read.
+        """
         real = path.resolve()
-        if real.parent.name == "blobs":  # the hub's cache names a file by its content
-            return real.name
         stat = real.stat()
         stamp = f"{real}|{stat.st_size}|{stat.st_mtime_ns}"
         if stamp not in self._known:
-            with real.open("rb") as file:
-                self._known[stamp] = hashlib.file_digest(file, "sha256").hexdigest()
+            self._known[stamp] = content_digest(real, beat)
             self._changed = True
         return self._known[stamp]
 
@@ -45,6 +49,23 @@ class FileDigests:
         if self._changed:
             write_memo(self._memo, self._known)
             self._changed = False
+
+
+def content_digest(path: Path, beat: Callable[[], None] = lambda: None) -> str:
+    """Of one file, read in full.
+
+    Args:
+        beat: called after each piece that was read.
+    """
+    real = path.resolve()
+    if real.parent.name == "blobs":  # the hub's cache names a file by its content
+        return real.name
+    digest = hashlib.sha256()
+    with real.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            beat()
+    return digest.hexdigest()
 
 
 def read_memo(path: Path) -> dict[str, Any] | None:

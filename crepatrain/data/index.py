@@ -1,32 +1,21 @@
 """What is known of every clip of a dataset: found out once, by decoding it in full."""
 
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import av
 
-from crepatrain.data.decode import ClipInfo, Unreadable, probe
+from crepatrain.data.clip import Clip, ClipInfo, Unreadable
+from crepatrain.data.decode import probe
 from crepatrain.data.digests import FileDigests, read_memo, write_memo
 from crepatrain.data.listing import Refusal
+from crepatrain.data.watched import PATIENCE, Beat, GivenUp, read_ahead
 
-_INDEX_FORMAT = 1
-
-
-@dataclass(frozen=True, eq=False)
-class Clip:
-    """One video or image file with its caption.
-
-    Attributes:
-        digest: of the file's content.
-    """
-
-    path: Path
-    caption: str
-    digest: str
-    info: ClipInfo
+# Raised whenever what an entry says of a file is found out in another way. 2: frames are counted and marked by PyAV alone.
+_INDEX_FORMAT = 2
 
 
 class ClipIndex:
@@ -35,14 +24,16 @@ class ClipIndex:
     Args:
         root: folder of the index, created when something is kept.
         digests: of the files.
+        patience: seconds without a sign of life after which the reading of a file is given up.
     """
 
-    def __init__(self, root: Path, digests: FileDigests) -> None:
+    def __init__(self, root: Path, digests: FileDigests, patience: float = PATIENCE) -> None:
         self._root = root
         self._digests = digests
+        self._patience = patience
 
     def read(
-        self, captioned: Iterable[tuple[Path, str]], *, advance: Callable[[], None] = lambda: None
+        self, captioned: Sequence[tuple[Path, str]], *, advance: Callable[[], None] = lambda: None
     ) -> tuple[list[Clip], list[Refusal]]:
         """Decode every clip that is not known yet, in full, so that damage is found before training.
 
@@ -53,34 +44,47 @@ class ClipIndex:
             The clips that can be decoded, and the files that can't.
         """
 
-        def look(item: tuple[Path, str]) -> Clip | Refusal:
+        def look(item: tuple[Path, str], beat: Beat) -> Clip:
             path, caption = item
-            try:
-                digest = self._digests.file(path)
-                return Clip(path, caption, digest, self._info(path, digest))
-            except OSError as error:
-                return Refusal(path, error.strerror or str(error))
-            except Unreadable as error:
-                return Refusal(path, str(error))
-            finally:
+            digest = self._digests.file(path, beat)
+            return Clip(path, caption, digest, self._info(path, digest, beat))
+
+        clips: list[Clip] = []
+        refused: list[Refusal] = []
+        try:
+            for (path, _), looking in read_ahead(look, captioned, at_once=min(4, os.cpu_count() or 1)):
+                try:
+                    clips.append(looking.result(self._patience))
+                except Unreadable as error:
+                    refused.append(Refusal(path, str(error)))
+                except OSError as error:
+                    remedy = "see that it can be read, and run the command again"
+                    refused.append(Refusal(path, error.strerror or str(error), remedy))
+                except GivenUp:
+                    reason = f"reading it was given up: nothing came for {self._patience:g} seconds"
+                    refused.append(Refusal(path, reason, "see whether its disk answers, or copy it to another one"))
                 advance()
+        finally:
+            self._digests.save()
+        return clips, refused
 
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            results = list(pool.map(look, captioned))
-        self._digests.save()
-        return [r for r in results if isinstance(r, Clip)], [r for r in results if isinstance(r, Refusal)]
-
-    def _info(self, path: Path, digest: str) -> ClipInfo:
+    def _info(self, path: Path, digest: str, beat: Beat) -> ClipInfo:
         entry = self._root / f"{digest}-{_INDEX_FORMAT}.json"
         known = read_memo(entry)
-        if known is not None and "refused" in known and known.get("by") == av.__version__:
-            raise Unreadable(known["refused"])
-        if known is not None and "refused" not in known:
-            return ClipInfo(known["height"], known["width"], tuple(known["timestamps"]))
+        # Another PyAV may read what this one refuses, and may round colours in another way.
+        if known is not None and known.get("by") == av.__version__:
+            if "refused" in known:
+                raise Unreadable(known["refused"])
+            return _info_of(known["info"])
         try:
-            info = probe(path)
+            info = probe(path, beat)
         except Unreadable as error:
-            write_memo(entry, {"refused": str(error), "by": av.__version__})  # a newer PyAV may read it
+            write_memo(entry, {"refused": str(error), "by": av.__version__})
             raise
-        write_memo(entry, asdict(info))
+        write_memo(entry, {"info": asdict(info), "by": av.__version__})
         return info
+
+
+def _info_of(known: dict[str, Any]) -> ClipInfo:
+    lists = {name: tuple(known[name]) for name in ("timestamps", "pts", "marks")}
+    return ClipInfo(known["height"], known["width"], still=known["still"], **lists)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from crepatrain.data.decode import IMAGE_SUFFIXES
+from crepatrain.data.pictures import IMAGE_SUFFIXES
 from crepatrain.errors import Problem, UserError
 
 VIDEO_SUFFIXES = frozenset(

@@ -5,7 +5,6 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from crepatrain.data.buckets import Bucket
 from crepatrain.data.cache import CacheStore, unpack_features
-from crepatrain.data.decode import Unreadable, read_frames
+from crepatrain.data.clip import Clip, Unreadable
+from crepatrain.data.decode import FrameReader
 from crepatrain.errors import Problem, UserError
 from crepatrain.geometry import TokenGrid
 from crepatrain.tensors import Batch, PatchFeatures
@@ -27,7 +27,7 @@ class Sample:
     Attributes:
         image: key of what its first frame adds, where it is conditioned on it.
         teacher: key of the teacher's features; None where they are not cached.
-        pixels: the file and the frames that a teacher encodes in the step; None where it doesn't.
+        pixels: the clip and the frames that a teacher encodes in the step; None where it doesn't.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Sample:
     text: str
     image: str | None = None
     teacher: str | None = None
-    pixels: tuple[Path, tuple[int, ...]] | None = None
+    pixels: tuple[Clip, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,9 @@ class TrainingSet(Dataset[Any]):
     teacher_grids: Mapping[Bucket, tuple[int, int]]
     needs_teacher: Callable[[int], bool]
 
+    def __post_init__(self) -> None:
+        self._frames = FrameReader()
+
     def __getitems__(self, draws: Sequence[Draw]) -> "Batch | list[Problem]":
         """The batch of one micro-batch's draws, or what the user has to fix: an exception can't leave a worker process."""
         try:
@@ -196,7 +199,7 @@ class TrainingSet(Dataset[Any]):
             if sample.teacher is not None and self.needs_teacher(draw.step):
                 teacher.append(unpack_features(self.store.read("teacher", sample.teacher)))
             if sample.pixels is not None and self.needs_teacher(draw.step):
-                pixels.append(_read_pixels(sample))
+                pixels.append(self._read_pixels(sample))
         return Batch(
             latents=torch.stack(latents),
             noise=torch.stack(noise),
@@ -210,14 +213,13 @@ class TrainingSet(Dataset[Any]):
             pixels=torch.stack(pixels) if pixels else None,
         )
 
-
-def _read_pixels(sample: Sample) -> Tensor:
-    assert sample.pixels is not None
-    path, frames = sample.pixels
-    try:
-        return read_frames(path, frames, (sample.bucket.height, sample.bucket.width))
-    except Unreadable as error:
-        raise UserError(f"{path}: {error}", "put the clip back as it was when the run began") from error
+    def _read_pixels(self, sample: Sample) -> Tensor:
+        assert sample.pixels is not None
+        clip, frames = sample.pixels
+        try:
+            return self._frames.read(clip, frames, (sample.bucket.height, sample.bucket.width))
+        except (Unreadable, OSError) as error:
+            raise UserError(f"{clip.path}: {error}", "put the clip back as it was when the run began") from error
 
 
 def read_batches(dataset: TrainingSet, draws: MicroBatches, *, workers: int, pin_memory: bool) -> Iterator[Batch]:

@@ -23,7 +23,7 @@ from crepatrain.alignment.teachers import Teacher
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import OptimConfig
 from crepatrain.data.buckets import Bucket
-from crepatrain.data.decode import as_video
+from crepatrain.data.frames import as_video
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.memory.account import DeviceAccount, StorageAccount

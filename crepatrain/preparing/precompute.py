@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,11 @@ from crepatrain.alignment.encoders import VisionEncoder
 from crepatrain.config.plan import Plan
 from crepatrain.data.buckets import Bucket, Window
 from crepatrain.data.cache import CacheStore, Kind, entry_key, pack_features
-from crepatrain.data.decode import Unreadable, as_video, read_frames
+from crepatrain.data.clip import Unreadable
+from crepatrain.data.decode import FrameReader
+from crepatrain.data.frames import as_video
 from crepatrain.data.loader import Sample
+from crepatrain.data.watched import PATIENCE, Beat, GivenUp, Watched, read_ahead
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.placement.placing import free_memory
@@ -35,6 +37,8 @@ from crepatrain.training.loading import loading
 _CAPTIONS_AT_ONCE = 8
 _DECODED_AHEAD = 2
 _CROP = "centre, bicubic, antialias"
+# How frames are numbered; entries of an earlier way may hold other frames than the file shows.
+_READ = "counted from the first"
 _KEPT = "caches so far are kept"
 
 
@@ -95,7 +99,7 @@ def plan_caches(context: Context, dataset: Dataset, *, teacher: bool) -> Caches:
             text=text[window.clip.caption],
             image=image.get(window),
             teacher=features.get(window),
-            pixels=(window.path, _teacher_frames(dataset, window)) if source == "pixels" else None,
+            pixels=(window.clip, _teacher_frames(dataset, window)) if source == "pixels" else None,
         )
         for window in windows
     )
@@ -201,6 +205,7 @@ def _source(window: Window, frames: Sequence[int]) -> dict[str, Any]:
         "frames": list(frames),
         "size": [window.bucket.height, window.bucket.width],
         "crop": _CROP,
+        "read": _READ,
     }
 
 
@@ -246,15 +251,15 @@ def _fill_video(context: Context, caches: Caches) -> None:
     _check_disk(context, caches, missing)
     encode = _Encoders.load(context, dataset, missing)
     progress = context.screen.progress("encoding clips", len(windows))
-    with ThreadPoolExecutor(max_workers=_DECODED_AHEAD) as pool, progress as advance:
-        ahead = [pool.submit(_read_window, window) for window in windows[:_DECODED_AHEAD]]
-        for number, window in enumerate(windows):
-            if stop.requested:
-                pool.shutdown(cancel_futures=True)
-                stop.check(_KEPT)
-            frames = ahead.pop(0).result()
-            if number + _DECODED_AHEAD < len(windows):
-                ahead.append(pool.submit(_read_window, windows[number + _DECODED_AHEAD]))
+    reader = FrameReader()
+
+    def read(window: Window, beat: Beat) -> Tensor:
+        return reader.read(window.clip, window.frames, (window.bucket.height, window.bucket.width), beat)
+
+    with progress as advance:
+        for window, reading in read_ahead(read, windows, at_once=1 + _DECODED_AHEAD):
+            stop.check(_KEPT)
+            frames = _frames_of(window, reading)
             if window in missing["latents"]:
                 store.write("latents", caches.latents[window], encode.latents(frames))
             if window in missing["image"]:
@@ -310,11 +315,16 @@ class _Encoders:
         return pack_features(features.values[0], self.plan.config.crepa.crepa_cache_dtype)
 
 
-def _read_window(window: Window) -> Tensor:
+def _frames_of(window: Window, reading: Watched[Tensor]) -> Tensor:
     try:
-        return read_frames(window.path, window.frames, (window.bucket.height, window.bucket.width))
-    except Unreadable as error:
-        raise UserError(f"{window.path}: {error}", "repair or remove it") from error
+        return reading.result(PATIENCE)
+    except (Unreadable, OSError) as error:
+        raise UserError(f"{window.path}: {error}", "put the clip back as it was, and run the command again") from error
+    except GivenUp as error:
+        raise UserError(
+            f"{window.path}: nothing could be read of it for {PATIENCE:g} seconds",
+            "see whether its disk answers, or copy the clip to another one",
+        ) from error
 
 
 def _check_disk(context: Context, caches: Caches, missing: Mapping[Kind, Collection[Window]]) -> None:

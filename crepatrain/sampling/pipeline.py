@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from crepatrain.data.decode import Unreadable, read_frames
+from crepatrain.data.clip import Unreadable
+from crepatrain.data.decode import read_first
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 
@@ -43,7 +44,7 @@ def first_frame(path: Path, size: tuple[int, int]) -> Image.Image:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file", "give an image or a clip")
     try:
-        frame = read_frames(path, (0,), size)[0]
+        frame = read_first(path, size)
     except (Unreadable, OSError) as error:
         raise UserError(f"{path}: {error}", "give an image or a clip") from error
     return Image.fromarray(frame.permute(1, 2, 0).numpy())

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crepatrain.data.buckets import Bucket, ClipWindows, cut_clips, nearest_aspect
-from crepatrain.data.decode import ClipInfo
-from crepatrain.data.index import Clip
+from crepatrain.data.clip import Clip, ClipInfo
 
 
 def clip(frames: int, *, fps: float = 16, height: int = 64, width: int = 96, name: str = "clip.mp4") -> Clip:

@@ -16,7 +16,10 @@ from hard_clips import STEP
 from PIL import Image
 from torch import Tensor
 
-from crepatrain.data.decode import ClipInfo, Unreadable, crop_resize, is_image, probe, read_frames, resample_frames
+from crepatrain.data.clip import ClipInfo, Unreadable
+from crepatrain.data.decode import probe
+from crepatrain.data.frames import crop_resize, resample_frames
+from crepatrain.data.pictures import is_image
 
 
 def render_numbers(path: Path, milliseconds: Sequence[int], *, width: int = 160, height: int = 64) -> None:
@@ -34,6 +37,11 @@ def render_numbers(path: Path, milliseconds: Sequence[int], *, width: int = 160,
 
 def numbers_in(frames: Tensor) -> list[int]:
     return [round((value - 20) / STEP) for value in frames.float().mean(dim=(1, 2, 3)).tolist()]
+
+
+def read_frames(path: Path, frames: Sequence[int], size: tuple[int, int]) -> Tensor:
+    """Some frames of a file that was looked at just before."""
+    return FrameReader().read(Clip(path, "", content_digest(path), probe(path)), frames, size)
 
 
 def even(count: int, fps: float) -> list[int]:
@@ -66,14 +74,11 @@ def test_the_frames_asked_for_are_read(thirty: Path, wanted: tuple[int, ...]):
     assert numbers_in(frames) == list(wanted)
 
 
-def test_a_frame_behind_the_end_is_an_error(thirty: Path):
-    with pytest.raises(Unreadable):
-        read_frames(thirty, (0, 36), (64, 160))
-
-
 def test_a_file_that_is_gone_is_an_error(tmp_path: Path):
-    with pytest.raises(Unreadable):
-        read_frames(tmp_path / "gone.mp4", (0,), (64, 160))
+    with pytest.raises(FileNotFoundError):
+        probe(tmp_path / "gone.mp4")
+    with pytest.raises(OSError, match="No such file"):
+        read_first(tmp_path / "gone.mp4", (64, 160))
 
 
 def nearest(info: ClipInfo, fps: float) -> list[int]:
@@ -383,7 +388,7 @@ def test_a_truncated_image_is_refused(tmp_path: Path, suffix: str, kept: float):
     with pytest.raises(Unreadable, match="no image, or is cut off"):
         probe(path)
     with pytest.raises(Unreadable):
-        read_frames(path, (0,), (96, 160))
+        read_first(path, (96, 160))
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path):
@@ -394,8 +399,8 @@ def test_what_is_no_image_is_refused(tmp_path: Path):
     path.write_bytes(b"")
     with pytest.raises(Unreadable, match="empty"):
         probe(path)
-    with pytest.raises(Unreadable):
-        read_frames(tmp_path / "gone.png", (0,), (16, 16))
+    with pytest.raises(FileNotFoundError):
+        read_first(tmp_path / "gone.png", (16, 16))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -11,9 +11,10 @@ from common import render_clip, render_image
 from hard_clips import damage, write_audio
 
 from crepatrain.data import index
+from crepatrain.data.clip import Clip
 from crepatrain.data.decode import probe
 from crepatrain.data.digests import FileDigests
-from crepatrain.data.index import Clip, ClipIndex
+from crepatrain.data.index import ClipIndex
 from crepatrain.data.listing import Refusal, choose_captions, list_clips, refusal_error
 from crepatrain.errors import UserError
 
