@@ -37,6 +37,11 @@ _IDLE: tuple[_Idle, ...] = (
         lambda c: c.validation.validation_prompts is None,
         "validation_prompts is null",
     ),
+    (
+        ("eval_seed",),
+        lambda c: c.validation.eval_data is None and not c.validation.eval_share,
+        "eval_data is null and eval_share is 0",
+    ),
     (("validation_images",), lambda c: c.validation.validation_prompts is not None and c.model.task != "i2v", "task is {task}"),
 )
 _IDLE_WITH_CREPA: tuple[_Idle, ...] = (

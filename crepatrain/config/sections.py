@@ -274,6 +274,12 @@ class ValidationConfig(Section, frozen=True):
         le=0.5,
         description="Instead of eval_data: share of the clips of train_data, chosen by their content, that is never trained on.",
     )
+    eval_seed: int = Field(
+        42,
+        ge=0,
+        lt=2**31,
+        description="Seed of the noise on held-out clips, so that their losses compare between runs of different seed.",
+    )
     validation_sampling_steps: int = Field(
         25, ge=2, le=1000, description="Number of denoising steps of a validation video.", json_schema_extra=MAY_CHANGE
     )

@@ -18,6 +18,8 @@ from crepatrain.data.loader import StepSampler
 from crepatrain.errors import UserError
 from crepatrain.geometry import TokenGrid
 from crepatrain.preparing.context import Context
+from crepatrain.preparing.decisions import decision_notes, decisions, dropped_in_words
+from crepatrain.preparing.held_out import hold_out, shares_in_words
 from crepatrain.screen import Screen
 from crepatrain.training.build import count_caption_tokens
 
@@ -66,6 +68,7 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
         size=plan.size,
         fps=config.data.fps,
         multiple=plan.geometry.size_multiple,
+        legal_frames=plan.geometry.legal_frames,
         aspect_buckets=config.data.aspect_buckets,
         max_windows_per_clip=config.data.max_windows_per_clip,
         no_images=_no_images(plan),
@@ -76,10 +79,11 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
     refused = [*refused, *unusable]
     for refusal in refused:
         screen.note(f"{refusal.path} is left out: {refusal.reason}")
-    for path, factor in clips.slower:
-        screen.note(f"{path} is slower than fps={config.data.fps:g}: taken frame by frame, so it runs {factor:.2g} times as fast")
+    for note in decision_notes(clips, config.data, Path(source)):
+        screen.note(note)
     if not clips.windows:
-        raise UserError(f"{key}={source}: no clip of it can be used", "add clips, or lower num_frames")
+        lower = f"set num_frames to {clips.fitting_frames}" if clips.fitting_frames else "lower num_frames"
+        raise UserError(f"{key}={source}: no clip of it can be used", f"add clips, or {lower}")
     if config.loop.train_batch_size > 1 and not plan.spec.text_is_padded:
         clips = _one_caption_length_per_bucket(plan, clips)
     _check_threshold(plan, clips, screen)
@@ -89,8 +93,6 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
 
 def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
     """What is trained on, and what is held out; None where nothing is.
-
-    A clip is held out by its content, so that it stays so whatever else joins the dataset.
 
     Raises:
         UserError: clips that can't be used; or nothing would be left of one of the two.
@@ -108,18 +110,10 @@ def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
         return dataset, held_out
     if not config.validation.eval_share:
         return dataset, None
-    windows = dataset.clips.windows
-    held = [window for window in windows if int(window.clip.digest[:8], 16) / 2**32 < config.validation.eval_share]
-    chosen = set(held)
-    kept = [window for window in windows if window not in chosen]
-    if not held or not kept:
-        which = "none" if not held else "all"
-        raise UserError(
-            f"eval_share={config.validation.eval_share:g}: {which} of the clips would be held out", "change it, or give eval_data"
-        )
-    context.screen.note(f"{len(held)} of {len(windows)} windows are held out, of {len({window.path for window in held})} clips")
-    trained, measured = (replace(dataset, clips=replace(dataset.clips, windows=tuple(part))) for part in (kept, held))
-    return trained, measured
+    share = config.validation.eval_share
+    trained, held = hold_out(dataset.clips, share)
+    context.screen.note(f"eval_share={share:g}: {shares_in_words(held, dataset.clips)} are held out")
+    return replace(dataset, clips=trained), replace(dataset, clips=held)
 
 
 def _no_images(plan: Plan) -> str | None:
@@ -231,7 +225,7 @@ def describe(context: Context, dataset: Dataset, trainable: Mapping[str, int]) -
         "run",
         [
             ("clips", f"{len({window.path for window in clips.windows})} used, {len(dataset.refused)} left out"),
-            ("frames", f"{used} used, {clips.dropped_frames} dropped (the ends that fill no window)"),
+            ("frames", f"{used} used, {dropped_in_words(clips)}"),
             ("windows", f"{len(clips.windows)}{repeats}"),
             ("steps per epoch", f"{sampler.steps_per_epoch} of {sampler.unit} windows"),
             ("steps", f"{total}, {total / sampler.steps_per_epoch:.1f} epochs"),
@@ -254,6 +248,12 @@ def dataset_facts(plan: Plan, dataset: Dataset, sampler: StepSampler) -> dict[st
         "clips": len(windows),
         "windows": len(clips.windows),
         "left_out": len(dataset.refused),
+        "frames": {
+            "used": sum(len(window.frames) for window in clips.windows),
+            "dropped_at_ends": clips.ends,
+            "dropped_by_max_windows_per_clip": clips.passed_over,
+        },
+        "decided": decisions(clips),
         "unit": sampler.unit,
         "steps_per_epoch": sampler.steps_per_epoch,
         "steps": total_steps(plan, sampler),

@@ -1,12 +1,13 @@
 """The loss and the alignment on clips that are not trained on, at fixed noise levels and with fixed noise."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from crepatrain.data.loader import Draw, TrainingSet
+from crepatrain.data.buckets import Window
+from crepatrain.data.loader import Draw, TrainingSet, keyed_generator
 from crepatrain.errors import DivergedError
 from crepatrain.placement.precision import autocast
 from crepatrain.preparing.precompute import Caches
@@ -24,10 +25,12 @@ class Evaluation:
     """Measures the held-out clips of a run.
 
     Attributes:
+        windows: of these clips.
         samples: reads them; every caption and first frame is given. The teacher is asked as long as training asks it.
     """
 
     run: Run
+    windows: Sequence[Window]
     samples: TrainingSet
 
     @classmethod
@@ -37,7 +40,8 @@ class Evaluation:
         def asks(_step: int) -> bool:
             return run.teacher is not None
 
-        return cls(run, build_training_set(run.context.plan, run.family, run.process, held, asks, drops=False))
+        samples = build_training_set(run.context.plan, run.family, run.process, held, asks, drops=False)
+        return cls(run, held.dataset.clips.windows, samples)
 
     def evaluate(self) -> None:
         """Log eval_loss, eval_alignment and the loss at each noise level, and mark the checkpoint where the loss is smallest.
@@ -97,8 +101,15 @@ class Evaluation:
         return table, torch.cat(scores).float().cpu() if scores else torch.empty(0)
 
     def _batches(self) -> Iterator[Batch]:
-        """Each window at each noise level, always with the same noise."""
-        for index in range(len(self.samples.samples)):
+        """Each window at each noise level, always with the same noise.
+
+        The noise depends on eval_seed and on what the window shows alone: not on the seed or the noise levels of the training,
+        nor on what else is held out.
+        """
+        seed = self.run.config.validation.eval_seed
+        for index, window in enumerate(self.windows):
             batch = self.samples.read([Draw(index, step=0, slot=index)])
+            generator = keyed_generator("held out", seed, window.clip.digest, *window.frames)
+            noise = torch.randn(batch.latents.shape, generator=generator)
             for sigma in self._sigmas:
-                yield replace(batch, sigma=torch.full_like(batch.sigma, sigma))
+                yield replace(batch, noise=noise, sigma=torch.full_like(batch.sigma, sigma))

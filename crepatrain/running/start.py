@@ -77,7 +77,7 @@ def prepare_start(context: Context, processes: int, resume: Path | None) -> RunS
     if resume:
         state.load_state_dict(read_state(resume, crepa=state.schedule is not None))
     caches = plan_caches(context, dataset, teacher=state.asks_teacher)
-    fingerprint = _fingerprint(caches, sampler, total)
+    fingerprint = _fingerprint(caches, held, sampler, total)
     if resume:
         _compare(fingerprint, resume, context, goes_on=state.step < total)
     return RunStart(sampler, state, resume, total, adapter, caches, held, fingerprint)
@@ -97,10 +97,11 @@ def fill_all_caches(context: Context, start: RunStart) -> Caches | None:
     return None if start.held is None else filled_caches(context, start.held, teacher=start.state.asks_teacher)
 
 
-def _fingerprint(caches: Caches, sampler: StepSampler, total: int) -> dict[str, Any]:
+def _fingerprint(caches: Caches, held: Dataset | None, sampler: StepSampler, total: int) -> dict[str, Any]:
     return {
         "models": dict(caches.models),
         "samples": samples_digest(caches.dataset),
+        "held_out": held and samples_digest(held),
         "unit": sampler.unit,
         "windows": len(caches.dataset.clips.windows),
         "total": total,
@@ -111,12 +112,36 @@ def _fingerprint(caches: Caches, sampler: StepSampler, total: int) -> dict[str, 
 def _compare(fingerprint: Mapping[str, Any], resume: Path, context: Context, *, goes_on: bool) -> None:
     """Hold what the checkpoint was made from against what there is now."""
     before = read_fingerprint(resume)
+    _compare_held_out(fingerprint, before, context)
     expect_same_fingerprint(before, fingerprint)
     total = before["total"]
     if goes_on and total != fingerprint["total"]:
         context.screen.note(
             f"the run's length changed from {total} to {fingerprint['total']} steps: "
             "learning rate and CREPA weight, where they decay until the end, follow the new length from here on"
+        )
+
+
+def _compare_held_out(fingerprint: Mapping[str, Any], before: Mapping[str, Any], context: Context) -> None:
+    """What is held out may change where it comes from eval_data; but then the losses of before and after do not compare."""
+    validation, held = context.plan.config.validation, fingerprint["held_out"]
+    if held is None:
+        return
+    if "held_out" not in before:  # an earlier version wrote it
+        if validation.eval_share and before["samples"] != fingerprint["samples"]:
+            raise UserError(
+                f"eval_share={validation.eval_share:g}: the clips that are trained on are not those of this run's checkpoint. An "
+                "earlier version wrote it, which held out other clips (this one takes exactly that share of them)",
+                "give a new output_dir, or continue this run with the version that began it",
+            )
+        context.screen.note(
+            f"the noise on held-out clips is that of eval_seed={validation.eval_seed} from here on: eval_loss does not compare "
+            "with what an earlier version measured in this run, and best.json may name a checkpoint of before"
+        )
+    elif before["held_out"] not in (None, held):
+        context.screen.note(
+            "the held-out clips changed since this run's checkpoint: eval_loss does not compare with what was measured before, "
+            "and best.json may name a checkpoint of before"
         )
 
 

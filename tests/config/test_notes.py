@@ -117,6 +117,7 @@ THRESHOLD = {"crepa_similarity_threshold": 0.8}
         ),
         ({"flow_shift": 5.0}, "flow_shift: * as timestep_sampling is logit_normal"),
         ({"ema_decay": 0.9}, "ema_decay: * as use_ema is false"),
+        ({"eval_seed": 1}, "eval_seed: * as eval_data is null and eval_share is 0"),
         (
             {"optimizer": "adafactor", "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6},
             "adam_beta1, adam_beta2, adam_epsilon: * as optimizer is adafactor",

@@ -1,14 +1,17 @@
 """Cutting clips into windows and windows into buckets."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crepatrain.data.buckets import Bucket, ClipWindows, cut_clips, nearest_aspect
 from crepatrain.data.clip import Clip, ClipInfo
+from crepatrain.data.frames import crop_resize
 
 
 def clip(frames: int, *, fps: float = 16, height: int = 64, width: int = 96, name: str = "clip.mp4") -> Clip:
@@ -18,7 +21,7 @@ def clip(frames: int, *, fps: float = 16, height: int = 64, width: int = 96, nam
 
 
 def image(name: str = "image.png", *, height: int = 64, width: int = 96) -> Clip:
-    return Clip(Path(name), "a caption", f"digest of {name}", ClipInfo(height, width, (0.0,)))
+    return Clip(Path(name), "a caption", f"digest of {name}", ClipInfo(height, width, (0.0,), still=True))
 
 
 def cut(
@@ -28,12 +31,14 @@ def cut(
     aspect_buckets: bool = False,
     limit: int = 0,
     no_images: str | None = None,
+    legal: Callable[[int], bool] = lambda frames: frames % 4 == 1,
 ) -> ClipWindows:
     return cut_clips(
         clips,
         size=(frames, 64, 96),
         fps=fps,
         multiple=(16, 16),
+        legal_frames=legal,
         aspect_buckets=aspect_buckets,
         max_windows_per_clip=limit,
         no_images=no_images,
@@ -43,7 +48,7 @@ def cut(
 def test_windows_are_consecutive_and_the_end_is_dropped():
     result = cut(clip(30))
     assert [window.frames for window in result.windows] == [tuple(range(start, start + 9)) for start in (0, 9, 18)]
-    assert result.dropped_frames == 3
+    assert (result.ends, result.passed_over) == (3, 0)
     assert {window.bucket for window in result.windows} == {Bucket(9, 64, 96)}
     assert not result.refused
 
@@ -51,13 +56,13 @@ def test_windows_are_consecutive_and_the_end_is_dropped():
 def test_windows_are_of_resampled_frames():
     result = cut(clip(59, fps=32))
     assert [window.frames for window in result.windows] == [tuple(range(s, s + 18, 2)) for s in (0, 18, 36)]
-    assert result.dropped_frames == 30 - 27
+    assert (result.ends, result.passed_over) == (30 - 27, 0)
 
 
 def test_a_clip_of_just_the_length_is_one_window():
     result = cut(clip(9))
     assert [window.frames for window in result.windows] == [tuple(range(9))]
-    assert result.dropped_frames == 0
+    assert (result.ends, result.passed_over) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,7 @@ def test_a_clip_of_just_the_length_is_one_window():
 def test_a_limit_spreads_the_windows_over_the_clip(limit: int, first_frames: list[int]):
     result = cut(clip(48), limit=limit)
     assert [window.frames[0] for window in result.windows] == first_frames
-    assert result.dropped_frames == 48 - 9 * len(first_frames)
+    assert (result.ends, result.passed_over) == (3, 9 * (5 - len(first_frames)))
 
 
 def test_two_windows_are_the_first_and_the_last():
@@ -84,7 +89,8 @@ def test_windows_never_overlap(count: int, limit: int):
     starts = [window.frames[0] for window in result.windows]
     assert len(starts) == (min(count, limit) if limit else count)
     assert all(b - a >= 5 for a, b in itertools.pairwise(starts))
-    assert result.dropped_frames + 5 * len(starts) == count * 5 + 3
+    assert result.ends == 3
+    assert result.ends + result.passed_over + 5 * len(starts) == count * 5 + 3
 
 
 def test_a_clip_that_is_too_short_is_refused_with_its_numbers():
@@ -99,10 +105,114 @@ def test_a_fast_clip_is_too_short_by_its_resampled_frames():
     assert reason.startswith("8 frames at 16 fps")
 
 
-def test_slower_clips_are_reported_with_their_factor():
-    result = cut(clip(20, fps=8, name="slow.mp4"), clip(20, name="right.mp4"))
-    assert [(path.name, pytest.approx(factor, rel=1e-2)) for path, factor in result.slower] == [("slow.mp4", 2)]
-    assert len(result.windows) == 4
+# What is decided about a clip
+
+
+@pytest.mark.parametrize(("own", "factor"), [(8, 2), (12, 4 / 3), (16, 1), (30, 1), (48, 1), (240, 1)])
+def test_a_slower_clip_runs_faster_by_the_factor_of_the_rates(own: float, factor: float):
+    (cut_of,) = cut(clip(own * 4, fps=own)).cuts
+    assert cut_of.faster == pytest.approx(factor, rel=0.02)
+
+
+def test_a_clip_of_another_mean_rate_runs_faster_where_its_frames_are_sparse():
+    """Two seconds of 4 frames each and two of 60: more than 16 in the mean, yet too few to be resampled to 16."""
+    times = (*(i / 4 for i in range(8)), *(2 + i / 60 for i in range(120)))
+    varying = Clip(Path("varying.mp4"), "", "digest", ClipInfo(64, 96, times))
+    assert varying.info.fps > 16
+    (cut_of,) = cut(varying).cuts
+    assert cut_of.faster == pytest.approx(64 / 40, rel=0.02)
+
+
+def test_images_and_windows_of_one_frame_have_no_speed():
+    assert [found.faster for found in cut(image(), clip(20, fps=2), frames=1).cuts] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "kept"),
+    [(64, 96, 1), (640, 960, 1), (64, 48, 2 / 3 / (4 / 3)), (96, 64, 4 / 9), (64, 384, 1 / 4), (1080, 1920, 27 / 32)],
+)
+def test_the_crop_keeps_the_share_that_is_read(height: int, width: int, kept: float):
+    (cut_of,) = cut(image(height=height, width=width)).cuts
+    assert cut_of.kept == pytest.approx(kept)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    for side, (name, positions) in {0: ("rows", rows), 1: ("columns", columns)}.items():
+        share = positions * 255 / (height, width)[side]
+        read = crop_resize(share.to(torch.uint8).expand(1, 3, -1, -1), (64, 96)).float()
+        spread = (read.max() - read.min()).item() / 255
+        expected = {"rows": min(1, width * 64 / 96 / height), "columns": min(1, height * 96 / 64 / width)}[name]
+        assert spread == pytest.approx(expected, abs=0.06), name
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "enlarged"), [(64, 96, 1), (640, 960, 0.1), (32, 48, 2), (32, 960, 2), (640, 48, 2), (50, 96, 1.28)]
+)
+def test_what_is_enlarged_is_the_part_that_the_crop_keeps(height: int, width: int, enlarged: float):
+    assert [found.enlarged for found in cut(image(height=height, width=width)).cuts] == [pytest.approx(enlarged)]
+
+
+def test_a_bucket_of_the_clips_own_aspect_crops_less():
+    tall = image(height=384, width=96)
+    (at_once,), (own,) = cut(tall).cuts, cut(tall, aspect_buckets=True).cuts
+    assert at_once.kept == pytest.approx(1 / 6)
+    assert own.kept == pytest.approx(0.8)
+
+
+def test_frames_are_dropped_for_either_cause_and_by_clip():
+    result = cut(clip(48, name="long.mp4"), clip(20, name="short.mp4"), image(), limit=2)
+    assert {found.clip.path.name: (found.ends, found.passed_over) for found in result.cuts} == {
+        "long.mp4": (3, 27),
+        "short.mp4": (2, 0),
+        "image.png": (0, 0),
+    }
+    part = result.part(window for window in result.windows if window.path.name == "short.mp4")
+    assert [found.clip.path.name for found in part.cuts] == ["short.mp4"]
+    assert (part.ends, part.passed_over, len(part.windows)) == (2, 0, 2)
+
+
+# The largest window that all clips fill
+
+
+@pytest.mark.parametrize(
+    ("lengths", "fitting"),
+    [
+        ((20, 33), None),
+        ((16, 33), 13),
+        ((16, 13, 40), 13),
+        ((16, 12, 40), 9),
+        ((5, 40), 5),
+        ((4, 40), None),  # a window of one frame is no clip
+    ],
+)
+def test_the_largest_legal_window_that_keeps_all_clips_is_found(lengths: tuple[int, ...], fitting: int | None):
+    result = cut(*(clip(length, name=f"{length}.mp4") for length in lengths), image(), frames=17)
+    assert result.fitting_frames == fitting
+    assert (result.clips, result.too_short) == (len(lengths), sum(length < 17 for length in lengths))
+
+
+def test_it_is_a_window_of_resampled_frames():
+    assert cut(clip(39, fps=32), clip(100), frames=33).fitting_frames == 17
+    assert cut(clip(40, fps=8), clip(100), frames=33).fitting_frames is None
+
+
+@pytest.mark.parametrize(
+    ("legal", "fitting"),
+    [(lambda n: n % 8 == 1, 17), (lambda n: n % 4 == 0, 20), (lambda n: n % 8 == 5, 21), (lambda n: n > 40, None)],
+)
+def test_it_is_a_window_that_the_model_takes(legal: Callable[[int], bool], fitting: int | None):
+    assert cut(clip(23), clip(100), frames=49, legal=legal).fitting_frames == fitting
+
+
+def test_the_remedy_names_it():
+    (refusal,) = cut(clip(16), clip(40), frames=17).refused
+    assert refusal.remedy == "set num_frames to 13 (all 2 clips fit then), give a longer clip"
+    (refusal,) = cut(clip(16), frames=17).refused
+    assert refusal.remedy == "set num_frames to 13 (the clip fits then), give a longer clip"
+
+
+def test_a_remedy_that_can_not_keep_all_clips_is_of_the_clip_alone():
+    short, shortest = cut(clip(16), clip(3), clip(40), frames=17).refused
+    assert short.remedy == "set num_frames to 13 or less, give a longer clip"
+    assert shortest.remedy == "give a longer clip"
 
 
 def test_buckets_are_counted_the_largest_first():
@@ -128,7 +238,6 @@ def test_an_image_is_a_window_of_one_frame(suffix: str, limit: int):
     assert [window.frames for window in pictures] == [(0,), (0,)]
     assert {window.bucket for window in pictures} == {Bucket(1, 64, 96)}
     assert not result.refused
-    assert not result.slower
     assert len(result.buckets) == 2
     assert pictures[0].name == f"a{suffix} frames 0-0"
 

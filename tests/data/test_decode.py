@@ -16,8 +16,9 @@ from hard_clips import STEP
 from PIL import Image
 from torch import Tensor
 
-from crepatrain.data.clip import ClipInfo, Unreadable
-from crepatrain.data.decode import probe
+from crepatrain.data.clip import Clip, ClipInfo, Unreadable
+from crepatrain.data.decode import FrameReader, probe, read_first
+from crepatrain.data.digests import content_digest
 from crepatrain.data.frames import crop_resize, resample_frames
 from crepatrain.data.pictures import is_image
 

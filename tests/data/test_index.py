@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -39,9 +40,9 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that were decoded, as they are."""
     seen: list[Path] = []
 
-    def spy(path: Path):
+    def spy(path: Path, beat: Callable[[], None]):
         seen.append(path)
-        return probe(path)
+        return probe(path, beat)
 
     monkeypatch.setattr(index, "probe", spy)
     return seen

@@ -9,7 +9,7 @@ from common import context_of
 
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.data.cache import entry_key
-from crepatrain.data.decode import read_frames
+from crepatrain.data.decode import FrameReader
 from crepatrain.preparing.precompute import Caches, fill_caches, plan_caches
 from crepatrain.preparing.preflight import Dataset, read_dataset
 from crepatrain.training.build import build_family, build_image_encoder, build_vae
@@ -106,7 +106,7 @@ def test_an_entry_holds_what_the_family_makes_of_the_first_frame(planned, tmp_pa
     for window, key in caches.image.items():
         entry = caches.store.read("image", key)
         assert entry.keys() == names
-        frame = read_frames(window.path, window.frames[:1], (window.bucket.height, window.bucket.width))
+        frame = FrameReader().read(window.clip, window.frames[:1], (window.bucket.height, window.bucket.width))
         pixels = (frame.float() / 127.5 - 1).permute(1, 0, 2, 3)[None]
         with torch.no_grad():
             expected = family_.encode_image(vae, encoder, pixels, len(window.frames))

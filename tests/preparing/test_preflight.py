@@ -7,13 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from common import context_of, render_image, tiny_family, tiny_variants
+from common import context_of, render_clip, render_image, tiny_family, tiny_variants
 
 from crepatrain.commands.fit import fit
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
-from crepatrain.preparing.preflight import Dataset, build_sampler, image_bytes, latents_bytes, read_dataset, read_datasets
+from crepatrain.preparing.decisions import decisions, dropped_in_words
+from crepatrain.preparing.preflight import (
+    Dataset,
+    build_sampler,
+    dataset_facts,
+    image_bytes,
+    latents_bytes,
+    read_dataset,
+    read_datasets,
+    samples_digest,
+)
 from crepatrain.specs import FAMILIES
 
 
@@ -231,9 +241,118 @@ def test_what_is_held_out_is_not_trained_on(config_file, clips):
 def test_a_share_is_held_out_by_content(config_file):
     whole = read_dataset(context_of(read_plan(config_file())))
     digests = {window.clip.digest for window in whole.clips.windows}
-    shares = sorted(int(digest[:8], 16) / 2**32 for digest in digests)
-    trained, held = read_datasets(context_of(read_plan(config_file(eval_share=(shares[0] + shares[1]) / 2))))
-    assert {window.clip.digest for window in held.clips.windows} == {min(digests, key=lambda d: int(d[:8], 16))}
+    screen = Listening()
+    trained, held = read_datasets(context_of(read_plan(config_file(eval_share=0.3)), screen))
+    assert {window.clip.digest for window in held.clips.windows} == {min(digests)}
     assert len(trained.clips.windows) + len(held.clips.windows) == len(whole.clips.windows)
-    with pytest.raises(UserError, match="none of the clips would be held out"):
-        read_datasets(context_of(read_plan(config_file(eval_share=shares[0] / 2))))
+    assert screen.notes == ["eval_share=0.3: 1 of 3 clips (33%) and 2 of 6 windows (33%) are held out"]
+    for part, clips in ((trained, 2), (held, 1)):
+        assert (len(part.clips.cuts), part.clips.ends) == (clips, 2 * clips)
+    again, _ = read_datasets(context_of(read_plan(config_file(eval_share=0.3, seed=7))))
+    assert samples_digest(again) == samples_digest(trained)
+
+
+def test_copies_of_a_clip_are_on_one_side(look, clips, config_file, tmp_path):
+    folder = Path(shutil.copytree(clips, tmp_path / "copied"))
+    for name in ("clip-0", "clip-1", "clip-2"):
+        for suffix in (".mp4", ".txt"):
+            shutil.copy(folder / f"{name}{suffix}", folder / f"copy-of-{name}{suffix}")
+    screen = Listening()
+    trained, held = read_datasets(context_of(read_plan(config_file(train_data=str(folder), eval_share=0.4)), screen))
+    sides = [{window.clip.digest for window in part.clips.windows} for part in (trained, held)]
+    assert not sides[0] & sides[1]
+    assert [len(side) for side in sides] == [2, 1]
+    assert screen.notes == ["eval_share=0.4: 2 of 6 clips (33%) and 4 of 12 windows (33%) are held out"]
+
+
+def test_a_single_clip_can_not_be_shared_out(config_file, clips, tmp_path):
+    for name in ("one", "two"):
+        render_image(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("blocks", encoding="utf-8")
+    with pytest.raises(UserError, match=r"eval_share=0.5: there is one clip, .*\n.*add clips, or give eval_data"):
+        read_datasets(context_of(read_plan(config_file(train_data=str(tmp_path), eval_share=0.5))))
+
+
+# What is decided about clips
+
+
+@pytest.fixture
+def unlike(clips, tmp_path) -> Path:
+    """Clips that the size, the rate or the window of the config does not suit, and one that all of it does."""
+    folder = tmp_path / "unlike"
+    (folder / "more").mkdir(parents=True)
+    render_clip(folder / "fine.mp4")
+    render_clip(folder / "more" / "tall.mp4", height=384, width=96)
+    render_clip(folder / "slow.mp4", fps=8)
+    for number in range(7):
+        render_image(folder / f"tiny-{number}.png", height=32, width=48, seed=number)
+    for path in [*folder.rglob("*.mp4"), *folder.rglob("*.png")]:
+        path.with_suffix(".txt").write_text("a square", encoding="utf-8")
+    return folder
+
+
+def test_what_is_done_to_clips_is_reported_by_kind(look, unlike):
+    _, dataset, notes = look(train_data=str(unlike), fps=16)
+    tiny = ", ".join(f"tiny-{number}.png (2 times)" for number in range(5))
+    assert notes == [
+        "the centre crop keeps less than half of the picture of more/tall.mp4 (17%); set aspect_buckets to true",
+        f"smaller than height=64, width=96, and enlarged: {tiny} and 2 more; lower height and width",
+        "slower than fps=16, and taken frame by frame, so that they run faster: slow.mp4 (2 times as fast); lower fps",
+    ]
+    found = {fact["file"]: fact for fact in decisions(dataset.clips)}
+    assert found.keys() == {"tall.mp4", "slow.mp4", *(f"tiny-{number}.png" for number in range(7))}
+    assert found["tall.mp4"] == {"file": "tall.mp4", "kept": 0.167, "enlarged": 1.0, "faster": 1.0}
+
+
+def test_its_remedies_are_followed_by_silence(look, unlike):
+    remedies = {"aspect_buckets": True, "height": 32, "width": 48, "fps": 8}
+    assert look(train_data=str(unlike), num_frames=5, **remedies)[2] == []
+
+
+def test_a_clip_that_no_bucket_suits_gets_another_remedy(look, tmp_path):
+    render_image(tmp_path / "line.png", height=16, width=1600)
+    (tmp_path / "line.txt").write_text("a line", encoding="utf-8")
+    notes = look(train_data=str(tmp_path), aspect_buckets=True)[2]
+    assert "line.png (" in notes[0]
+    assert notes[0].endswith("; choose a height and width nearer to their shape")
+
+
+def test_a_clip_of_a_list_is_named_by_its_place_beside_it(look, unlike):
+    entry = '{"video": "more/tall.mp4", "caption": "a square"}\n'
+    (unlike / "list.jsonl").write_text(entry, encoding="utf-8")
+    (note,) = look(train_data=str(unlike / "list.jsonl"), fps=16)[2]
+    assert "of more/tall.mp4 (17%)" in note
+
+
+@pytest.mark.parametrize(("family", "fitting"), [("wan", 17), ("ltxvideo", 17), ("sanavideo", 17), ("kandinsky5_video", 17)])
+def test_the_window_that_keeps_all_clips_is_one_of_the_family(look, clips_and_images, family, fitting):
+    with pytest.raises(UserError) as caught:
+        look(family, num_frames=33, fps=16)
+    assert len(caught.value.problems) == 3
+    for problem in caught.value.problems:
+        assert (
+            problem.fix
+            == f"set num_frames to {fitting} (all 3 clips fit then), give a longer clip, or set unusable_clips to skip"
+        )
+    assert look(family, num_frames=fitting, fps=16)[2] == []
+    _, _, notes = look(family, num_frames=33, fps=16, unusable_clips="skip")
+    assert notes[-1] == f"num_frames=33 leaves out 3 of 3 clips: with num_frames={fitting} all 3 clips fit"
+
+
+def test_where_nothing_is_left_the_window_is_named_too(look, clips):
+    with pytest.raises(UserError) as caught:
+        look(train_data=str(clips), num_frames=33, fps=16, unusable_clips="skip")
+    (problem,) = caught.value.problems
+    assert problem.fix == "add clips, or set num_frames to 17"
+
+
+def test_dropped_frames_are_counted_by_their_cause(look, clips):
+    plan, dataset, _ = look(train_data=str(clips), fps=16, max_windows_per_clip=1)
+    assert dropped_in_words(dataset.clips) == (
+        "33 dropped (6 at ends that fill no window, 27 in windows beyond max_windows_per_clip)"
+    )
+    facts = dataset_facts(plan, dataset, build_sampler(plan, dataset, world=1))
+    assert facts["frames"] == {"used": 27, "dropped_at_ends": 6, "dropped_by_max_windows_per_clip": 27}
+    assert facts["decided"] == []
+    _, dataset, _ = look(train_data=str(clips), fps=16, num_frames=5)
+    assert dropped_in_words(dataset.clips) == "0 dropped"
