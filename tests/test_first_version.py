@@ -38,10 +38,15 @@ def entries() -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(Path("cache").rglob("*.safetensors"))}
 
 
-def test_it_goes_on_to_the_same_numbers_from_the_same_caches(crepatrain):
+def test_it_goes_on_to_the_same_numbers(crepatrain):
     before = entries()
     assert crepatrain("fit", "run/config.json", "--max_train_steps", "8") == 0
-    assert entries() == before
+    after = entries()
+    assert before.items() <= after.items()
+    # Version 0.1 may have cached other frames than the file shows, so what is made of pixels is made again; texts are not.
+    made = sorted(Path(name).parts[1] for name in after.keys() - before.keys())
+    assert made == sorted(Path(name).parts[1] for name in before if Path(name).parts[1] != "text")
+    assert "text" not in made
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     expected = json.loads(Path("continued.json").read_text(encoding="utf-8"))
     assert [line["step"] for line in lines] == [line["step"] for line in expected] == [3, 4, 6, 8]

@@ -84,13 +84,13 @@ def probe(path: Path, beat: Callable[[], None] = lambda: None) -> ClipInfo:
 
 def _decode_strictly(path: Path, beat: Callable[[], None]) -> tuple[_Shown, float]:
     """What a video shows, and its mean rate; damage that a decoder would rather conceal is an error."""
-    try:
+    with contextlib.suppress(_Damaged):
         return _decode(path, beat, conceal=False)
-    except _Damaged as error:
+    with contextlib.suppress(_Damaged):
         shown, rate = _decode(path, beat, conceal=True)
-        if not shown.marks or not _starts_with_a_cut(path, shown, beat):
-            raise Unreadable("it is damaged: it can't be decoded to its end") from error
-        return shown, rate
+        if shown.marks and _starts_with_a_cut(path, shown, beat):
+            return shown, rate
+    raise Unreadable("it is damaged: it can't be decoded to its end")
 
 
 def _decode(path: Path, beat: Callable[[], None], *, conceal: bool) -> tuple[_Shown, float]:
@@ -120,7 +120,7 @@ def _starts_with_a_cut(path: Path, shown: _Shown, beat: Callable[[], None]) -> b
                 marks += [_mark(_upright(frame)) for frame in packet.decode()]
             except av.FFmpegError:
                 at = packet.dts if packet.pts is None else packet.pts
-                hidden = at is not None and first is not None and at < first
+                hidden = groups == 0 or (at is not None and first is not None and at < first)
                 if not hidden and not (stream.codec_context.name == "h264" and groups == 1):
                     return False
     return marks == shown.marks
@@ -172,11 +172,13 @@ def _mark(picture: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(picture).data)
 
 
-def _ascending(seconds: Sequence[float | None], rate: float) -> Sequence[float]:
-    """The times as they are, or at an even rate where some are missing or go back."""
-    known = [second for second in seconds if second is not None]
-    if len(known) == len(seconds) and all(a <= b for a, b in itertools.pairwise(known)):
-        return known
+def _ascending(seconds: Sequence[float | None], rate: float) -> list[float]:
+    """The times as they are, where some are missing a frame after the one before; at an even rate where they go back."""
+    times: list[float] = []
+    for second in seconds:
+        times.append(second if second is not None else times[-1] + 1 / rate if times else 0.0)
+    if all(a <= b for a, b in itertools.pairwise(times)):
+        return times
     return [number / rate for number in range(len(seconds))]
 
 

@@ -78,7 +78,7 @@ def test_images_are_listed_beside_clips(folder: Path, video: Path, tmp_path: Pat
         path.parent.mkdir(exist_ok=True)
         render_image(path)
         path.with_suffix(".txt").write_text(f"picture {path.stem}", encoding="utf-8")
-    (folder / "notes.tiff").write_bytes(b"no image of ours")
+    (folder / "notes.psd").write_bytes(b"no image of ours")
     found = dict(list_clips(folder))
     expected = {clip: "a dog runs"} | {folder / name: f"picture {Path(name).stem}" for name in ("a.jpg", "c.PNG", "sub/d.webp")}
     assert found == expected | {folder / "e.jpeg": "picture e", folder / "f.bmp": "picture f"}

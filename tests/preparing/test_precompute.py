@@ -128,8 +128,8 @@ def test_an_entry_holds_what_the_family_makes_of_the_first_frame(planned, tmp_pa
         ),
     ],
 )
-def test_caches_of_earlier_versions_are_found_again(planned, family, size, text_parts, image_parts, seen):
-    """The names of entries, fact by fact, as every version since the first has written them."""
+def test_caches_are_found_again_by_later_versions(planned, family, size, text_parts, image_parts, seen):
+    """The names of entries, fact by fact: of text as every version since the first has written them, of pixels since 0.2."""
     plan, _, caches = planned(family, size, task="i2v", fps=16, vae_dtype="float32")
     text = {
         "family": family,
@@ -147,6 +147,7 @@ def test_caches_of_earlier_versions_are_found_again(planned, family, size, text_
             "file": window.clip.digest,
             "size": [window.bucket.height, window.bucket.width],
             "crop": "centre, bicubic, antialias",
+            "read": "counted from the first",
         }
         first, frames = list(window.frames[:1]), list(window.frames)
         assert key == entry_key(kind="image", length=len(frames), frames=first, **pixels, **image)
