@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -365,3 +366,54 @@ def test_hard_clips_are_read_or_refused_with_a_reason(hard_clips: Path, tmp_path
     for clip in clips:
         assert list(clip.info.timestamps) == sorted(clip.info.timestamps)
         assert clip.info.frames > 1
+
+
+def test_a_read_that_failed_once_is_asked_again(folder: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A disk's error says nothing about the file."""
+    add(folder, video, "a.mp4", "a")
+    real = av.open
+
+    def failing(path: str) -> None:
+        raise av.error.OSError(5, "Input/output error", path)
+
+    monkeypatch.setattr(av, "open", failing)
+    clips, refused = read(folder, tmp_path / "cache")
+    assert (clips, [refusal.reason for refusal in refused]) == ([], ["Input/output error"])
+    assert "run the command again" in refused[0].remedy
+    monkeypatch.setattr(av, "open", real)
+    clips, refused = read(folder, tmp_path / "cache")
+    assert (len(clips), refused) == (1, [])
+
+
+def test_a_refusal_is_remembered_until_another_pyav_may_know_better(
+    folder: Path, tmp_path: Path, probed: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    (folder / "a.mp4").write_bytes(b"no video")
+    (folder / "a.txt").write_text("a", encoding="utf-8")
+    for _ in range(2):
+        assert [refusal.reason for refusal in read(folder, tmp_path / "cache")[1]] == ["it is no video, or is cut off"]
+    assert len(probed) == 1
+    monkeypatch.setattr(av, "__version__", "1000.0.0")
+    read(folder, tmp_path / "cache")
+    assert len(probed) == 2
+
+
+def test_a_read_that_hangs_is_given_up_and_named(folder: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    add(folder, video, "a.mp4", "a")
+    stuck = add(folder, video, "b.mp4", "b")
+    add(folder, video, "c.mp4", "c")
+    stuck.write_bytes(stuck.read_bytes() + b"\0" * 64)  # a content of its own
+    answers = threading.Event()
+
+    def hanging(path: Path, beat: Callable[[], None]):
+        if path == stuck:
+            answers.wait()
+        return probe(path, beat)
+
+    monkeypatch.setattr(index, "probe", hanging)
+    captioned, _ = choose_captions(list_clips(folder), "empty")
+    clips, refused = ClipIndex(tmp_path / "index", FileDigests(tmp_path / "digests.json"), patience=1).read(captioned)
+    answers.set()
+    assert [clip.path.name for clip in clips] == ["a.mp4", "c.mp4"]
+    assert [refusal.path for refusal in refused] == [stuck]
+    assert "nothing came for 1 seconds" in refused[0].reason
