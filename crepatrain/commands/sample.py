@@ -202,11 +202,9 @@ def _trained_files(
 
 def _some_caption(config: DataConfig) -> str | None:
     """The first caption of the clips that were trained on."""
-    try:
-        captioned, _ = choose_captions(list_clips(Path(config.train_data)), "skip")
-    except UserError:  # the dataset has been moved since
-        return None
-    return captioned[0][1] if captioned else None
+    listed = list_clips(Path(config.train_data))
+    chosen = choose_captions(listed, "skip", prefix=config.caption_prefix, suffix=config.caption_suffix)
+    return chosen.clips[0].caption if chosen.clips else None  # the dataset may have been moved since
 
 
 def _open_adapter(path: Path, options: SampleOptions) -> _Source:

@@ -13,10 +13,11 @@ from crepatrain.config.plan import Plan
 from crepatrain.data.buckets import Bucket, ClipWindows, cut_clips
 from crepatrain.data.digests import FileDigests
 from crepatrain.data.index import ClipIndex
-from crepatrain.data.listing import Refusal, choose_captions, list_clips, refusal_error
+from crepatrain.data.listing import Refusal, refusal_error
 from crepatrain.data.loader import StepSampler
-from crepatrain.errors import UserError
+from crepatrain.errors import Problem, UserError
 from crepatrain.geometry import TokenGrid
+from crepatrain.preparing.captions import note_captions, read_captions
 from crepatrain.preparing.context import Context
 from crepatrain.screen import Screen
 from crepatrain.training.build import count_caption_tokens
@@ -51,16 +52,21 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
     plan, screen, config = context.plan, context.screen, context.plan.config
     source = config.data.train_data if key == "train_data" else config.validation.eval_data
     assert source is not None
-    captioned, refused = choose_captions(list_clips(Path(source), key), config.data.missing_captions)
+    listed, captioned = read_captions(plan, Path(source), key)
+    problems, refused = [*listed.problems, *captioned.problems], list(captioned.refused)
+    if not captioned.clips and problems:
+        raise UserError.of(problems)
     root = Path(config.data.cache_dir)
     digests = FileDigests(root / "digests.json")
-    with screen.progress("reading clips", len(captioned)) as advance:
+    with screen.progress("reading clips", len(captioned.clips)) as advance:
 
         def after_each() -> None:
             advance()
             context.stop.check("what was read of the clips is kept")
 
-        probed, unreadable = ClipIndex(root / "index", digests).read(captioned, advance=after_each)
+        probed, unreadable = ClipIndex(root / "index", digests).read(
+            [(clip.path, clip.caption) for clip in captioned.clips], advance=after_each
+        )
     clips = cut_clips(
         probed,
         size=plan.size,
@@ -70,16 +76,21 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
         max_windows_per_clip=config.data.max_windows_per_clip,
         no_images=_no_images(plan),
     )
-    unusable = [*unreadable, *clips.refused]
+    unusable = [*listed.refused, *unreadable, *clips.refused]
     if unusable and config.data.unusable_clips == "error":
-        raise refusal_error(unusable)
-    refused = [*refused, *unusable]
+        problems += refusal_error(unusable).problems
+    if problems:
+        raise UserError.of(problems)
+    refused += unusable
+    for note in listed.notes:
+        screen.note(note)
     for refusal in refused:
         screen.note(f"{refusal.path} is left out: {refusal.reason}")
     for path, factor in clips.slower:
         screen.note(f"{path} is slower than fps={config.data.fps:g}: taken frame by frame, so it runs {factor:.2g} times as fast")
     if not clips.windows:
         raise UserError(f"{key}={source}: no clip of it can be used", "add clips, or lower num_frames")
+    note_captions(context, captioned.clips, {window.path for window in clips.windows}, key)
     if config.loop.train_batch_size > 1 and not plan.spec.text_is_padded:
         clips = _one_caption_length_per_bucket(plan, clips)
     _check_threshold(plan, clips, screen)
@@ -96,9 +107,11 @@ def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
         UserError: clips that can't be used; or nothing would be left of one of the two.
         Stopped: a signal came; what was read of the clips is kept.
     """
-    config, dataset = context.plan.config, read_dataset(context)
-    if config.validation.eval_data:
-        held_out = read_dataset(context, "eval_data")
+    config = context.plan.config
+    if not config.validation.eval_data:
+        dataset = read_dataset(context)
+    else:
+        dataset, held_out = _read_both(context)
         trained = {window.clip.digest for window in dataset.clips.windows}
         both = sorted({str(window.path) for window in held_out.clips.windows if window.clip.digest in trained})
         if both:
@@ -120,6 +133,24 @@ def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
     context.screen.note(f"{len(held)} of {len(windows)} windows are held out, of {len({window.path for window in held})} clips")
     trained, measured = (replace(dataset, clips=replace(dataset.clips, windows=tuple(part))) for part in (kept, held))
     return trained, measured
+
+
+def _read_both(context: Context) -> tuple[Dataset, Dataset]:
+    """What is trained on and what is measured.
+
+    Raises:
+        UserError: what is wrong with either.
+    """
+    read: list[Dataset] = []
+    problems: list[Problem] = []
+    for key in ("train_data", "eval_data"):
+        try:
+            read.append(read_dataset(context, key))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError.of(problems)
+    return read[0], read[1]
 
 
 def _no_images(plan: Plan) -> str | None:

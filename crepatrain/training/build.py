@@ -1,6 +1,7 @@
 """From a plan to the modules of a run."""
 
 import contextlib
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from crepatrain.alignment.teachers import BackboneTeacher, CachedTeacher, Latent
 from crepatrain.config.alignment_sections import CrepaConfig
 from crepatrain.config.plan import Plan
 from crepatrain.config.resolved import ResolvedCrepa, ResolvedLayerSync
-from crepatrain.config.sources import BASE_KEY, expect_parts, fetch
+from crepatrain.config.sources import BASE_KEY, expect_parts, fetch, local_folder
 from crepatrain.errors import UserError
 from crepatrain.families import get_family
-from crepatrain.families.base import Family
+from crepatrain.families.base import CutCaption, Family
 from crepatrain.placement.precision import encoding_dtype, weights_dtype
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.loading import loading
@@ -48,6 +49,21 @@ def count_caption_tokens(plan: Plan, captions: Sequence[str]) -> list[int]:
     folder = fetch(key, path, plan.config.model.revision, ("model_index.json", *(f"{part}/*" for part in tokenizers)))
     with loading(folder, tokenizers):
         return build_family(plan).count_tokens(str(folder), captions)
+
+
+def cut_captions(plan: Plan, captions: Sequence[str]) -> list[CutCaption | None] | None:
+    """Of each caption whether it is longer than the text encoder reads; None where the tokenizers are not on this machine."""
+    tokenizers, limit = plan.variant.folders("tokenizer"), plan.spec.text_length
+    # A token stands for a byte at least, and the tokenizer adds a few of its own: most captions need no count.
+    long = [caption for caption in captions if len(unicodedata.normalize("NFKC", caption).encode()) > limit - 8]
+    if not long:
+        return [None] * len(captions)
+    folder = local_folder(plan.config.model.pretrained_model_name_or_path, plan.config.model.revision)
+    if folder is None or not all(any((folder / part).glob("*.json")) for part in tokenizers):
+        return None
+    with loading(folder, tokenizers):
+        cut = dict(zip(long, build_family(plan).cut_captions(str(folder), long), strict=True))
+    return [cut.get(caption) for caption in captions]
 
 
 def encoder_folder(plan: Plan) -> Path:
