@@ -8,7 +8,7 @@ from typing import Literal
 
 from crepatrain.data.lists import CAPTION_KEYS, read_list
 from crepatrain.data.search import existing, in_words, is_folder, printable, search
-from crepatrain.data.texts import Mistake, as_caption, expect_regular, is_unicode, read_text
+from crepatrain.data.texts import Mistake, as_caption, expect_regular, expect_unicode_name, read_text
 from crepatrain.errors import Problem, UserError
 
 _LISTS = ("metadata.jsonl", "metadata.csv")
@@ -110,8 +110,7 @@ def list_clips(train_data: Path, key: str = "train_data", apart: Callable[[Path]
         source = text or path.with_suffix(".txt")
         try:
             expect_regular(path)
-            if not is_unicode(str(path)):
-                raise Mistake("its name is not UTF-8", "rename it")
+            expect_unicode_name(path)
         except Mistake as mistake:
             refused.append(Refusal(Path(printable(path)), mistake.what, mistake.fix))
             continue

@@ -54,16 +54,13 @@ def read_list(file: Path) -> tuple[list[Entry], list[Problem]]:
     """The entries that can be used, and what is wrong with every other one."""
     try:
         text = read_text(file)
-        if not text.strip():
-            raise Mistake(
-                "the list is empty", f"{_EXAMPLE} lines" if file.suffix.lower() == ".jsonl" else "write a line for each clip"
-            )
         rows = _csv_rows(text) if file.suffix.lower() == ".csv" else _json_rows(text)
         entries, problems = _entries(file, rows)
     except Mistake as mistake:
         return [], [Problem(f"{file}: {mistake.what}", mistake.fix)]
     if not entries and not problems:
-        problems = [Problem(f"{file}: the list is empty", "write a line for each clip")]
+        example = _EXAMPLE if file.suffix.lower() == ".jsonl" else 'write the header "video,caption"'
+        problems = [Problem(f"{file}: the list is empty", f"{example}, and a line for each clip")]
     if len(problems) > _MOST_PROBLEMS:
         more = len(problems) - _MOST_PROBLEMS
         problems = [*problems[:_MOST_PROBLEMS], Problem(f"{file}: {more} more entries can't be used", "correct them as well")]
@@ -79,15 +76,19 @@ def _entries(file: Path, rows: Iterable[_Row | tuple[int, int, Mistake]]) -> tup
         try:
             if not isinstance(row, _Row):
                 raise row[2]
-            video = _text(row.values, VIDEO_KEYS, "file's name")
-            if video is None or not video.strip():
-                raise Mistake("no video", f"give the file's name as one of {', '.join(VIDEO_KEYS)}")
-            if "\0" in video or not is_unicode(video):
-                raise Mistake("the file's name holds what is no character", "correct the name")
-            entries.append(Entry(where, number, video.strip(), as_caption(_text(row.values, CAPTION_KEYS, "caption") or "")))
+            entries.append(Entry(where, number, _video(row.values), as_caption(_text(row.values, CAPTION_KEYS, "caption") or "")))
         except Mistake as mistake:
             problems.append(Problem(f"{where}: {mistake.what}", mistake.fix))
     return entries, problems
+
+
+def _video(values: dict[str, Any]) -> str:
+    video = (_text(values, VIDEO_KEYS, "file's name") or "").strip()
+    if not video:
+        raise Mistake("no video", f"give the file's name as one of {', '.join(VIDEO_KEYS)}")
+    if "\0" in video or not is_unicode(video):
+        raise Mistake("the file's name holds what is no character", "correct the name")
+    return video
 
 
 def _text(values: dict[str, Any], keys: Iterable[str], meaning: str) -> str | None:
@@ -124,18 +125,23 @@ def _json_rows(text: str) -> Iterator[_Row | tuple[int, int, Mistake]]:
             continue
         number += 1
         try:
-            values = json.loads(content, object_pairs_hook=_unique)
-            if not isinstance(values, dict):
-                raise Mistake("not an object", _EXAMPLE)
-            yield _Row(number, line, values)
+            yield _Row(number, line, _object(content))
         except Mistake as mistake:
             yield number, line, mistake
-        except json.JSONDecodeError as error:
-            yield number, line, Mistake(f"not valid JSON ({error.msg})", "write one object per line")
-        except RecursionError:
-            yield number, line, Mistake("it is nested too deeply", _EXAMPLE)
-        except ValueError:  # a whole number of thousands of digits
-            yield number, line, Mistake("it holds a number that is too long", _EXAMPLE)
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise Mistake(f"not valid JSON ({error.msg})", "write one object per line") from None
+    except RecursionError:
+        raise Mistake("it is nested too deeply", _EXAMPLE) from None
+    except ValueError:  # a whole number of thousands of digits
+        raise Mistake("it holds a number that is too long", _EXAMPLE) from None
+    if not isinstance(values, dict):
+        raise Mistake("not an object", _EXAMPLE)
+    return values
 
 
 def _is_array(text: str) -> bool:
@@ -156,9 +162,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _csv_rows(text: str) -> Iterator[_Row | tuple[int, int, Mistake]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     try:
-        header = [name.strip().casefold() for name in next(reader)]
+        header = [name.strip().casefold() for name in next(filter(None, reader), [])]
     except csv.Error as error:
         raise Mistake(f"line 1 can't be read ({error})", "close every quote") from None
+    if not text.strip():
+        return
     _expect_header(header, text)
     number = 0
     while True:

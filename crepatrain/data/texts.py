@@ -83,6 +83,16 @@ def as_caption(text: str) -> str | None:
     return caption or None
 
 
+def expect_unicode_name(path: Path) -> None:
+    """Make sure that a path can be written, and be a caption.
+
+    Raises:
+        Mistake: a name in it is not UTF-8.
+    """
+    if not is_unicode(str(path)):
+        raise Mistake("its name is not UTF-8", "rename it")
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text can be written as UTF-8: half a surrogate pair can't, nor the undecodable bytes of a file's name."""
     try:

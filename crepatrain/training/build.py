@@ -57,7 +57,7 @@ def cut_captions(plan: Plan, captions: Sequence[str]) -> list[CutCaption | None]
     # A token stands for a byte at least, and the tokenizer adds a few of its own: most captions need no count.
     long = [caption for caption in captions if len(unicodedata.normalize("NFKC", caption).encode()) > limit - 8]
     if not long:
-        return [None] * len(captions)
+        return [None for _ in captions]
     folder = local_folder(plan.config.model.pretrained_model_name_or_path, plan.config.model.revision)
     if folder is None or not all(any((folder / part).glob("*.json")) for part in tokenizers):
         return None

@@ -15,7 +15,6 @@ from crepatrain.data.decode import probe
 from crepatrain.data.digests import FileDigests
 from crepatrain.data.index import Clip, ClipIndex
 from crepatrain.data.listing import Refusal, choose_captions, list_clips, refusal_error
-from crepatrain.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -337,7 +337,7 @@ def test_a_jsonl_list_is_read(folder: Path, video: Path):
     expected = {"sub/a.mp4": "one two", str(outside): "absolute", "b.mp4": None}
     assert captions(folder) == expected
     assert captions(folder / "metadata.jsonl") == expected
-    assert [clip.source for clip in list_clips(folder).clips][0] == "metadata.jsonl, entry 1"
+    assert list_clips(folder).clips[0].source == "metadata.jsonl, entry 1"
 
 
 def test_a_caption_may_hold_any_character(folder: Path, video: Path):
@@ -407,6 +407,9 @@ def test_a_caption_of_any_length_is_read(folder: Path, video: Path):
         ("list.csv", "caption\nalone\n", ["header 'caption'", "no column for the video"]),
         ("list.csv", "a.mp4,a dog\n", ["header 'a.mp4,a dog'", "first line is the header"]),
         ("list.csv", "video,caption\n", ["the list is empty"]),
+        ("list.csv", "", ["the list is empty", "video,caption"]),
+        ("list.csv", "\n\n", ["the list is empty"]),
+        ("list.csv", "\n\nvideo;caption\n", ["separated by ';'"]),
         ("list.csv", "video,caption\n,alone\n", ["entry 1 (line 2)", "no video"]),
         ("list.csv", "video,caption\na.mp4,a dog, running\n", ["entry 1 (line 2)", "more columns than the header", "in quotes"]),
         ("list.csv", "video,caption,\na.mp4,a dog, running\n", ["entry 1", "column 3, which has no name"]),
