@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +52,7 @@ class Listed:
         problems: all that is wrong with its lists, captions and folders.
         notes: on what is there and not used.
         by: the list that names the clips; None of a folder.
+        key: of the config, that names the dataset.
     """
 
     clips: tuple[ListedClip, ...]
@@ -59,6 +60,7 @@ class Listed:
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
     by: Path | None = None
+    key: str = "train_data"
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,16 @@ def list_clips(train_data: Path, key: str = "train_data", apart: Callable[[Path]
         key: of the config, that says so.
         apart: whether a folder below it is none of the dataset.
     """
+    return replace(_listed(train_data, key, apart), key=key)
+
+
+def _listed(train_data: Path, key: str, apart: Callable[[Path], bool]) -> Listed:
     if not train_data.is_dir():
         return _listed_by(train_data)
     lists = [path for name in _LISTS for path in _named(train_data, name)]
     if lists:
         listed = _listed_by(lists[0])
-        return Listed(
-            listed.clips, listed.refused, listed.problems, (*listed.notes, *_unlisted(train_data, lists, listed, apart)), lists[0]
-        )
+        return replace(listed, notes=tuple(_unlisted(train_data, lists, listed, apart)))
     found = search(train_data, apart)
     clips: list[ListedClip] = []
     refused: list[Refusal] = []
@@ -208,8 +212,9 @@ def _no_caption(listed: Listed, without: Sequence[ListedClip]) -> Problem:
     else:
         numbers = _names([str(clip.entry) for clip in without], _MOST_NAMES)
         remedy = f"give {'entry' if len(without) == 1 else 'entries'} {numbers} of {listed.by.name} a caption"
+    dataset = "" if listed.key == "train_data" else f"{listed.key}: "
     return Problem(
-        f"{_names([clip.name for clip in without], _MOST_NAMES)}: no caption",
+        f"{dataset}{_names([clip.name for clip in without], _MOST_NAMES)}: no caption",
         f"{remedy}, or set missing_captions to empty, filename or skip",
     )
 

@@ -51,7 +51,7 @@ class _Row:
 
 
 def read_list(file: Path) -> tuple[list[Entry], list[Problem]]:
-    """The entries that can be used, and what is wrong with every other one."""
+    """The entries that name a file, and all that is wrong with any."""
     try:
         text = read_text(file)
         rows = _csv_rows(text) if file.suffix.lower() == ".csv" else _json_rows(text)
@@ -68,17 +68,30 @@ def read_list(file: Path) -> tuple[list[Entry], list[Problem]]:
 
 
 def _entries(file: Path, rows: Iterable[_Row | tuple[int, int, Mistake]]) -> tuple[list[Entry], list[Problem]]:
+    """The entries that name a file; the caption of one whose caption can't be used is empty, and among the problems."""
     entries: list[Entry] = []
     problems: list[Problem] = []
+
+    def problem(where: str, mistake: Mistake) -> None:
+        problems.append(Problem(f"{where}: {mistake.what}", mistake.fix))
+
     for row in rows:
         number, line = (row.number, row.line) if isinstance(row, _Row) else row[:2]
         where = f"{file}, entry {number} (line {line})"
+        if not isinstance(row, _Row):
+            problem(where, row[2])
+            continue
         try:
-            if not isinstance(row, _Row):
-                raise row[2]
-            entries.append(Entry(where, number, _video(row.values), as_caption(_text(row.values, CAPTION_KEYS, "caption") or "")))
+            video = _video(row.values)
         except Mistake as mistake:
-            problems.append(Problem(f"{where}: {mistake.what}", mistake.fix))
+            problem(where, mistake)
+            continue
+        try:
+            caption = as_caption(_text(row.values, CAPTION_KEYS, "caption") or "")
+        except Mistake as mistake:
+            problem(where, mistake)
+            caption = ""
+        entries.append(Entry(where, number, video, caption))
     return entries, problems
 
 

@@ -1,6 +1,6 @@
 """The captions of a dataset, and what should be known of them before they are encoded."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from crepatrain.config.plan import Plan
@@ -20,40 +20,40 @@ def read_captions(plan: Plan, source: Path, key: str) -> tuple[Listed, Captioned
     return listed, choose_captions(listed, config.missing_captions, prefix=config.caption_prefix, suffix=config.caption_suffix)
 
 
-def note_captions(context: Context, clips: Sequence[CaptionedClip], used: Collection[Path], key: str) -> None:
+def note_captions(context: Context, clips: Sequence[CaptionedClip], key: str, *, download: bool) -> None:
     """Note captions that are longer than the text encoder reads, and a trigger word that is in none.
 
     Args:
-        clips: with their captions.
-        used: the clips among them that are trained on.
+        clips: that are used, with their captions.
         key: of the config, that names the dataset.
+        download: whether the tokenizers may be downloaded.
     """
-    clips = [clip for clip in clips if clip.path in used]
     trigger = context.plan.config.loop.trigger_word
     if trigger and key == "train_data" and not any(_plain(trigger) in _plain(clip.caption) for clip in clips):
         context.screen.note(
             f"trigger_word={trigger!r}: no caption holds it, so the adapter does not learn it; "
             f"set caption_prefix to {f'{trigger}, '!r} to put it before each"
         )
-    _note_cut(context, clips)
+    for note in _cut_ones(context.plan, clips, download=download):
+        context.screen.note(note if key == "train_data" else f"{key}: {note}")
 
 
-def _note_cut(context: Context, clips: Sequence[CaptionedClip]) -> None:
+def _cut_ones(plan: Plan, clips: Sequence[CaptionedClip], *, download: bool) -> list[str]:
     sources: dict[str, list[str]] = {}
     for clip in clips:
         sources.setdefault(clip.caption, []).append(clip.source)
-    limit, screen = context.plan.spec.text_length, context.screen
-    cut = cut_captions(context.plan, list(sources))
+    limit = plan.spec.text_length
+    cut = cut_captions(plan, list(sources), download=download)
     if cut is None:
-        screen.note(
-            f"the text encoder reads {limit} tokens: long captions are not counted, as its tokenizer is not downloaded yet"
-        )
-        return
+        return [f"the text encoder reads {limit} tokens: long captions are not counted, as its tokenizer is not downloaded yet"]
     found = [(source, one) for one, names in zip(cut, sources.values(), strict=True) if one for source in names]
-    for source, one in found[:_MOST_NAMED]:
-        screen.note(f"{source}: {one.tokens} tokens, and {one.read} are read: the caption is cut after {f'...{one.ending}'!r}")
+    notes = [
+        f"{source}: {one.tokens} tokens, and {one.read} are read: the caption is cut after {f'...{one.ending}'!r}"
+        for source, one in found[:_MOST_NAMED]
+    ]
     if len(found) > _MOST_NAMED:
-        screen.note(f"{len(found) - _MOST_NAMED} more captions are longer than the {limit} tokens that the text encoder reads")
+        notes.append(f"{len(found) - _MOST_NAMED} more captions are longer than the {limit} tokens that the text encoder reads")
+    return notes
 
 
 def _plain(text: str) -> str:

@@ -42,8 +42,11 @@ class Dataset:
     digests: FileDigests
 
 
-def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "train_data") -> Dataset:
+def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "train_data", *, download: bool = True) -> Dataset:
     """Find, caption, decode and cut the clips that a key of the config names.
+
+    Args:
+        download: whether the tokenizers, which count long captions, may be downloaded.
 
     Raises:
         UserError: clips that can't be used, all of them at once; or none that can.
@@ -54,8 +57,6 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
     assert source is not None
     listed, captioned = read_captions(plan, Path(source), key)
     problems, refused = [*listed.problems, *captioned.problems], list(captioned.refused)
-    if not captioned.clips and problems:
-        raise UserError.of(problems)
     root = Path(config.data.cache_dir)
     digests = FileDigests(root / "digests.json")
     with screen.progress("reading clips", len(captioned.clips)) as advance:
@@ -83,14 +84,15 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
         raise UserError.of(problems)
     refused += unusable
     for note in listed.notes:
-        screen.note(note)
+        screen.note(note if key == "train_data" else f"{key}: {note}")
     for refusal in refused:
         screen.note(f"{refusal.path} is left out: {refusal.reason}")
     for path, factor in clips.slower:
         screen.note(f"{path} is slower than fps={config.data.fps:g}: taken frame by frame, so it runs {factor:.2g} times as fast")
     if not clips.windows:
         raise UserError(f"{key}={source}: no clip of it can be used", "add clips, or lower num_frames")
-    note_captions(context, captioned.clips, {window.path for window in clips.windows}, key)
+    used = {window.path for window in clips.windows}
+    note_captions(context, [clip for clip in captioned.clips if clip.path in used], key, download=download)
     if config.loop.train_batch_size > 1 and not plan.spec.text_is_padded:
         clips = _one_caption_length_per_bucket(plan, clips)
     _check_threshold(plan, clips, screen)
@@ -98,10 +100,13 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
     return Dataset(clips, grids, tuple(refused), digests)
 
 
-def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
+def read_datasets(context: Context, *, download: bool = True) -> tuple[Dataset, Dataset | None]:
     """What is trained on, and what is held out; None where nothing is.
 
     A clip is held out by its content, so that it stays so whatever else joins the dataset.
+
+    Args:
+        download: whether the tokenizers, which count long captions, may be downloaded.
 
     Raises:
         UserError: clips that can't be used; or nothing would be left of one of the two.
@@ -109,9 +114,9 @@ def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
     """
     config = context.plan.config
     if not config.validation.eval_data:
-        dataset = read_dataset(context)
+        dataset = read_dataset(context, download=download)
     else:
-        dataset, held_out = _read_both(context)
+        dataset, held_out = _read_both(context, download=download)
         trained = {window.clip.digest for window in dataset.clips.windows}
         both = sorted({str(window.path) for window in held_out.clips.windows if window.clip.digest in trained})
         if both:
@@ -135,7 +140,7 @@ def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
     return trained, measured
 
 
-def _read_both(context: Context) -> tuple[Dataset, Dataset]:
+def _read_both(context: Context, *, download: bool) -> tuple[Dataset, Dataset]:
     """What is trained on and what is measured.
 
     Raises:
@@ -145,7 +150,7 @@ def _read_both(context: Context) -> tuple[Dataset, Dataset]:
     problems: list[Problem] = []
     for key in ("train_data", "eval_data"):
         try:
-            read.append(read_dataset(context, key))
+            read.append(read_dataset(context, key, download=download))
         except UserError as error:
             problems += error.problems
     if problems:

@@ -275,6 +275,22 @@ def test_containers_that_ffmpeg_reads_are_clips(folder: Path, suffix: str, codec
         assert len(list(container.decode(video=0))) == 5
 
 
+def test_a_folder_that_can_not_be_read_is_named(folder: Path, video: Path, monkeypatch: pytest.MonkeyPatch):
+    add(folder, video, "a.mp4", "one")
+    add(folder, video, "closed/b.mp4", "two")
+    scandir = os.scandir
+
+    def closed(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # root may read everything
+    listed = list_clips(folder)
+    assert whats(listed) == [f"{folder / 'closed'}: the folder can't be read (Permission denied)"]
+    assert [clip.name for clip in listed.clips] == ["a.mp4"]
+
+
 def test_no_kind_of_file_is_both_a_video_and_an_image():
     assert not VIDEO_SUFFIXES & IMAGE_SUFFIXES
 
@@ -444,7 +460,8 @@ def test_all_that_is_wrong_with_a_list_is_reported_at_once_and_the_rest_is_read(
     ]
     listed = list_clips(write_list(folder, video, "list.jsonl", "\n".join(rows)))
     assert [what.split(": ")[0].split(", ")[1] for what in whats(listed)] == [f"entry {n} (line {n})" for n in (1, 2, 3)]
-    assert [(clip.name, clip.caption) for clip in listed.clips] == [("b.mp4", "good")]
+    assert [(clip.name, clip.caption) for clip in listed.clips] == [("a.mp4", ""), ("b.mp4", "good")]
+    assert [clip.path.name for clip in choose_captions(listed, "error").clips] == ["a.mp4", "b.mp4"]
     assert [refusal.reason for refusal in listed.refused] == ["there is no such file (entry 5 of list.jsonl)"]
 
 

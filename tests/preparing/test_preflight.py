@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from crepatrain.preparing.preflight import (
     samples_digest,
 )
 from crepatrain.specs import FAMILIES
+from crepatrain.training import build
 
 
 class Listening(Screen):
@@ -279,7 +281,7 @@ def test_what_is_wrong_with_the_held_out_clips_is_told_in_the_same_error(config_
     (other / "clip-1.txt").unlink()
     with pytest.raises(UserError) as caught:
         read_datasets(context_of(read_plan(config_file(train_data=str(own), eval_data=str(other)))))
-    assert [problem.what for problem in caught.value.problems] == ["clip-0.mp4: no caption", "clip-1.mp4: no caption"]
+    assert [problem.what for problem in caught.value.problems] == ["clip-0.mp4: no caption", "eval_data: clip-1.mp4: no caption"]
 
 
 def test_a_prefix_makes_another_dataset_and_other_cache_entries(look, own):
@@ -323,6 +325,25 @@ def test_a_dataset_of_short_captions_needs_no_tokenizer(look, own, tmp_path, tin
     (own / "clip-1.txt").write_text("long " * 200, encoding="utf-8")
     (note,) = look(**where)[2]
     assert "not counted, as its tokenizer is not downloaded yet" in note
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_a_tokenizer_is_downloaded_only_where_the_model_is_too(config_file, own, monkeypatch, wan, download):
+    plan = read_plan(config_file(train_data=str(own)))
+    (own / "clip-1.txt").write_text("long " * 200, encoding="utf-8")
+    hub = plan.config.model.model_copy(update={"pretrained_model_name_or_path": "owner/name"})
+    plan = replace(plan, config=plan.config.model_copy(update={"model": hub}))
+    asked: list[str] = []
+
+    def fetched(key, path, revision, patterns):
+        asked.append(path)
+        return wan
+
+    monkeypatch.setattr(build, "fetch", fetched)
+    screen = Listening()
+    read_dataset(context_of(plan, screen), download=download)
+    assert asked == (["owner/name"] if download else [])
+    assert ("1000 tokens" if download else "not downloaded yet") in screen.notes[0]
 
 
 def test_the_folders_of_runs_and_of_the_cache_hold_no_clips(look, own, tmp_path):
