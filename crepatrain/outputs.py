@@ -5,6 +5,16 @@ from pathlib import Path
 
 from crepatrain.errors import UserError
 
+# Names in a run's folder by which it is recognised as one.
+RUN_CONFIG_FILE = "config.json"
+RUN_STATUS_FILE = "status.json"
+RUN_METRICS_FILE = "metrics.jsonl"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one that `fit` wrote."""
+    return (folder / RUN_CONFIG_FILE).is_file() and any((folder / name).is_file() for name in (RUN_STATUS_FILE, RUN_METRICS_FILE))
+
 
 def expect_nothing_at(output: Path, argument: str) -> None:
     """Make sure that nobody's files would be replaced; an empty folder may be there.

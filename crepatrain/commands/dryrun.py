@@ -23,7 +23,7 @@ def dry_run(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
         UserError: what `fit` would refuse before it loads weights.
     """
     context = Context(plan, screen, torch.device("cpu"), stop)
-    dataset, _ = preflight.read_datasets(context)
+    dataset, _ = preflight.read_datasets(context, download=False)
     trained = empty_trained(plan)
     trainable = {name: sum(p.numel() for p in trainable_parameters(module)) for name, module in trained.items()}
     if plan.config.model.model_type == "lora":

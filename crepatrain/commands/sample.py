@@ -20,7 +20,7 @@ from crepatrain.data.listing import choose_captions, list_clips
 from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
-from crepatrain.outputs import expect_writable
+from crepatrain.outputs import expect_writable, is_run
 from crepatrain.records.layout import BESIDE_BASE, RunLayout, checkpoints, step_of
 from crepatrain.records.opening import adapter_name, config_of
 from crepatrain.sampling.comparison import TrainedModel, candidates, open_pipeline, sample_candidate
@@ -202,11 +202,9 @@ def _trained_files(
 
 def _some_caption(config: DataConfig) -> str | None:
     """The first caption of the clips that were trained on."""
-    try:
-        captioned, _ = choose_captions(list_clips(Path(config.train_data)), "skip")
-    except UserError:  # the dataset has been moved since
-        return None
-    return captioned[0][1] if captioned else None
+    listed = list_clips(Path(config.train_data), apart=is_run)
+    chosen = choose_captions(listed, "skip", prefix=config.caption_prefix, suffix=config.caption_suffix)
+    return chosen.clips[0].caption if chosen.clips else None  # the dataset may have been moved since
 
 
 def _open_adapter(path: Path, options: SampleOptions) -> _Source:

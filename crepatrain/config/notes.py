@@ -111,6 +111,7 @@ def warnings(config: ResolvedConfig, written: RunConfig, geometry: Geometry, gri
     if geometry.tile > 1 and not config.loop.compile:
         messages.append("compile: without it the attention over tiles (NABLA) holds every score in memory; set it to true")
     messages += _without_effect(config, written)
+    messages += _joined_words(config)
     if config.optim.lr_scheduler != "constant":
         messages += _endless_warmup(config, "lr_warmup_steps", "learning_rate")
     if not config.crepa.crepa_enabled:
@@ -145,6 +146,16 @@ def _intended(written: RunConfig) -> frozenset[str]:
     if 2 * len(explicitly_set) > len(KEYS):
         return changed - {"flow_shift"}
     return changed | explicitly_set & (CrepaConfig.model_fields.keys() | LayerSyncConfig.model_fields.keys())
+
+
+def _joined_words(config: ResolvedConfig) -> list[str]:
+    prefix, suffix = config.data.caption_prefix, config.data.caption_suffix
+    messages = []
+    if prefix and prefix[-1].isalnum():
+        messages.append(f"caption_prefix={prefix!r} is one word with the caption's first; end it in a space")
+    if suffix and suffix[0].isalnum():
+        messages.append(f"caption_suffix={suffix!r} is one word with the caption's last; begin it with a space")
+    return messages
 
 
 def _endless_warmup(config: ResolvedConfig, key: str, peak: str) -> list[str]:

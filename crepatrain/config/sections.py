@@ -87,6 +87,17 @@ class DataConfig(Section, frozen=True):
     unusable_clips: Literal["error", "skip"] = Field(
         "error", description="What to do with a clip that can't be read or is too short: stop, or skip the clip."
     )
+    caption_prefix: str = Field(
+        "",
+        max_length=2000,
+        description="Text before the caption of every clip, as it is written here: end it in a space. The empty caption of "
+        "caption_dropout stays empty, and prompts are used as they are.",
+    )
+    caption_suffix: str = Field(
+        "",
+        max_length=2000,
+        description="Text after the caption of every clip, as it is written here: begin it with a space or a comma.",
+    )
     caption_dropout: float = Field(0.1, ge=0, le=1, description="Share of the samples that are trained with the empty caption.")
     i2v_dropout: float = Field(
         0.0,
@@ -184,7 +195,8 @@ class LoopConfig(Section, frozen=True):
         None,
         min_length=1,
         max_length=200,
-        description="Written into the adapter's header, for programs that show it to the user.",
+        description="Written into the adapter's header, for programs that show it to the user. It is put into captions by "
+        "caption_prefix alone.",
         json_schema_extra=MAY_CHANGE,
     )
     seed: int = Field(

@@ -197,6 +197,16 @@ def fetch(key: str, path: str, revision: str | None, patterns: tuple[str, ...]) 
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns), etag_timeout=5))
 
 
+def local_folder(path: str, revision: str | None) -> Path | None:
+    """Where a model lies on this machine: the path itself, or the hub's snapshot; None where it has not been downloaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import try_to_load_from_cache
+
+    known = try_to_load_from_cache(path, "model_index.json", revision=revision)
+    return Path(known).parent if isinstance(known, str) else None
+
+
 def _is_known(repo: str) -> bool:
     """Whether the package knows that the hub has it."""
     released = any(released_model(spec, repo) for spec in FAMILIES.values())

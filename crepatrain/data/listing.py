@@ -1,21 +1,18 @@
 """Which files and captions a dataset names, and which of them can't be used."""
 
-import csv
-import io
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from crepatrain.data.pictures import IMAGE_SUFFIXES
+from crepatrain.data.lists import CAPTION_KEYS, read_list
+from crepatrain.data.search import existing, in_words, is_folder, printable, search
+from crepatrain.data.texts import Mistake, as_caption, expect_regular, expect_unicode_name, read_text
 from crepatrain.errors import Problem, UserError
 
-VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv"}
-)
-_VIDEO_KEYS = ("video", "file_name", "path", "file", "image")
-_CAPTION_KEYS = ("caption", "text", "prompt")
+_LISTS = ("metadata.jsonl", "metadata.csv")
+_MOST_NAMES = 100
 
 
 @dataclass(frozen=True)
@@ -27,103 +24,204 @@ class Refusal:
     remedy: str = "repair or remove it"
 
 
-def list_clips(train_data: Path, key: str = "train_data") -> list[tuple[Path, str | None]]:
-    """Video and image files with their captions, in a stable order; None where there is no caption.
+@dataclass(frozen=True)
+class ListedClip:
+    """A video or image file that a dataset names.
+
+    Attributes:
+        caption: None where there is none.
+        name: of the file below the dataset's folder, or as the list has it.
+        source: where its caption stands, or would.
+        entry: its number in a list, from 1; None in a folder.
+    """
+
+    path: Path
+    caption: str | None
+    name: str
+    source: str
+    entry: int | None = None
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a dataset names.
+
+    Attributes:
+        clips: in a stable order.
+        refused: what is named as a clip and is no regular file.
+        problems: all that is wrong with its lists, captions and folders.
+        notes: on what is there and not used.
+        by: the list that names the clips; None of a folder.
+        key: of the config, that names the dataset.
+    """
+
+    clips: tuple[ListedClip, ...]
+    refused: tuple[Refusal, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+    by: Path | None = None
+    key: str = "train_data"
+
+
+@dataclass(frozen=True)
+class CaptionedClip:
+    """A clip with the caption that is trained on, and where that stands."""
+
+    path: Path
+    caption: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """The clips of a dataset with their captions.
+
+    Attributes:
+        refused: clips that are left out for want of a caption.
+        problems: clips that must have a caption and have none. They stand among the clips all the same, so that whatever else
+            is wrong with them is found as well.
+    """
+
+    clips: tuple[CaptionedClip, ...]
+    refused: tuple[Refusal, ...]
+    problems: tuple[Problem, ...]
+
+
+def list_clips(train_data: Path, key: str = "train_data", apart: Callable[[Path], bool] = lambda _: False) -> Listed:
+    """Find the video and image files of a dataset, and their captions.
 
     Args:
         train_data: a folder (searched below it too; captions in NAME.txt, metadata.jsonl or metadata.csv), or such a list.
         key: of the config, that says so.
-
-    Raises:
-        UserError: no videos, or a list that can't be read.
+        apart: whether a folder below it is none of the dataset.
     """
-    if train_data.is_file():
-        return _read_list(train_data, key)
-    for name in ("metadata.jsonl", "metadata.csv"):
-        if (train_data / name).is_file():
-            return _read_list(train_data / name, key)
-    videos = sorted(
-        path
-        for path in train_data.rglob("*")
-        if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(train_data).parts)
-    )
-    if not videos:
-        raise UserError(
-            f"{key}={train_data}: no video files or images in it",
-            f"put clips ({', '.join(sorted(VIDEO_SUFFIXES))}) and NAME.txt captions into it",
-        )
-    return [(path, _sidecar(path)) for path in videos]
+    return replace(_listed(train_data, key, apart), key=key)
 
 
-def _sidecar(video: Path) -> str | None:
-    text = video.with_suffix(".txt")
-    return " ".join(_read_text(text).split()) or None if text.is_file() else None
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8", "save it as UTF-8") from None
-
-
-def _read_list(file: Path, key: str) -> list[tuple[Path, str | None]]:
-    text = _read_text(file)
-    rows = list(csv.DictReader(io.StringIO(text, newline=""))) if file.suffix.lower() == ".csv" else _read_lines(file, text)
-    found = []
-    for number, row in enumerate(rows, start=1):
-        name = next((row[key] for key in _VIDEO_KEYS if row.get(key)), None)
-        if name is None:
-            raise UserError(f"{file}, entry {number}: no video", f"give the file's name as one of {', '.join(_VIDEO_KEYS)}")
-        caption = next((str(row[key]).strip() for key in _CAPTION_KEYS if row.get(key)), "")
-        found.append((file.parent / str(name), " ".join(caption.split()) or None))
-    if not found:
-        raise UserError(f"{key}={file}: the list is empty", 'write {"video": "clip.mp4", "caption": "..."} lines')
-    return found
-
-
-def _read_lines(file: Path, text: str) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): a caption may hold other separators
-        if not line.strip():
+def _listed(train_data: Path, key: str, apart: Callable[[Path], bool]) -> Listed:
+    if not train_data.is_dir():
+        return _listed_by(train_data)
+    lists = [path for name in _LISTS for path in _named(train_data, name)]
+    if lists:
+        listed = _listed_by(lists[0])
+        return replace(listed, notes=tuple(_unlisted(train_data, lists, listed, apart)))
+    found = search(train_data, apart)
+    clips: list[ListedClip] = []
+    refused: list[Refusal] = []
+    problems = list(found.problems)
+    for path, text in found.clips:
+        name = printable(path.relative_to(train_data))
+        source = text or path.with_suffix(".txt")
+        try:
+            expect_regular(path)
+            expect_unicode_name(path)
+        except Mistake as mistake:
+            refused.append(Refusal(Path(printable(path)), mistake.what, mistake.fix))
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number}: not valid JSON ({error.msg})", "write one object per line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{file}, line {number}: not an object", 'write {"video": "clip.mp4", "caption": "..."}')
-        rows.append(row)
-    return rows
+            caption = None if text is None else as_caption(read_text(text))
+        except Mistake as mistake:
+            problems.append(Problem(f"{printable(source)}: {mistake.what}", mistake.fix))
+            caption = ""  # this clip's caption has had its message
+        clips.append(ListedClip(path, caption, name, printable(source.relative_to(train_data))))
+    notes = [*found.notes, *([in_words(found.left_out)] if found.left_out else [])]
+    if not found.clips and not problems:
+        instead = f" ({notes.pop()})" if found.left_out else ""
+        what = f"{key}={train_data}: no video files or images in it{instead}"
+        problems.append(
+            Problem(what, "put clips (.mp4, .mov, .mkv, .webm or another container of FFmpeg's) and NAME.txt captions into it")
+        )
+    return Listed(tuple(clips), tuple(refused), tuple(problems), tuple(notes))
+
+
+def _named(folder: Path, name: str) -> list[Path]:
+    """The files of that name in any case, the exact one first; a folder is none of them."""
+    try:
+        alike = [entry.name for entry in os.scandir(folder) if entry.name.lower() == name and not is_folder(entry)]
+    except OSError:  # which the search reports
+        return []
+    return [folder / found for found in sorted(alike, key=lambda found: (found != name, found))]
+
+
+def _listed_by(file: Path) -> Listed:
+    entries, problems = read_list(file)
+    clips: list[ListedClip] = []
+    refused: list[Refusal] = []
+    seen: dict[Path, int] = {}
+    for entry in entries:
+        path = existing(file.parent / entry.video)
+        try:
+            expect_regular(path)
+        except Mistake as mistake:
+            refused.append(Refusal(path, f"{mistake.what} (entry {entry.number} of {file.name})", mistake.fix))
+            continue
+        first = seen.setdefault(path.resolve(), entry.number)
+        if first != entry.number:
+            what = f"{entry.where}: {entry.video} is entry {first} already"
+            problems.append(Problem(what, "remove one of the two; to train a clip under two captions, list a copy of it"))
+            continue
+        clips.append(ListedClip(path, entry.caption, entry.video, f"{file.name}, entry {entry.number}", entry.number))
+    return Listed(tuple(clips), tuple(refused), tuple(problems), by=file)
+
+
+def _unlisted(folder: Path, lists: Sequence[Path], listed: Listed, apart: Callable[[Path], bool]) -> list[str]:
+    """Notes on what lies beside a list and is not used."""
+    used = {clip.path.resolve() for clip in listed.clips}
+    extra = [path for path, _ in search(folder, apart).clips if path.resolve() not in used]
+    notes = [f"{path.name} is not read, as {lists[0].name} is" for path in lists[1:]]
+    if extra and not listed.problems:
+        shown = _names([printable(path.relative_to(folder)) for path in extra], 3)
+        notes.append(
+            f"{len(extra)} clip{'s' * (len(extra) != 1)} in the folder left out, as {lists[0].name} does not list them: {shown}"
+        )
+    return notes
 
 
 def choose_captions(
-    found: Sequence[tuple[Path, str | None]], missing: Literal["error", "empty", "filename", "skip"]
-) -> tuple[list[tuple[Path, str]], list[Refusal]]:
+    listed: Listed, missing: Literal["error", "empty", "filename", "skip"], *, prefix: str = "", suffix: str = ""
+) -> Captioned:
     """A caption for every clip, by the rule of `missing_captions`.
 
-    Raises:
-        UserError: the rule is error and a clip has none.
+    Args:
+        prefix, suffix: text before and after every caption, as it is.
     """
-    without = [path for path, caption in found if caption is None]
-    if without and missing == "error":
-        name = without[0].stem if len(without) == 1 else "NAME"
-        raise UserError(
-            f"{_names(without)}: no caption", f"write {name}.txt beside it, or set missing_captions to empty, filename or skip"
+    without = [clip for clip in listed.clips if clip.caption is None]
+    spoken = {"filename": lambda path: " ".join(path.stem.replace("_", " ").replace("-", " ").split())}
+    say = spoken.get(missing, lambda _: "")
+    clips = tuple(
+        CaptionedClip(
+            clip.path,
+            f"{prefix}{say(clip.path) if clip.caption is None else clip.caption}{suffix}",
+            clip.name if clip.caption is None else clip.source,
         )
-    spoken = {"empty": lambda _: "", "filename": lambda path: " ".join(path.stem.replace("_", " ").replace("-", " ").split())}
-    chosen = [
-        (path, caption if caption is not None else spoken[missing](path))
-        for path, caption in found
-        if caption is not None or missing != "skip"
-    ]
-    return chosen, [Refusal(path, "no caption") for path in without if missing == "skip"]
+        for clip in listed.clips
+        if clip.caption is not None or missing != "skip"
+    )
+    refused = tuple(Refusal(clip.path, "no caption") for clip in without if missing == "skip")
+    problems = (_no_caption(listed, without),) if without and missing == "error" else ()
+    return Captioned(clips, refused, problems)
 
 
-def _names(paths: Sequence[Path], limit: int = 5) -> str:
-    shown = ", ".join(path.name for path in paths[:limit])
-    return f"{shown} and {len(paths) - limit} more" if len(paths) > limit else shown
+def _no_caption(listed: Listed, without: Sequence[ListedClip]) -> Problem:
+    """One message of all clips without a caption, with a remedy where captions are looked for."""
+    if listed.by is None:
+        remedy = f"write {without[0].source}" if len(without) == 1 else "write a NAME.txt beside each"
+    elif len(without) == len(listed.clips):
+        kind = "column" if listed.by.suffix.lower() == ".csv" else "key"
+        remedy = f"give every entry of {listed.by.name} a caption, in a {kind} named one of {', '.join(CAPTION_KEYS)}"
+    else:
+        numbers = _names([str(clip.entry) for clip in without], _MOST_NAMES)
+        remedy = f"give {'entry' if len(without) == 1 else 'entries'} {numbers} of {listed.by.name} a caption"
+    dataset = "" if listed.key == "train_data" else f"{listed.key}: "
+    return Problem(
+        f"{dataset}{_names([clip.name for clip in without], _MOST_NAMES)}: no caption",
+        f"{remedy}, or set missing_captions to empty, filename or skip",
+    )
+
+
+def _names(names: Sequence[str], limit: int) -> str:
+    shown = ", ".join(names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
 def refusal_error(refused: Sequence[Refusal]) -> UserError:

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps, ImageSequence
 
 from crepatrain.data.clip import Unreadable
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff"})
 
 # Formats whose pictures follow each other in time. Those of others are pages, or copies of one picture in several sizes.
 _MOVING = frozenset({"PNG", "WEBP", "GIF"})

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from crepatrain.errors import UserError
 from crepatrain.geometry import TokenGrid
@@ -28,6 +29,26 @@ class PipelineParts:
 
     models: Mapping[str, tuple[type[Any], Mapping[str, Any]]]
     saved: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CutCaption:
+    """A caption that is longer than the text encoder reads.
+
+    Attributes:
+        tokens: of all of it, with the tokenizer's own.
+        read: how many of them are read.
+        ending: the last words that are read.
+    """
+
+    tokens: int
+    read: int
+    ending: str
+
+
+def last_words(text: str, words: int = 6, characters: int = 60) -> str:
+    """The end of a text, for a message."""
+    return " ".join(text.split()[-words:])[-characters:]
 
 
 class Family(ABC):
@@ -85,6 +106,33 @@ class Family(ABC):
     def count_tokens(self, path: str, captions: Sequence[str]) -> list[int]:
         """Tokens of each caption, for a family whose batches only hold captions of one length."""
         raise NotImplementedError
+
+    def cut_captions(self, path: str, captions: Sequence[str]) -> list[CutCaption | None]:
+        """What is lost of each caption that is longer than the text encoder reads; None of one that is read to its end.
+
+        Args:
+            path: of a pipeline's folder, whose tokenizers are loaded.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
+        texts, limit = [self.caption_text(caption) for caption in captions], self.spec.text_length
+        before = self.tokens_before(tokenizer)
+        lengths = [len(ids) - before for ids in tokenizer(texts, verbose=False).input_ids] if texts else []
+        cut: list[CutCaption | None] = []
+        for text, tokens in zip(texts, lengths, strict=True):
+            if tokens <= limit:
+                cut.append(None)
+                continue
+            ids = tokenizer(text, truncation=True, max_length=before + limit, verbose=False).input_ids
+            cut.append(CutCaption(tokens, limit, last_words(tokenizer.decode(ids[before:], skip_special_tokens=True))))
+        return cut
+
+    def caption_text(self, caption: str) -> str:
+        """The text that the pipeline gives to the tokenizer for a caption."""
+        return caption
+
+    def tokens_before(self, tokenizer: Any) -> int:  # noqa: ARG002 - few have an instruction
+        """Tokens of the text for a caption that its limit does not count."""
+        return 0
 
     @abstractmethod
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:

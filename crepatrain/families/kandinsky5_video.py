@@ -25,7 +25,16 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from crepatrain.families.base import TRAIN_TIMESTEPS, Family, PipelineParts, inside_blocks, noisy_frames, with_clean_frames
+from crepatrain.families.base import (
+    TRAIN_TIMESTEPS,
+    CutCaption,
+    Family,
+    PipelineParts,
+    inside_blocks,
+    last_words,
+    noisy_frames,
+    with_clean_frames,
+)
 from crepatrain.geometry import TokenGrid
 from crepatrain.specs.base import ModelShapes
 from crepatrain.specs.kandinsky5_video import KANDINSKY5_VIDEO
@@ -130,6 +139,27 @@ class Kandinsky5VideoFamily(Family):
         texts = [pipeline.prompt_template.format(prompt_clean(caption)) for caption in captions]
         start = pipeline.prompt_template_encode_start_idx
         return [min(len(tokenizer(text).input_ids) - start, self.spec.text_length) for text in texts]
+
+    def cut_captions(self, path: str, captions: Sequence[str]) -> list[CutCaption | None]:
+        """Of what Qwen reads; CLIP's summary is of the first 77 tokens of any caption."""
+        pipeline, limit = _bare_pipeline(), self.spec.text_length
+        tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
+        start = pipeline.prompt_template_encode_start_idx
+        opening, closing = pipeline.prompt_template.split("{}")
+        cut: list[CutCaption | None] = []
+        for caption in map(prompt_clean, captions):
+            text = opening + caption + closing
+            ids = tokenizer(text, verbose=False).input_ids
+            if len(ids) <= start + limit:
+                cut.append(None)
+                continue
+            # The pipeline removes as many characters from the text's end, template included, as the tokens too many stand for.
+            removed = len(tokenizer.decode(ids[start:-2][limit - 2 :]))
+            kept = tokenizer(text[: len(text) - removed], truncation=True, max_length=start + limit, verbose=False).input_ids
+            read = tokenizer.decode(kept[start:], skip_special_tokens=True)
+            whole = tokenizer.decode(tokenizer(opening + caption, verbose=False).input_ids[start:], skip_special_tokens=True)
+            cut.append(None if read == whole else CutCaption(len(ids) - start, limit, last_words(read)))
+        return cut
 
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """One by one: the encoder is given no mask, so a longer neighbour's padding would change a caption."""

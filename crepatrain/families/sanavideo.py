@@ -97,6 +97,13 @@ class SanaVideoFamily(Family):
         """Captions after the pipeline's instruction; the empty one without it, as sampling uses it as a negative prompt."""
         return [self._encode(text_encoder, caption, _INSTRUCTION if caption else None) for caption in captions]
 
+    def caption_text(self, caption: str) -> str:
+        return "\n".join(_INSTRUCTION) + caption.lower().strip() if caption else ""
+
+    def tokens_before(self, tokenizer: Any) -> int:
+        """The instruction, but for two of its tokens, which the pipeline hands to the transformer among the caption's."""
+        return len(tokenizer.encode("\n".join(_INSTRUCTION))) - 2
+
     def encode_negative(self, text_encoder: Any, prompt: str) -> dict[str, Tensor]:
         """Without the instruction, which is for prompts alone."""
         return self._encode(text_encoder, prompt, None)

@@ -13,6 +13,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -138,6 +139,9 @@ class WanFamily(Family):
         encoder = CLIPVisionModel.from_pretrained(path, subfolder="image_encoder", dtype=dtype, use_safetensors=True)
         nothing: dict[str, Any] = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
         return WanImageToVideoPipeline(image_processor=processor, image_encoder=encoder.requires_grad_(False), **nothing)
+
+    def caption_text(self, caption: str) -> str:
+        return prompt_clean(caption)
 
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         embeds, _ = text_encoder.encode_prompt(

@@ -13,10 +13,11 @@ from crepatrain.config.plan import Plan
 from crepatrain.data.buckets import Bucket, ClipWindows, cut_clips
 from crepatrain.data.digests import FileDigests
 from crepatrain.data.index import ClipIndex
-from crepatrain.data.listing import Refusal, choose_captions, list_clips, refusal_error
+from crepatrain.data.listing import Refusal, refusal_error
 from crepatrain.data.loader import StepSampler
-from crepatrain.errors import UserError
+from crepatrain.errors import Problem, UserError
 from crepatrain.geometry import TokenGrid
+from crepatrain.preparing.captions import note_captions, read_captions
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.decisions import decision_notes, decisions, dropped_in_words
 from crepatrain.preparing.held_out import hold_out, shares_in_words
@@ -43,8 +44,11 @@ class Dataset:
     digests: FileDigests
 
 
-def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "train_data") -> Dataset:
+def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "train_data", *, download: bool = True) -> Dataset:
     """Find, caption, decode and cut the clips that a key of the config names.
+
+    Args:
+        download: whether the tokenizers, which count long captions, may be downloaded.
 
     Raises:
         UserError: clips that can't be used, all of them at once; or none that can.
@@ -53,16 +57,19 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
     plan, screen, config = context.plan, context.screen, context.plan.config
     source = config.data.train_data if key == "train_data" else config.validation.eval_data
     assert source is not None
-    captioned, refused = choose_captions(list_clips(Path(source), key), config.data.missing_captions)
+    listed, captioned = read_captions(plan, Path(source), key)
+    problems, refused = [*listed.problems, *captioned.problems], list(captioned.refused)
     root = Path(config.data.cache_dir)
     digests = FileDigests(root / "digests.json")
-    with screen.progress("reading clips", len(captioned)) as advance:
+    with screen.progress("reading clips", len(captioned.clips)) as advance:
 
         def after_each() -> None:
             advance()
             context.stop.check("what was read of the clips is kept")
 
-        probed, unreadable = ClipIndex(root / "index", digests).read(captioned, advance=after_each)
+        probed, unreadable = ClipIndex(root / "index", digests).read(
+            [(clip.path, clip.caption) for clip in captioned.clips], advance=after_each
+        )
     clips = cut_clips(
         probed,
         size=plan.size,
@@ -73,10 +80,14 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
         max_windows_per_clip=config.data.max_windows_per_clip,
         no_images=_no_images(plan),
     )
-    unusable = [*unreadable, *clips.refused]
+    unusable = [*listed.refused, *unreadable, *clips.refused]
     if unusable and config.data.unusable_clips == "error":
-        raise refusal_error(unusable)
-    refused = [*refused, *unusable]
+        problems += refusal_error(unusable).problems
+    if problems:
+        raise UserError.of(problems)
+    refused += unusable
+    for note in listed.notes:
+        screen.note(note if key == "train_data" else f"{key}: {note}")
     for refusal in refused:
         screen.note(f"{refusal.path} is left out: {refusal.reason}")
     for note in decision_notes(clips, config.data, Path(source)):
@@ -84,6 +95,8 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
     if not clips.windows:
         lower = f"set num_frames to {clips.fitting_frames}" if clips.fitting_frames else "lower num_frames"
         raise UserError(f"{key}={source}: no clip of it can be used", f"add clips, or {lower}")
+    used = {window.path for window in clips.windows}
+    note_captions(context, [clip for clip in captioned.clips if clip.path in used], key, download=download)
     if config.loop.train_batch_size > 1 and not plan.spec.text_is_padded:
         clips = _one_caption_length_per_bucket(plan, clips)
     _check_threshold(plan, clips, screen)
@@ -91,16 +104,21 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
     return Dataset(clips, grids, tuple(refused), digests)
 
 
-def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
+def read_datasets(context: Context, *, download: bool = True) -> tuple[Dataset, Dataset | None]:
     """What is trained on, and what is held out; None where nothing is.
+
+    Args:
+        download: whether the tokenizers, which count long captions, may be downloaded.
 
     Raises:
         UserError: clips that can't be used; or nothing would be left of one of the two.
         Stopped: a signal came; what was read of the clips is kept.
     """
-    config, dataset = context.plan.config, read_dataset(context)
-    if config.validation.eval_data:
-        held_out = read_dataset(context, "eval_data")
+    config = context.plan.config
+    if not config.validation.eval_data:
+        dataset = read_dataset(context, download=download)
+    else:
+        dataset, held_out = _read_both(context, download=download)
         trained = {window.clip.digest for window in dataset.clips.windows}
         both = sorted({str(window.path) for window in held_out.clips.windows if window.clip.digest in trained})
         if both:
@@ -114,6 +132,24 @@ def read_datasets(context: Context) -> tuple[Dataset, Dataset | None]:
     trained, held = hold_out(dataset.clips, share)
     context.screen.note(f"eval_share={share:g}: {shares_in_words(held, dataset.clips)} are held out")
     return replace(dataset, clips=trained), replace(dataset, clips=held)
+
+
+def _read_both(context: Context, *, download: bool) -> tuple[Dataset, Dataset]:
+    """What is trained on and what is measured.
+
+    Raises:
+        UserError: what is wrong with either.
+    """
+    read: list[Dataset] = []
+    problems: list[Problem] = []
+    for key in ("train_data", "eval_data"):
+        try:
+            read.append(read_dataset(context, key, download=download))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError.of(problems)
+    return read[0], read[1]
 
 
 def _no_images(plan: Plan) -> str | None:

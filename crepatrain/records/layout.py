@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from crepatrain.files import UNFINISHED
+from crepatrain.outputs import RUN_CONFIG_FILE, RUN_METRICS_FILE, RUN_STATUS_FILE
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name under which diffusers looks for an adapter
 CARD_FILE = "README.md"
@@ -31,8 +32,8 @@ class RunLayout:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.config_file = root / "config.json"
-        self.status_file = root / "status.json"
+        self.config_file = root / RUN_CONFIG_FILE
+        self.status_file = root / RUN_STATUS_FILE
         self.dataset_file = root / "dataset.json"
         self.best_file = root / "best.json"
         self.lock_file = root / ".lock"
@@ -40,7 +41,7 @@ class RunLayout:
         self.alignment_map_file = root / "alignment_map.json"
         self.report_file = root / REPORT_FILE
         self.card_file = root / CARD_FILE
-        self.metrics = root / "metrics.jsonl"
+        self.metrics = root / RUN_METRICS_FILE
         self.checkpoints = root / "checkpoints"
         self.adapters = root / "adapters"
         self.samples = root / "samples"

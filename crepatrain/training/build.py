@@ -1,6 +1,7 @@
 """From a plan to the modules of a run."""
 
 import contextlib
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from crepatrain.alignment.teachers import BackboneTeacher, CachedTeacher, Latent
 from crepatrain.config.alignment_sections import CrepaConfig
 from crepatrain.config.plan import Plan
 from crepatrain.config.resolved import ResolvedCrepa, ResolvedLayerSync
-from crepatrain.config.sources import BASE_KEY, expect_parts, fetch
+from crepatrain.config.sources import BASE_KEY, expect_parts, fetch, local_folder
 from crepatrain.errors import UserError
 from crepatrain.families import get_family
-from crepatrain.families.base import Family
+from crepatrain.families.base import CutCaption, Family
 from crepatrain.placement.precision import encoding_dtype, weights_dtype
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.loading import loading
@@ -25,6 +26,7 @@ from crepatrain.training.lora import add_configured_lora, leave_casts_to_autocas
 from crepatrain.training.step import CrepaForward, CrepaTerm, LayerSyncTerm
 
 _ENCODER_FILES = ("*.json", "*.safetensors")
+_ADDED_TOKENS = 16  # at most, by a tokenizer or a template, to a caption
 
 
 def model_folder(plan: Plan) -> Path:
@@ -43,11 +45,38 @@ def build_family(plan: Plan) -> Family:
 
 def count_caption_tokens(plan: Plan, captions: Sequence[str]) -> list[int]:
     """Tokens of each caption, of a family whose batches hold captions of one length alone."""
-    key, path = BASE_KEY, plan.config.model.pretrained_model_name_or_path
-    tokenizers = plan.variant.folders("tokenizer")
-    folder = fetch(key, path, plan.config.model.revision, ("model_index.json", *(f"{part}/*" for part in tokenizers)))
-    with loading(folder, tokenizers):
+    folder = _fetch_tokenizers(plan)
+    with loading(folder, plan.variant.folders("tokenizer")):
         return build_family(plan).count_tokens(str(folder), captions)
+
+
+def cut_captions(plan: Plan, captions: Sequence[str], *, download: bool) -> list[CutCaption | None] | None:
+    """Of each caption whether it is longer than the text encoder reads.
+
+    Args:
+        download: whether the tokenizers may be downloaded.
+
+    Returns:
+        None where the tokenizers are needed, are not on this machine, and may not be downloaded.
+    """
+    tokenizers, limit = plan.variant.folders("tokenizer"), plan.spec.text_length
+    # A token stands for a byte at least, and the tokenizer adds a few of its own: most captions need no count.
+    long = [caption for caption in captions if len(unicodedata.normalize("NFKC", caption).encode()) > limit - _ADDED_TOKENS]
+    if not long:
+        return [None for _ in captions]
+    model = plan.config.model
+    folder = _fetch_tokenizers(plan) if download else local_folder(model.pretrained_model_name_or_path, model.revision)
+    if folder is None or not all(any((folder / part).glob("*.json")) for part in tokenizers):
+        return None
+    with loading(folder, tokenizers):
+        cut = dict(zip(long, build_family(plan).cut_captions(str(folder), long), strict=True))
+    return [cut.get(caption) for caption in captions]
+
+
+def _fetch_tokenizers(plan: Plan) -> Path:
+    key, path = BASE_KEY, plan.config.model.pretrained_model_name_or_path
+    parts = plan.variant.folders("tokenizer")
+    return fetch(key, path, plan.config.model.revision, ("model_index.json", *(f"{part}/*" for part in parts)))
 
 
 def encoder_folder(plan: Plan) -> Path:

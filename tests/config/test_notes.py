@@ -176,3 +176,11 @@ def test_keys_of_an_adapter_without_an_adapter_are_reported(plan):
     assert warning == "lora_rank, lora_alpha, lora_use_rslora: without effect, as model_type is full"
     assert plan(model_type="full", lora_rank=32, lora_dropout=0.0).warnings == (), "their defaults"
     assert plan(lora_alpha=2.0, lora_use_rslora=True).warnings == ()
+
+
+def test_a_prefix_or_suffix_that_runs_into_the_caption_is_reported(plan):
+    [warning] = plan(caption_prefix="zxcq person").warnings
+    assert warning == "caption_prefix='zxcq person' is one word with the caption's first; end it in a space"
+    [warning] = plan(caption_suffix="4k").warnings
+    assert warning == "caption_suffix='4k' is one word with the caption's last; begin it with a space"
+    assert plan(caption_prefix="zxcq person, ", caption_suffix=", 4k").warnings == ()

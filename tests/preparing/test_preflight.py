@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from crepatrain.config.plan import Plan, read_plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
 from crepatrain.preparing.decisions import decisions, dropped_in_words
+from crepatrain.preparing.precompute import plan_caches
 from crepatrain.preparing.preflight import (
     Dataset,
     build_sampler,
@@ -25,6 +27,7 @@ from crepatrain.preparing.preflight import (
     samples_digest,
 )
 from crepatrain.specs import FAMILIES
+from crepatrain.training import build
 
 
 class Listening(Screen):
@@ -310,9 +313,11 @@ def test_its_remedies_are_followed_by_silence(look, unlike):
 
 
 def test_a_clip_that_no_bucket_suits_gets_another_remedy(look, tmp_path):
-    render_image(tmp_path / "line.png", height=16, width=1600)
-    (tmp_path / "line.txt").write_text("a line", encoding="utf-8")
-    notes = look(train_data=str(tmp_path), aspect_buckets=True)[2]
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    render_image(folder / "line.png", height=16, width=1600)
+    (folder / "line.txt").write_text("a line", encoding="utf-8")
+    notes = look(train_data=str(folder), aspect_buckets=True)[2]
     assert "line.png (" in notes[0]
     assert notes[0].endswith("; choose a height and width nearer to their shape")
 
@@ -356,3 +361,115 @@ def test_dropped_frames_are_counted_by_their_cause(look, clips):
     assert facts["decided"] == []
     _, dataset, _ = look(train_data=str(clips), fps=16, num_frames=5)
     assert dropped_in_words(dataset.clips) == "0 dropped"
+
+
+# Captions
+
+
+@pytest.fixture
+def own(clips, tmp_path) -> Path:
+    """A copy of the clips."""
+    return Path(shutil.copytree(clips, tmp_path / "own"))
+
+
+def test_all_that_is_wrong_with_a_dataset_is_one_error(look, own, tmp_path):
+    (own / "clip-0.txt").unlink()
+    (own / "clip-1.txt").write_bytes(b"\xe9t\xe9")
+    render_clip(own / "short.mp4", frames=3)
+    (own / "short.txt").write_text("short", encoding="utf-8")
+    (own / "cut.mp4").write_bytes((own / "clip-2.mp4").read_bytes()[:300])
+    with pytest.raises(UserError) as caught:
+        look(train_data=str(own))
+    whats = [problem.what for problem in caught.value.problems]
+    assert whats[:2] == [f"{own / 'clip-1.txt'}: it is not UTF-8", "clip-0.mp4, cut.mp4: no caption"]
+    assert [Path(what.partition(": ")[0]).name for what in whats[2:]] == ["cut.mp4", "short.mp4"]
+    with pytest.raises(UserError) as caught:
+        look(train_data=str(own), unusable_clips="skip", missing_captions="skip")
+    assert [problem.what for problem in caught.value.problems] == whats[:1]
+
+
+def test_what_is_wrong_with_the_held_out_clips_is_told_in_the_same_error(config_file, own, tmp_path):
+    other = Path(shutil.copytree(own, tmp_path / "other"))
+    (own / "clip-0.txt").unlink()
+    (other / "clip-1.txt").unlink()
+    with pytest.raises(UserError) as caught:
+        read_datasets(context_of(read_plan(config_file(train_data=str(own), eval_data=str(other)))))
+    assert [problem.what for problem in caught.value.problems] == ["clip-0.mp4: no caption", "eval_data: clip-1.mp4: no caption"]
+
+
+def test_a_prefix_makes_another_dataset_and_other_cache_entries(look, own):
+    plain, marked = look(train_data=str(own))[:2], look(train_data=str(own), caption_prefix="zxcq person, ")[:2]
+    assert {window.clip.caption for window in marked[1].clips.windows} == {
+        f"zxcq person, {window.clip.caption}" for window in plain[1].clips.windows
+    }
+    assert samples_digest(plain[1]) != samples_digest(marked[1])
+    texts = [set(plan_caches(context_of(plan), dataset, teacher=False).text.items()) for plan, dataset in (plain, marked)]
+    assert [caption for caption, _ in texts[0] & texts[1]] == [""]
+
+
+def test_a_trigger_word_in_no_caption_is_noted(look, own):
+    (note,) = look(train_data=str(own), trigger_word="zxcq person")[2]
+    assert "no caption holds it" in note
+    assert "caption_prefix to 'zxcq person, '" in note
+    assert look(train_data=str(own), trigger_word="zxcq person", caption_prefix="zxcq person, ")[2] == []
+    assert look(train_data=str(own), trigger_word="A  Square")[2] == []
+
+
+def test_a_caption_that_is_cut_is_noted_with_its_count_and_place(look, own):
+    (own / "clip-1.txt").write_text("seven words of some sort, and " * 20 + "at last an end that is not read", encoding="utf-8")
+    (note,) = look(train_data=str(own))[2]
+    length = len((own / "clip-1.txt").read_text(encoding="utf-8")) + 1
+    assert note.startswith(f"clip-1.txt: {length} tokens, and 512 are read: the caption is cut after '...")
+    assert look(train_data=str(own), missing_captions="filename", caption_prefix="x" * 600)[2][0].startswith("clip-0.txt: 6")
+    for number in range(7):
+        shutil.copy(own / "clip-1.mp4", own / f"more-{number}.mp4")
+        shutil.copy(own / "clip-1.txt", own / f"more-{number}.txt")
+    notes = look(train_data=str(own))[2]
+    assert len(notes) == 6
+    assert notes[-1] == "3 more captions are longer than the 512 tokens that the text encoder reads"
+
+
+def test_a_dataset_of_short_captions_needs_no_tokenizer(look, own, tmp_path, tiny_checkpoint):
+    bare = Path(shutil.copytree(tiny_checkpoint("wan"), tmp_path / "bare"))
+    shutil.rmtree(bare / "tokenizer")
+    (bare / "tokenizer").mkdir()
+    where = {"train_data": str(own), "pretrained_model_name_or_path": str(bare)}
+    assert look(**where)[2] == []
+    (own / "clip-1.txt").write_text("long " * 200, encoding="utf-8")
+    (note,) = look(**where)[2]
+    assert "not counted, as its tokenizer is not downloaded yet" in note
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_a_tokenizer_is_downloaded_only_where_the_model_is_too(config_file, own, monkeypatch, wan, download):
+    plan = read_plan(config_file(train_data=str(own)))
+    (own / "clip-1.txt").write_text("long " * 200, encoding="utf-8")
+    hub = plan.config.model.model_copy(update={"pretrained_model_name_or_path": "owner/name"})
+    plan = replace(plan, config=plan.config.model_copy(update={"model": hub}))
+    asked: list[str] = []
+
+    def fetched(key, path, revision, patterns):
+        asked.append(path)
+        return wan
+
+    monkeypatch.setattr(build, "fetch", fetched)
+    screen = Listening()
+    read_dataset(context_of(plan, screen), download=download)
+    assert asked == (["owner/name"] if download else [])
+    assert ("1000 tokens" if download else "not downloaded yet") in screen.notes[0]
+
+
+def test_the_folders_of_runs_and_of_the_cache_hold_no_clips(look, own, tmp_path):
+    for name in ("mine/samples", "other/samples", "cache/somewhere", "no-run"):
+        (own / name).mkdir(parents=True)
+        shutil.copy(own / "clip-0.mp4", own / name / "step-000002.mp4")
+    for name in ("config.json", "status.json"):
+        (own / "other" / name).write_text("{}", encoding="utf-8")
+    (own / "no-run" / "config.json").write_text("{}", encoding="utf-8")
+    changes = {"train_data": str(own), "output_dir": str(own / "mine"), "cache_dir": str(own / "cache")}
+    with pytest.raises(UserError, match=r"^no-run/step-000002\.mp4: no caption\n"):
+        look(**changes)
+    (own / "no-run" / "step-000002.txt").write_text("x", encoding="utf-8")
+    _, dataset, notes = look(**changes)
+    assert {window.path.parent.name for window in dataset.clips.windows} == {"own", "no-run"}
+    assert "not searched for clips, as folders of runs or of caches: cache, mine, other" in notes
