@@ -348,7 +348,8 @@ def how_to_load(file: AdapterFile, model: Model, base: str | None) -> list[str]:
         base: where the model's pipeline is; None: where the file's header says.
     """
     spec, recipe = model.family.spec, file.recipe()
-    pipeline = dict(spec.pipelines).get(recipe.get("task", ""), spec.pipelines[model.family.task])
+    task = recipe.get("task")
+    pipeline = spec.pipeline_of(model.family.variant, task if task in spec.pipelines else model.family.task)
     released = spec.released.get(model.title, spec.first)
     recorded = recipe.get("base", {}).get("repo") or str(released.repo)
     base = base or (recorded if "/" in recorded else f"PATH TO {recorded}")  # a header holds no path of a machine

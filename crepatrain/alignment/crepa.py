@@ -42,8 +42,8 @@ class Crepa(nn.Module):
         distance: d, capped at the number of frames - 1; 0 is per-frame REPA.
         tau: decay of a neighbour's weight.
         cumulative_neighbors: all neighbours up to d rather than those at d.
-        spatial_align: patch on patch; otherwise the mean of a frame's projected patches is compared with the mean of its features,
-            each on its own grid.
+        spatial_align: patch on patch; otherwise the means of a frame's projected patches and of its features are compared, each
+            taken on its own grid.
         normalize_by_frames: mean over frames; otherwise sum.
         normalize_neighbour_sum: divide align(f) by the sum of frame f's weights.
         projector: linear (LayerNorm -> Linear) or conv (3x3, with a z-scored teacher).

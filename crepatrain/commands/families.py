@@ -9,12 +9,12 @@ def families(screen: Screen) -> None:
     models = [(spec, name) for spec in FAMILIES.values() for name in spec.released]
     screen.table(
         "families: frames x height x width, and legal ones",
-        ("model", "tasks", "blocks", "size", "legal", "fps", "shift"),
+        ("model", "tasks", "blocks", "size", "legal", "fps", "shift", "caption"),
         [_released(spec, name) for spec, name in models],
     )
     screen.rows(
-        "CREPA block; caption tokens; LoRA targets",
-        [(spec.name, f"{spec.default_block}; {spec.text_length}; {', '.join(spec.lora_targets)}") for spec in FAMILIES.values()],
+        "CREPA block; LoRA targets",
+        [(spec.name, f"{spec.default_block}; {', '.join(spec.lora_targets)}") for spec in FAMILIES.values()],
     )
     screen.rows("on the hub", [(name, str(spec.released[name].repo)) for spec, name in models])
 
@@ -33,4 +33,5 @@ def _released(spec: FamilySpec, name: str) -> tuple[str, ...]:
         f"{geometry.frames_rule}, {geometry.size_multiple[0]}n",
         f"{variant.fps:g}",
         f"{shift:.3g}",
+        f"{spec.text_length_of(variant)} tokens",
     )
