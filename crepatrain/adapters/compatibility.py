@@ -348,8 +348,7 @@ def how_to_load(file: AdapterFile, model: Model, base: str | None) -> list[str]:
         base: where the model's pipeline is; None: where the file's header says.
     """
     spec, recipe = model.family.spec, file.recipe()
-    task = recipe.get("task")
-    pipeline = spec.pipeline_of(model.family.variant, task if task in spec.pipelines else model.family.task)
+    pipeline = _pipeline_name(model, recipe, of_recipe=base is None)
     released = spec.released.get(model.title, spec.first)
     recorded = recipe.get("base", {}).get("repo") or str(released.repo)
     base = base or (recorded if "/" in recorded else f"PATH TO {recorded}")  # a header holds no path of a machine
@@ -361,6 +360,18 @@ def how_to_load(file: AdapterFile, model: Model, base: str | None) -> list[str]:
     if spec.comfyui:
         lines += ["ComfyUI:", "  put it into models/loras and load it at strength 1" + comfyui_hint(spec)]
     return lines
+
+
+def _pipeline_name(model: Model, recipe: Mapping[str, Any], *, of_recipe: bool) -> str:
+    """The pipeline class for an adapter: the model's, or that of its training, as names and shapes do not tell all bases apart."""
+    spec = model.family.spec
+    variants = [spec.variant(released.checkpoint, None) for released in spec.released.values()]
+    training = recipe.get("train")
+    named = training.get("prompt_template_id") if isinstance(training, dict) else None
+    if of_recipe and any(named == spec.pipeline_of(variant, task) for variant in variants for task in spec.pipelines):
+        return named
+    task = next((task for task in spec.pipelines if task == recipe.get("task")), model.family.task)
+    return spec.pipeline_of(model.family.variant, task)
 
 
 def load_call(folder: Path | str, name: str, expert: Expert | None) -> str:

@@ -9,14 +9,23 @@ def families(screen: Screen) -> None:
     models = [(spec, name) for spec in FAMILIES.values() for name in spec.released]
     screen.table(
         "families: frames x height x width, and legal ones",
-        ("model", "tasks", "blocks", "size", "legal", "fps", "shift", "caption"),
+        ("model", "tasks", "blocks", "size", "legal", "fps", "shift"),
         [_released(spec, name) for spec, name in models],
     )
     screen.rows(
-        "CREPA block; LoRA targets",
-        [(spec.name, f"{spec.default_block}; {', '.join(spec.lora_targets)}") for spec in FAMILIES.values()],
+        "CREPA block; caption tokens; LoRA targets",
+        [
+            (spec.name, f"{spec.default_block}; {_caption_tokens(spec)}; {', '.join(spec.lora_targets)}")
+            for spec in FAMILIES.values()
+        ],
     )
     screen.rows("on the hub", [(name, str(spec.released[name].repo)) for spec, name in models])
+
+
+def _caption_tokens(spec: FamilySpec) -> str:
+    """Of a caption at most, in every one of the released models."""
+    lengths = {spec.text_length_of(spec.variant(model.checkpoint, None)) for model in spec.released.values()}
+    return " or ".join(map(str, sorted(lengths)))
 
 
 def _released(spec: FamilySpec, name: str) -> tuple[str, ...]:
@@ -33,5 +42,4 @@ def _released(spec: FamilySpec, name: str) -> tuple[str, ...]:
         f"{geometry.frames_rule}, {geometry.size_multiple[0]}n",
         f"{variant.fps:g}",
         f"{shift:.3g}",
-        f"{spec.text_length_of(variant)} tokens",
     )

@@ -55,7 +55,7 @@ def _variant(files: Checkpoint, _expert: Expert | None) -> Variant:
         impossible = f"its scheduler has use_dynamic_shifting, with which {CONDITION_PIPELINE} can't sample"
     sampling = Sampling(guidance=3.0, negative_prompt=_NEGATIVE, decode=decode, impossible=impossible)
     return Variant(
-        "LTX-Video",
+        "LTX-Video 0.9.5 or later" if conditions else "LTX-Video",
         ("t2v", "i2v"),
         usual_parts(),
         size=(512, 704, 121),
