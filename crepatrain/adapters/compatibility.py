@@ -363,15 +363,15 @@ def how_to_load(file: AdapterFile, model: Model, base: str | None) -> list[str]:
 
 
 def _pipeline_name(model: Model, recipe: Mapping[str, Any], *, of_recipe: bool) -> str:
-    """The pipeline class for an adapter: the model's, or that of its training, as names and shapes do not tell all bases apart."""
-    spec = model.family.spec
-    variants = [spec.variant(released.checkpoint, None) for released in spec.released.values()]
-    training = recipe.get("train")
-    named = training.get("prompt_template_id") if isinstance(training, dict) else None
-    if of_recipe and any(named == spec.pipeline_of(variant, task) for variant in variants for task in spec.pipelines):
-        return named
-    task = next((task for task in spec.pipelines if task == recipe.get("task")), model.family.task)
-    return spec.pipeline_of(model.family.variant, task)
+    """The pipeline class for an adapter: the model's, or that of its training, as not all bases differ in names and shapes."""
+    spec, training = model.family.spec, recipe.get("train")
+    if of_recipe and isinstance(training, dict):
+        variants = [spec.variant(released.checkpoint, None) for released in spec.released.values()]
+        known = [spec.pipeline_of(variant, task) for variant in variants for task in spec.pipelines]
+        if training.get("prompt_template_id") in known:
+            return training["prompt_template_id"]
+    tasks = {str(task): task for task in spec.pipelines}
+    return spec.pipeline_of(model.family.variant, tasks.get(recipe.get("task", ""), model.family.task))
 
 
 def load_call(folder: Path | str, name: str, expert: Expert | None) -> str:
