@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from crepatrain.adapters.adapter_file import ENDS, KOHYA, AdapterFile, Model, Pair, end_of, shape_mismatch
-from crepatrain.specs import Expert, FamilySpec
+from crepatrain.specs import Expert, FamilySpec, Task
 from crepatrain.training.lora import live_adapter, target_modules, unknown_settings
 
 # What diffusers, peft and torch raise where they can't load a file. A bug of ours may raise the same, or a library that does not
@@ -370,7 +370,7 @@ def _pipeline_name(model: Model, recipe: Mapping[str, Any], *, of_recipe: bool) 
         known = [spec.pipeline_of(variant, task) for variant in variants for task in spec.pipelines]
         if training.get("prompt_template_id") in known:
             return training["prompt_template_id"]
-    tasks = {str(task): task for task in spec.pipelines}
+    tasks: dict[str, Task] = {task: task for task in spec.pipelines}
     return spec.pipeline_of(model.family.variant, tasks.get(recipe.get("task", ""), model.family.task))
 
 
