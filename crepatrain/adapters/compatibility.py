@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from crepatrain.adapters.adapter_file import ENDS, KOHYA, AdapterFile, Model, Pair, end_of, shape_mismatch
-from crepatrain.specs import Expert, FamilySpec
+from crepatrain.specs import Expert, FamilySpec, Task
 from crepatrain.training.lora import live_adapter, target_modules, unknown_settings
 
 # What diffusers, peft and torch raise where they can't load a file. A bug of ours may raise the same, or a library that does not
@@ -348,7 +348,7 @@ def how_to_load(file: AdapterFile, model: Model, base: str | None) -> list[str]:
         base: where the model's pipeline is; None: where the file's header says.
     """
     spec, recipe = model.family.spec, file.recipe()
-    pipeline = dict(spec.pipelines).get(recipe.get("task", ""), spec.pipelines[model.family.task])
+    pipeline = _pipeline_name(model, recipe, of_recipe=base is None)
     released = spec.released.get(model.title, spec.first)
     recorded = recipe.get("base", {}).get("repo") or str(released.repo)
     base = base or (recorded if "/" in recorded else f"PATH TO {recorded}")  # a header holds no path of a machine
@@ -360,6 +360,18 @@ def how_to_load(file: AdapterFile, model: Model, base: str | None) -> list[str]:
     if spec.comfyui:
         lines += ["ComfyUI:", "  put it into models/loras and load it at strength 1" + comfyui_hint(spec)]
     return lines
+
+
+def _pipeline_name(model: Model, recipe: Mapping[str, Any], *, of_recipe: bool) -> str:
+    """The pipeline class for an adapter: the model's, or that of its training, as not all bases differ in names and shapes."""
+    spec, training = model.family.spec, recipe.get("train")
+    if of_recipe and isinstance(training, dict):
+        variants = [spec.variant(released.checkpoint, None) for released in spec.released.values()]
+        known = [spec.pipeline_of(variant, task) for variant in variants for task in spec.pipelines]
+        if training.get("prompt_template_id") in known:
+            return training["prompt_template_id"]
+    tasks: dict[str, Task] = {task: task for task in spec.pipelines}
+    return spec.pipeline_of(model.family.variant, tasks.get(recipe.get("task", ""), model.family.task))
 
 
 def load_call(folder: Path | str, name: str, expert: Expert | None) -> str:

@@ -107,8 +107,8 @@ def recipe(
             "aspect_buckets": config.data.aspect_buckets,
             "frames": frames,
             "fps": config.data.fps,
-            "caption_max_tokens": family.spec.text_length,
-            "prompt_template_id": family.spec.pipelines[family.task],  # whose encode_prompt the captions went through
+            "caption_max_tokens": family.text_length,
+            "prompt_template_id": family.pipeline,  # whose encode_prompt the captions went through
             "trigger": config.loop.trigger_word,
         },
         "crepa": _crepa(config.crepa),

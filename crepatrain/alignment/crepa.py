@@ -42,7 +42,8 @@ class Crepa(nn.Module):
         distance: d, capped at the number of frames - 1; 0 is per-frame REPA.
         tau: decay of a neighbour's weight.
         cumulative_neighbors: all neighbours up to d rather than those at d.
-        spatial_align: patch on patch; otherwise frame means are compared.
+        spatial_align: patch on patch; otherwise the means of a frame's projected patches and of its features are compared, each
+            taken on its own grid.
         normalize_by_frames: mean over frames; otherwise sum.
         normalize_neighbour_sum: divide align(f) by the sum of frame f's weights.
         projector: linear (LayerNorm -> Linear) or conv (3x3, with a z-scored teacher).
@@ -135,7 +136,8 @@ class Crepa(nn.Module):
         if isinstance(self.projector, ConvProjector):
             return resample(self.projector(student, grid), grid, onto)
         if not self.spatial_align:
-            return self.projector(student.mean(dim=2, keepdim=True))
+            # What is averaged is projected: the mean commutes with the Linear, not with the LayerNorm.
+            return self.projector.linear(self.projector.norm(student).mean(dim=2, keepdim=True))
         # A bilinear resample commutes with the Linear, not with the LayerNorm: between the two it moves the fewest numbers.
         return self.projector.linear(resample(self.projector.norm(student), grid, onto))
 

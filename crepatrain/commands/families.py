@@ -14,9 +14,15 @@ def families(screen: Screen) -> None:
     )
     screen.rows(
         "CREPA block; caption tokens; LoRA targets",
-        [(spec.name, f"{spec.default_block}; {spec.text_length}; {', '.join(spec.lora_targets)}") for spec in FAMILIES.values()],
+        [(spec.name, f"{spec.default_block}; {_text(spec)}; {', '.join(spec.lora_targets)}") for spec in FAMILIES.values()],
     )
     screen.rows("on the hub", [(name, str(spec.released[name].repo)) for spec, name in models])
+
+
+def _text(spec: FamilySpec) -> str:
+    """Tokens of a caption at most, in all released models."""
+    lengths = {spec.text_length_of(spec.variant(model.checkpoint, None)) for model in spec.released.values()}
+    return " or ".join(map(str, sorted(lengths)))
 
 
 def _released(spec: FamilySpec, name: str) -> tuple[str, ...]:

@@ -132,6 +132,9 @@ def check_validation(config: ResolvedConfig, variant: Variant) -> list[Problem]:
         use = "leave it out; `crepatrain sample` makes videos with both transformers"
         what = "validation_prompts: a video needs both experts, and a run holds one of them"
         return [Problem(what, use, ("validation_prompts",))]
+    if variant.sampling.impossible:
+        use = "leave it out, or take a checkpoint that its own pipeline can sample"
+        return [Problem(f"validation_prompts: {variant.sampling.impossible}", use, ("validation_prompts",))]
     about = ("validation_images",)
     if config.model.task == "i2v" and len(images or ()) != len(prompts):
         what = f"validation_images: {len(images or ())} for {len(prompts)} validation_prompts"

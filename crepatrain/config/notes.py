@@ -9,6 +9,7 @@ from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.config.run_config import KEYS, RunConfig
 from crepatrain.config.sections import LoraConfig
 from crepatrain.geometry import Geometry, TokenGrid
+from crepatrain.specs import Checkpoint, FamilySpec, Task, Variant
 
 
 def _beside(switch: str, section: type[Section]) -> tuple[str, ...]:
@@ -98,6 +99,14 @@ _IDLE_WITH_CREPA: tuple[_Idle, ...] = (
         "only crepa_feature_source=latents keeps a VAE in training",
     ),
 )
+
+
+def pipeline_notes(spec: FamilySpec, checkpoint: Checkpoint, variant: Variant, task: Task) -> list[str]:
+    """A checkpoint that names a pipeline class which may feed its transformer otherwise than training does."""
+    named, ours = checkpoint.model_index.get("_class_name"), spec.pipeline_of(variant, task)
+    if named in (None, ours, *spec.pipelines.values()):
+        return []
+    return [f"the checkpoint's model_index.json names {named}, which is unknown here: it is trained on what {ours} feeds it"]
 
 
 def warnings(config: ResolvedConfig, written: RunConfig, geometry: Geometry, grid: TokenGrid) -> list[str]:

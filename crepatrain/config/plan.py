@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from crepatrain.config import checks
 from crepatrain.config.load import parse, read_values
-from crepatrain.config.notes import warnings
+from crepatrain.config.notes import pipeline_notes, warnings
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.config.run_config import RunConfig
 from crepatrain.config.sources import BASE_KEY, read_checkpoint, read_encoder, readable
@@ -133,7 +133,7 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
         keys = tuple(sorted(without))
         raise UserError.of(problems or [Problem(f"{', '.join(keys)}: not usable", "correct it", keys)])
     grid = geometry.token_grid(*resolved.data.size)
-    messages = tuple(warnings(resolved, config, geometry, grid))
+    messages = (*pipeline_notes(spec, checkpoint, variant, resolved.model.task), *warnings(resolved, config, geometry, grid))
     return Plan(resolved, spec, checkpoint, variant, geometry, grid, encoder, messages)
 
 

@@ -70,6 +70,16 @@ class Family(ABC):
         self.task: Task = task
         self.geometry = self.spec.geometry(checkpoint.transformer, checkpoint.vae)
 
+    @property
+    def pipeline(self) -> str:
+        """The class of diffusers that samples the checkpoint, and that training feeds the transformer like."""
+        return self.spec.pipeline_of(self.variant, self.task)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a caption at most."""
+        return self.spec.text_length_of(self.variant)
+
     def untrainable(self, device: torch.device) -> str | None:  # noqa: ARG002 - most train everywhere
         """Why the checkpoint can't be trained on a device; None where it can."""
         return None

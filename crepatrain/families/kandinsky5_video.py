@@ -138,7 +138,7 @@ class Kandinsky5VideoFamily(Family):
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
         texts = [pipeline.prompt_template.format(prompt_clean(caption)) for caption in captions]
         start = pipeline.prompt_template_encode_start_idx
-        return [min(len(tokenizer(text).input_ids) - start, self.spec.text_length) for text in texts]
+        return [min(len(tokenizer(text).input_ids) - start, self.text_length) for text in texts]
 
     def cut_captions(self, path: str, captions: Sequence[str]) -> list[CutCaption | None]:
         """Of what Qwen reads; CLIP's summary is of the first 77 tokens of any caption."""
@@ -165,13 +165,13 @@ class Kandinsky5VideoFamily(Family):
         """One by one: the encoder is given no mask, so a longer neighbour's padding would change a caption."""
         encoded = []
         for caption in captions:
-            embeds, pooled, _ = text_encoder.encode_prompt(caption, max_sequence_length=self.spec.text_length)
+            embeds, pooled, _ = text_encoder.encode_prompt(caption, max_sequence_length=self.text_length)
             encoded.append({"prompt_embeds": embeds[0], "pooled": pooled[0]})
         return encoded
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         config = self.checkpoint.transformer
-        return {"prompt_embeds": (self.spec.text_length, config["in_text_dim"]), "pooled": (config["in_text_dim2"],)}
+        return {"prompt_embeds": (self.text_length, config["in_text_dim"]), "pooled": (config["in_text_dim2"],)}
 
     def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """prompt_embeds [B, L, text width] of captions of one length, as the transformer has no mask; pooled [B, CLIP width]."""

@@ -44,7 +44,8 @@ def write_random_pipeline(
         progress(name)
         _randomize(part, generator)
         part.save_pretrained(folder / name)
-    pipeline = family.spec.pipelines[family.spec.variant(shapes.checkpoint, None).tasks[0]]
+    variant = family.spec.variant(shapes.checkpoint, None)
+    pipeline = family.spec.pipeline_of(variant, variant.tasks[0])
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **shapes.model_index}
     index |= {name: ["diffusers", kind.__name__] for name, (kind, _) in parts.models.items()}
     index |= {name: [_library(part), type(part).__name__] for name, part in parts.saved.items()}

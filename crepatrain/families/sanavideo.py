@@ -112,19 +112,19 @@ class SanaVideoFamily(Family):
         embeds, mask, _, _ = text_encoder.encode_prompt(
             prompt,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.spec.text_length,
+            max_sequence_length=self.text_length,
             complex_human_instruction=instruction,
         )
         return {"prompt_embeds": embeds[0, : int(mask.sum())].clone()}
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (self.spec.text_length, self.checkpoint.transformer["caption_channels"])}
+        return {"prompt_embeds": (self.text_length, self.checkpoint.transformer["caption_channels"])}
 
     def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """prompt_embeds [B, 300, text width] and their mask [B, 300] of 1 and 0, 0 after each caption's end."""
         rows = [text["prompt_embeds"] for text in texts]
-        mask = rows_mask(rows, self.spec.text_length).long()
-        return {"prompt_embeds": pad_rows(rows, self.spec.text_length), "mask": mask}
+        mask = rows_mask(rows, self.text_length).long()
+        return {"prompt_embeds": pad_rows(rows, self.text_length), "mask": mask}
 
     def encode_video(self, vae: Any, pixels: Tensor) -> Tensor:
         return encode_wan(vae, pixels) if self._wan_vae else encode_ltx(vae, pixels)

@@ -145,18 +145,18 @@ class WanFamily(Family):
 
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         embeds, _ = text_encoder.encode_prompt(
-            list(captions), do_classifier_free_guidance=False, max_sequence_length=self.spec.text_length
+            list(captions), do_classifier_free_guidance=False, max_sequence_length=self.text_length
         )
         # The pipeline has set everything after a caption's end to exact zeros; collate_text adds them again.
         lengths = embeds.ne(0).any(dim=-1).sum(dim=1).tolist()
         return [{"prompt_embeds": row[:length].clone()} for row, length in zip(embeds, lengths, strict=True)]
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (self.spec.text_length, self.checkpoint.transformer["text_dim"])}
+        return {"prompt_embeds": (self.text_length, self.checkpoint.transformer["text_dim"])}
 
     def collate_text(self, texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """prompt_embeds [B, 512, text width], zeros after each caption's end."""
-        return {"prompt_embeds": pad_rows([text["prompt_embeds"] for text in texts], self.spec.text_length)}
+        return {"prompt_embeds": pad_rows([text["prompt_embeds"] for text in texts], self.text_length)}
 
     def encode_video(self, vae: Any, pixels: Tensor) -> Tensor:
         return encode_wan(vae, pixels)

@@ -153,7 +153,7 @@ def _text_keys(
     prompts = plan.config.validation.validation_prompts or ()
     facts = {
         "family": plan.spec.name,
-        "length": plan.spec.text_length,
+        "length": plan.spec.text_length_of(plan.variant),
         "models": {part: models[part] for part in plan.variant.text_parts},
         "dtype": str(encoding_dtype(device)),
     }

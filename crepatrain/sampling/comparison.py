@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from crepatrain.config.sources import BASE_KEY, fetch
+from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.sampling.pipeline import call
 
@@ -58,14 +59,20 @@ def candidates(model: TrainedModel, strengths: Sequence[float]) -> list[Candidat
 
 
 def open_pipeline(model: TrainedModel) -> Any:
-    """The family's pipeline with the trained weights loaded; where there is a GPU, its parts are moved there one at a time."""
+    """The family's pipeline with the trained weights loaded; where there is a GPU, its parts are moved there one at a time.
+
+    Raises:
+        UserError: diffusers can't sample the base.
+    """
     family = model.family
+    if family.variant.sampling.impossible:
+        raise UserError(f"{model.base}: {family.variant.sampling.impossible}", "sample with another base")
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
     parts = {}
     if model.transformer:
         parts[family.variant.transformer] = family.load_transformer(str(model.transformer.parent), dtype)
-    kind = getattr(diffusers, family.spec.pipelines[family.task])
+    kind = getattr(diffusers, family.pipeline)
     pipeline = kind.from_pretrained(_base_folder(model), torch_dtype=dtype, **parts)
     pipeline.set_progress_bar_config(disable=True)
     if family.geometry.tile > 1:

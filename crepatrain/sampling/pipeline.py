@@ -27,7 +27,7 @@ def training_pipeline(
         device: to which the other parts are moved.
     """
     parts = {family.variant.transformer: transformer, family.variant.vae: vae, **dict.fromkeys(dropped_parts)}
-    pipeline = getattr(diffusers, family.spec.pipelines[family.task]).from_pretrained(folder, **parts).to(device)
+    pipeline = getattr(diffusers, family.pipeline).from_pretrained(folder, **parts).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -129,7 +129,7 @@ class Card:
 
     def _snippet(self) -> str:
         family, recipe = self.family, self.recipe
-        kind = family.spec.pipelines[family.task]
+        kind = family.pipeline
         own = "" if self._lora else f", {family.spec.transformer_class}"
         lines = ["import torch", f"from diffusers import {kind}{own}", "from diffusers.utils import export_to_video"]
         image = family.task == "i2v"

@@ -189,6 +189,7 @@ class Sampling:
         guidance: `guidance_scale`; of two experts the high-noise one's.
         guidance_2: of the low-noise expert; None where there is one transformer.
         decode: arguments of the pipeline that only its VAE needs.
+        impossible: why diffusers can't sample the checkpoint; None where it can.
     """
 
     steps: int = 50
@@ -196,6 +197,7 @@ class Sampling:
     guidance_2: float | None = None
     negative_prompt: str = ""
     decode: JSON = field(default_factory=dict)
+    impossible: str | None = None
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,8 @@ class Variant:
         images: whether one-frame clips can train it.
         sampling: how it is sampled.
         architecture: its name in the metadata of shared adapter files.
+        pipeline: the class that does every task; None: the family's of the task.
+        text_length: tokens of a caption at most; None: the family's.
     """
 
     title: str
@@ -226,6 +230,8 @@ class Variant:
     images: bool = True
     sampling: Sampling = Sampling()
     architecture: str = field(kw_only=True)
+    pipeline: str | None = None
+    text_length: int | None = None
 
     def folders(self, *roles: Role) -> tuple[str, ...]:
         """The parts of some roles, in the order of `parts`."""
@@ -270,12 +276,12 @@ class FamilySpec:
     Attributes:
         title: for people.
         transformer_class: its name in diffusers.
-        pipelines: the pipeline class of every task.
+        pipelines: the pipeline class of every task, of a variant that has none of its own.
         default_block: `crepa_block_index` where the config gives none.
         lora_targets: names of the Linear layers that LoRA adapts by default, matched at the end of a module's name.
         linears: every Linear layer that a block may have, by its name inside the block.
         blocks: attribute of the transformer that holds its blocks.
-        text_length: tokens of a caption at most.
+        text_length: tokens of a caption at most, of a variant that has no number of its own.
         text_parameters: of the released models' text encoders together.
         text_is_padded: whether captions of several lengths fit into one batch.
         geometry: computes strides, patch and depth from a checkpoint's transformer and VAE config. Raises WrongContent.
@@ -305,6 +311,14 @@ class FamilySpec:
     comfyui: tuple[str, ...] = ("diffusion_model.", "lora_unet_")
     comfyui_since: str | None = None
     diffusers_translates_lora: bool = False
+
+    def pipeline_of(self, variant: Variant, task: Task) -> str:
+        """The pipeline class that samples a variant, and that training feeds the transformer like."""
+        return variant.pipeline or self.pipelines[task]
+
+    def text_length_of(self, variant: Variant) -> int:
+        """Tokens of a caption at most."""
+        return variant.text_length or self.text_length
 
     def default_variant(self) -> Variant:
         """Of the first released model."""

@@ -1,5 +1,10 @@
-"""LTX-Video 0.9."""
+"""LTX-Video 0.9: two generations, told apart by the pipeline class that a checkpoint's model_index.json names.
 
+LTXPipeline and LTXImageToVideoPipeline are those of 0.9.0 and 0.9.1, LTXConditionPipeline is that of 0.9.5 and later. The weights
+do not tell the two apart, and the pipelines feed them other positions in time and other embeddings of a caption.
+"""
+
+import json
 from types import MappingProxyType
 
 from crepatrain.geometry import Geometry
@@ -13,11 +18,15 @@ from crepatrain.specs.base import (
     FamilySpec,
     ModelShapes,
     Sampling,
+    Task,
     Unsupported,
     Variant,
     usual_parts,
     whole_number,
 )
+
+CONDITION_PIPELINE = "LTXConditionPipeline"
+_FIRST_PIPELINES: dict[Task, str] = {"t2v": "LTXPipeline", "i2v": "LTXImageToVideoPipeline"}
 
 _NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 
@@ -38,18 +47,39 @@ def _geometry(transformer: JSON, vae: JSON) -> Geometry:
 def _variant(files: Checkpoint, _expert: Expert | None) -> Variant:
     if any(whole_number(files.transformer, side) != 1 for side in ("patch_size", "patch_size_t")):
         raise Unsupported("its transformer has patches of several latents")
+    conditions = _conditions(files.model_index)
     # A VAE with timestep conditioning does the last denoising step itself.
     decode = {"decode_timestep": 0.05, "decode_noise_scale": 0.025} if files.vae.get("timestep_conditioning") else {}
-    sampling = Sampling(guidance=3.0, negative_prompt=_NEGATIVE, decode=decode)
+    impossible = None
+    if conditions and files.scheduler.get("use_dynamic_shifting"):
+        impossible = f"its scheduler has use_dynamic_shifting, with which {CONDITION_PIPELINE} can't sample"
+    sampling = Sampling(guidance=3.0, negative_prompt=_NEGATIVE, decode=decode, impossible=impossible)
     return Variant(
-        "LTX-Video",
+        "LTX-Video 0.9.5 or later" if conditions else "LTX-Video",
         ("t2v", "i2v"),
         usual_parts(),
         size=(512, 704, 121),
         fps=25.0,
         sampling=sampling,
         architecture="ltx-video",
+        pipeline=CONDITION_PIPELINE if conditions else None,
+        text_length=256 if conditions else None,
     )
+
+
+def _conditions(model_index: JSON) -> bool:
+    """Whether the pipeline is that of 0.9.5 and later.
+
+    Raises:
+        Unsupported: it is none whose inputs to the transformer are known.
+    """
+    named = model_index.get("_class_name")
+    if named == CONDITION_PIPELINE:
+        return True
+    if named not in _FIRST_PIPELINES.values():
+        known = ", ".join((*_FIRST_PIPELINES.values(), CONDITION_PIPELINE))
+        raise Unsupported(f"_class_name of its model_index.json is not one of {known}, but {json.dumps(named, default=str)}")
+    return False
 
 
 def _transformer(head_dim: int, layers: int) -> JSON:
@@ -77,7 +107,7 @@ _VAE = {
     "patch_size": 4,
     "patch_size_t": 1,
 }
-_VAE_13B = _VAE | {
+_VAE_095 = _VAE | {
     "block_out_channels": [128, 256, 512, 1024, 2048],
     "down_block_types": ["LTXVideo095DownBlock3D"] * 4,
     "decoder_block_out_channels": [256, 512, 1024],
@@ -102,12 +132,17 @@ _SAMPLER = {
     "max_image_seq_len": 4096,
     "shift_terminal": 0.1,
 }
+_FIRST: JSON = {"_class_name": _FIRST_PIPELINES["t2v"]}
+
+# LTXConditionPipeline sets its own noise levels, which diffusers refuses of a scheduler that shifts by the size of a clip.
+CONDITION_SAMPLER: JSON = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": False, "shift": 1.0}
+CONDITION_INDEX: JSON = {"_class_name": CONDITION_PIPELINE}
 
 LTXVIDEO = FamilySpec(
     name="ltxvideo",
     title="LTX-Video 0.9",
     transformer_class="LTXVideoTransformer3DModel",
-    pipelines={"t2v": "LTXPipeline", "i2v": "LTXImageToVideoPipeline"},
+    pipelines=_FIRST_PIPELINES,
     default_block=8,
     lora_targets=ATTENTION,
     linears=(
@@ -123,8 +158,21 @@ LTXVIDEO = FamilySpec(
     variant=_variant,
     released=MappingProxyType(
         {
-            "ltx-2b": ModelShapes("Lightricks/LTX-Video", _transformer(64, 28), _VAE, _SAMPLER),
-            "ltx-13b": ModelShapes("Lightricks/LTX-Video-0.9.7-dev", _transformer(128, 48), _VAE_13B, _SAMPLER),
+            "ltx-2b": ModelShapes("Lightricks/LTX-Video", _transformer(64, 28), _VAE, _SAMPLER, _FIRST),
+            "ltx-2b-0.9.5": ModelShapes(
+                "Lightricks/LTX-Video-0.9.5",
+                _transformer(64, 28),
+                _VAE_095,
+                CONDITION_SAMPLER,
+                CONDITION_INDEX,
+            ),
+            "ltx-13b": ModelShapes(
+                "Lightricks/LTX-Video-0.9.7-dev",
+                _transformer(128, 48),
+                _VAE_095,
+                CONDITION_SAMPLER,
+                CONDITION_INDEX,
+            ),
         }
     ),
 )

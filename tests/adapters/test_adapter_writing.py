@@ -35,7 +35,7 @@ def opened(tiny_checkpoint):
         if (name, size) not in known:
             folder = tiny_checkpoint(name, size)
             family = tiny_family(name, size, expert=expert)
-            pipeline = getattr(diffusers, family.spec.pipelines[family.task]).from_pretrained(folder)
+            pipeline = getattr(diffusers, family.pipeline).from_pretrained(folder)
             known[name, size] = SimpleNamespace(family=family, folder=folder, pipeline=pipeline)
         return known[name, size]
 

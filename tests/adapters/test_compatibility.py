@@ -18,10 +18,10 @@ class Loaded:
     """A tiny pipeline with nothing but its transformer, into which files are really loaded."""
 
     def __init__(self, family, folder):
-        self.family, spec = family, family.spec
+        self.family = family
         index = json.loads((folder / "model_index.json").read_text())
         absent = {name: None for name in index if name.startswith(("text_enc", "tokenizer", "image_"))}
-        self.pipeline = getattr(diffusers, spec.pipelines[family.task]).from_pretrained(folder, **absent)
+        self.pipeline = getattr(diffusers, family.pipeline).from_pretrained(folder, **absent)
 
     def deltas(self, path):
         """By layer what the file adds to its weight; of a layer that is not filled None. Raises what diffusers raises."""

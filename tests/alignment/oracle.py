@@ -75,8 +75,8 @@ def cosine(a, b):
 def meet(hidden, seen, grid, teacher_grid, projector, kind, spatial_align):
     """One frame of the student [P, D] and one of the teacher [Q, E] as frames on one grid."""
     if not spatial_align:
-        student = linear(sum(hidden) / len(hidden), projector.norm, projector.linear)
-        return {(0, 0): student}, {(0, 0): sum(seen) / len(seen)}
+        projected = [linear(x, projector.norm, projector.linear) for x in hidden]
+        return {(0, 0): sum(projected) / len(projected)}, {(0, 0): sum(seen) / len(seen)}
     student, teacher = frame_of(hidden, grid), frame_of(seen, teacher_grid)
     if kind == "conv":
         student, teacher = convolve(student, projector.conv), z_score(teacher)

@@ -1,4 +1,5 @@
 import inspect
+import math
 from itertools import product
 
 import oracle
@@ -100,6 +101,30 @@ CLIPS = {
 @pytest.mark.parametrize("distance", [1, 2])
 def test_frames_and_grids(clip, kind, spatial_align, distance):
     check(*clip, kind=kind, spatial_align=spatial_align, distance=distance, cumulative_neighbors=distance == 2, tau=1.7)
+
+
+@pytest.mark.parametrize("chunk", [1, 12, 10_000], ids=["a frame a chunk", "two frames a chunk", "one chunk"])
+def test_without_patches_the_mean_is_that_of_projected_patches(monkeypatch, chunk):
+    """Not the projection of the mean: a LayerNorm tells the two apart."""
+    monkeypatch.setattr("crepatrain.alignment.chunked._CHUNK_TOKENS", chunk)
+    tokens, teacher = draw(5, (2, 3), 5, (3, 4))
+    tokens.requires_grad_()
+    module, grid, features = build(spatial_align=False), token_grid(5, 2, 3), PatchFeatures(teacher, (3, 4))
+    output = module(tokens, features, grid)
+    pooled = module.projector(tokens.unflatten(1, (5, 6))).mean(dim=2)
+    cosines = torch.nn.functional.cosine_similarity(pooled[:, :, None], teacher.mean(dim=2)[:, None], dim=-1)
+    own = cosines.diagonal(dim1=1, dim2=2)
+    before, after = (cosines.diagonal(offset, dim1=1, dim2=2).sum(dim=1) for offset in (-1, 1))
+    alignment = (own.sum(dim=1) + math.exp(-1) * (before + after)) / 5
+    exact = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(output.loss, -alignment, **exact)
+    torch.testing.assert_close(output.self_similarity, own.mean(dim=1).detach(), **exact)
+    torch.testing.assert_close(module.patch_similarity(tokens, features, grid).flatten(1).mean(dim=1), own.mean(dim=1).float())
+    for mine, theirs in zip(gradients(output.loss, module, tokens), gradients(-alignment, module, tokens), strict=True):
+        torch.testing.assert_close(mine, theirs, **exact)
+    raw = module.projector(tokens.unflatten(1, (5, 6)).mean(dim=2))
+    other = torch.nn.functional.cosine_similarity(raw, teacher.mean(dim=2), dim=-1).mean(dim=1)
+    assert (output.self_similarity - other).abs().min() > 0.01
 
 
 @pytest.mark.parametrize("options", [{}, {"cumulative_neighbors": True}, {"normalize_neighbour_sum": True}], ids=str)

@@ -49,6 +49,26 @@ def test_a_family_is_recognised_by_its_names(family, foreign, tmp_path, capsys):
     assert adapter.family.spec.title in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("recipe", "base", "pipeline"),
+    [
+        ({"task": "t2v"}, None, "LTXPipeline"),
+        ({"task": "i2v"}, None, "LTXImageToVideoPipeline"),
+        ({"task": "i2v", "train": {"prompt_template_id": "LTXConditionPipeline"}}, None, "LTXConditionPipeline"),
+        ({"task": "i2v", "train": {"prompt_template_id": "OtherPipeline"}}, None, "LTXImageToVideoPipeline"),
+        ({"task": "i2v", "train": ["LTXConditionPipeline"]}, None, "LTXImageToVideoPipeline"),
+        ({"task": "i2v", "train": {"prompt_template_id": "LTXConditionPipeline"}}, "tiny", "LTXImageToVideoPipeline"),
+        ({"task": "i2v"}, "tiny-0.9.5", "LTXConditionPipeline"),
+    ],
+)
+def test_the_pipeline_is_that_of_the_base_or_of_the_training(foreign, tiny_checkpoint, tmp_path, capsys, recipe, base, pipeline):
+    path = tmp_path / "lora.safetensors"
+    metadata = {"crepatrain.recipe": json.dumps({"family": "ltxvideo", **recipe})}
+    save_file(foreign("ltxvideo").exported(), path, metadata=metadata)
+    verify(path, base and tiny_checkpoint("ltxvideo", base), Screen())
+    assert f"pipeline = {pipeline}.from_pretrained" in capsys.readouterr().out
+
+
 def test_a_damaged_layer_does_not_hide_whose_shapes_the_others_are(foreign, tmp_path, capsys):
     path = tmp_path / "lora.safetensors"
     save_file(changed(foreign("ltxvideo").exported(), "lora_A.weight", lambda t: t[:, :-1].contiguous()), path)

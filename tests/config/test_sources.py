@@ -165,6 +165,15 @@ TWO_EXPERTS = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
         ("wan", "model_index.json", TWO_EXPERTS | {"boundary_ratio": "0.9"}, ["boundary_ratio=0.9"]),
         ("ltxvideo", "transformer/config.json", {"patch_size": 2}, ["patches of several latents"]),
         ("ltxvideo", "transformer/config.json", {"patch_size_t": 2}, ["patches of several latents"]),
+        (
+            "ltxvideo",
+            "model_index.json",
+            {"_class_name": "LTXI2VLongMultiPromptPipeline"},
+            ["LTXI2VLong", "LTXConditionPipeline"],
+        ),
+        ("ltxvideo", "model_index.json", {"_class_name": None}, ["_class_name", "but null"]),
+        ("ltxvideo", "model_index.json", {"_class_name": ...}, ["_class_name", "but null"]),
+        ("ltxvideo", "model_index.json", {"_class_name": ["LTXPipeline"]}, ["_class_name", 'but ["LTXPipeline"]']),
         ("sanavideo", "transformer/config.json", {"guidance_embeds": True}, ["guidance"]),
         ("sanavideo", "vae/config.json", {"_class_name": "AutoencoderDC", "z_dim": ...}, ["AutoencoderDC"]),
     ],
@@ -177,6 +186,46 @@ def test_a_checkpoint_that_can_not_be_trained_is_refused_with_the_reason(problem
     for word in words:
         assert word in problem.what
     assert problem.fix == f"use a {FAMILIES[family].title} checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("named", "pipeline", "length"),
+    [
+        ("LTXPipeline", "LTXPipeline", 128),
+        ("LTXImageToVideoPipeline", "LTXPipeline", 128),
+        ("LTXConditionPipeline", "LTXConditionPipeline", 256),
+    ],
+)
+def test_the_generation_of_an_ltx_video_is_that_of_the_pipeline_it_names(plan, copied, named, pipeline, length):
+    checkpoint = copied("ltxvideo")
+    rewrite(checkpoint / "model_index.json", _class_name=named)
+    found = plan(model_family="ltxvideo", pretrained_model_name_or_path=str(checkpoint))
+    assert found.warnings == ()
+    assert found.spec.pipeline_of(found.variant, "t2v") == pipeline
+    assert found.spec.text_length_of(found.variant) == length
+
+
+def test_a_checkpoint_that_its_own_pipeline_can_not_sample_is_trained_without_videos(plan, problems, copied):
+    checkpoint = copied("ltxvideo")
+    rewrite(checkpoint / "model_index.json", _class_name="LTXConditionPipeline")
+    of = {"model_family": "ltxvideo", "pretrained_model_name_or_path": str(checkpoint)}
+    assert plan(**of).variant.pipeline == "LTXConditionPipeline"
+    [problem] = problems(**of, validation_prompts=["a"])
+    assert (
+        problem.what == "validation_prompts: its scheduler has use_dynamic_shifting, with which LTXConditionPipeline can't sample"
+    )
+    assert "leave it out" in problem.fix
+    rewrite(checkpoint / "scheduler/scheduler_config.json", use_dynamic_shifting=False)
+    assert plan(**of, validation_prompts=["a"]).warnings == ()
+
+
+@pytest.mark.parametrize(("family", "ours"), [("wan", "WanPipeline"), ("sanavideo", "SanaVideoPipeline")])
+def test_a_pipeline_class_that_is_unknown_is_said(plan, copied, family, ours):
+    checkpoint = copied(family)
+    rewrite(checkpoint / "model_index.json", _class_name="OtherPipeline")
+    [warning] = plan(model_family=family, pretrained_model_name_or_path=str(checkpoint)).warnings
+    assert "OtherPipeline" in warning
+    assert ours in warning
 
 
 def test_an_image_to_video_kandinsky_whose_transformer_takes_no_image_is_refused(problems, copied):
@@ -197,6 +246,7 @@ def test_an_image_to_video_kandinsky_whose_transformer_takes_no_image_is_refused
         ("wan", "tiny-i2v-a14b", ["i2v"]),
         ("ltxvideo", "tiny", ["t2v", "i2v"]),
         ("ltxvideo", "tiny-timestep-vae", ["t2v", "i2v"]),
+        ("ltxvideo", "tiny-0.9.5", ["t2v", "i2v"]),
         ("sanavideo", "tiny", ["t2v", "i2v"]),
         ("kandinsky5_video", "tiny", ["t2v", "i2v"]),
     ],
@@ -344,7 +394,8 @@ RELEASED = {
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (40, 5120, (21, 30, 52), "t2v", 3),
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": (40, 5120, (21, 30, 52), "i2v", 3),
     "Lightricks/LTX-Video": (28, 2048, (16, 16, 22), "t2v", 13.464),
-    "Lightricks/LTX-Video-0.9.7-dev": (48, 4096, (16, 16, 22), "t2v", 13.464),
+    "Lightricks/LTX-Video-0.9.5": (28, 2048, (16, 16, 22), "t2v", 1),
+    "Lightricks/LTX-Video-0.9.7-dev": (48, 4096, (16, 16, 22), "t2v", 1),
     "Efficient-Large-Model/SANA-Video_2B_480p_diffusers": (20, 2240, (21, 30, 52), "t2v", 8),
     "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": (32, 1792, (31, 32, 48), "t2v", 5),
     "kandinskylab/Kandinsky-5.0-I2V-Lite-5s-Diffusers": (32, 1792, (31, 32, 48), "i2v", 5),

@@ -31,6 +31,7 @@ from crepatrain.console import Screen
 from crepatrain.errors import UserError
 from crepatrain.families import family_class, get_family
 from crepatrain.families.random import write_random_pipeline
+from crepatrain.sampling.pipeline import training_pipeline
 from crepatrain.specs import FAMILIES
 from crepatrain.tensors import Batch, PatchFeatures
 from crepatrain.training.diffusion import FlowMatching
@@ -38,6 +39,7 @@ from crepatrain.training.lora import add_lora, target_modules, trainable_paramet
 from crepatrain.training.step import CrepaTerm, training_loss
 
 FPS = 16.0
+CPU = torch.device("cpu")
 
 
 def by_config(vae, z):
@@ -55,10 +57,12 @@ def by_factor(vae, z):
 
 
 def unpack(size):
-    """Packed tokens [B, T H W, C] -> [B, C, T, H, W], token by token."""
+    """Tokens [B, T H W, C], packed by a pipeline -> [B, C, T, H, W], token by token."""
     t, h, w = size
 
     def unpacked(tokens):
+        if tokens.ndim == 5:  # some pipelines give latents that are unpacked already
+            return tokens
         latents = tokens.new_empty(tokens.shape[0], tokens.shape[2], t, h, w)
         for index in range(t * h * w):
             latents[:, :, index // (h * w), index // w % h, index % w] = tokens[:, index]
@@ -81,6 +85,7 @@ class Row:
         names: Linear layers of a block -> their names in the adapter file, `{}` being the block.
         outside: a layer that the file can't hold.
         call: of the pipeline, beside what all take.
+        image_call: the same, where it is given an image.
         expert: of a checkpoint with two.
         tolerance: between two ways to compute the same in fp32.
         caption_fills: whether the longest caption takes all tokens that captions may have.
@@ -102,6 +107,7 @@ class Row:
     leak: float = 0.0
     frames_argument: str = "num_frames"
     call: dict[str, Any] = field(default_factory=dict)
+    image_call: dict[str, Any] = field(default_factory=dict)
     expert: str | None = None
     tolerance: float = 1e-5
     caption_fills: bool = True
@@ -203,6 +209,7 @@ ROWS = [
     Row("wan", "tiny-i2v-a14b", ("i2v",), **SMALL, **WAN, expert="low", latents_of=lambda hidden_states: hidden_states[:, :16]),
     Row("ltxvideo", "tiny", **LTX_ROW),
     Row("ltxvideo", "tiny-timestep-vae", **LTX_ROW, sibling=True),
+    Row("ltxvideo", "tiny-0.9.5", **LTX_ROW, image_call={"image_cond_noise_scale": 0.0}),  # trained on the image as it is
     Row("sanavideo", "tiny", **SMALL, normalise=by_config, **SANA),
     Row(
         "sanavideo",
@@ -319,9 +326,16 @@ def _native_attention_afterwards():
     _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
 
+def pipeline_class(row, task, folder):
+    """The class that model_index.json names, or, if it can't do the task, its family's for it."""
+    named = getattr(diffusers, json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+    image = inspect.signature(named.__call__).parameters.get("image")
+    able = image is not None if task == "i2v" else image is None or image.default is None
+    return named if able else getattr(diffusers, FAMILIES[row.family].pipelines[task])
+
+
 def load_pipeline(row, task, folder):
-    pipeline_class = getattr(diffusers, FAMILIES[row.family].pipelines[task])
-    pipeline = pipeline_class.from_pretrained(folder)
+    pipeline = pipeline_class(row, task, folder).from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     if row.flex:
         pipeline.transformer.set_attention_backend("flex")
@@ -346,7 +360,7 @@ def sample(case, prompt="a red square moves", steps=2, **more):
     frames, height, width = row.size
     arguments = {"height": height, "width": width, row.frames_argument: frames, "num_inference_steps": steps, **row.call}
     if case.task == "i2v":
-        arguments["image"] = first_picture(row)[0]
+        arguments |= {"image": first_picture(row)[0], **row.image_call}
     return case.pipeline(prompt=prompt, guidance_scale=1.0, **arguments, **more).frames
 
 
@@ -508,6 +522,14 @@ def test_the_transformer_is_fed_as_the_pipeline_feeds_it(case, prompt, monkeypat
         assert torch.equal(ours["encoder_hidden_states"], step["encoder_hidden_states"])
 
 
+@pytest.mark.parametrize("case", **named(CASES))
+def test_it_is_sampled_by_the_pipeline_that_its_checkpoint_names(case):
+    named = pipeline_class(case.row, case.task, case.folder)
+    assert case.family.pipeline == named.__name__
+    made = training_pipeline(case.family, case.folder, case.transformer, case.vae, case.family.variant.text_parts, CPU)
+    assert type(made) is named
+
+
 @pytest.mark.parametrize("case", **named([case for case in CASES if FAMILIES[case[0].family].text_is_padded]))
 def test_padding_of_text_is_never_seen(case):
     """A caption in a batch with a longer one gives what it gives alone."""
@@ -589,9 +611,9 @@ def test_decoding_is_the_pipelines(case):
 def test_text_is_kept_without_padding(case):
     texts = case.family.encode_text(case.text_encoder, ["ab", "", CAPTIONS[4]])
     lengths = [len(text["prompt_embeds"]) for text in texts]
-    assert 0 < lengths[0] < lengths[2] <= case.family.spec.text_length
+    assert 0 < lengths[0] < lengths[2] <= case.family.text_length
     if case.row.caption_fills:
-        assert lengths[2] == case.family.spec.text_length
+        assert lengths[2] == case.family.text_length
     for text in texts:
         embeds = text["prompt_embeds"]
         assert embeds.untyped_storage().nbytes() <= 1.5 * embeds.nbytes

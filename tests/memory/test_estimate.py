@@ -149,4 +149,4 @@ def test_every_released_model_is_known_by_its_text_encoders():
     for spec in FAMILIES.values():
         family = get_family(spec.name, next(iter(spec.released.values())).checkpoint)
         assert spec.text_parameters > 2e9
-        assert family.text_shapes()["prompt_embeds"][0] == spec.text_length
+        assert family.text_shapes()["prompt_embeds"][0] == family.text_length

@@ -133,7 +133,7 @@ def test_caches_are_found_again_by_later_versions(planned, family, size, text_pa
     plan, _, caches = planned(family, size, task="i2v", fps=16, vae_dtype="float32")
     text = {
         "family": family,
-        "length": plan.spec.text_length,
+        "length": plan.spec.text_length_of(plan.variant),
         "models": {part: caches.models[part] for part in text_parts},
         "dtype": "torch.float32",
     }
