@@ -124,7 +124,7 @@ class Family(ABC):
             path: of a pipeline's folder, whose tokenizers are loaded.
         """
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
-        texts, limit = [self.caption_text(caption) for caption in captions], self.spec.text_length
+        texts, limit = [self.caption_text(caption) for caption in captions], self.text_length
         before = self.tokens_before(tokenizer)
         lengths = [len(ids) - before for ids in tokenizer(texts, verbose=False).input_ids] if texts else []
         cut: list[CutCaption | None] = []

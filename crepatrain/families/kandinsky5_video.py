@@ -142,7 +142,7 @@ class Kandinsky5VideoFamily(Family):
 
     def cut_captions(self, path: str, captions: Sequence[str]) -> list[CutCaption | None]:
         """Of what Qwen reads; CLIP's summary is of the first 77 tokens of any caption."""
-        pipeline, limit = _bare_pipeline(), self.spec.text_length
+        pipeline, limit = _bare_pipeline(), self.text_length
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
         start = pipeline.prompt_template_encode_start_idx
         opening, closing = pipeline.prompt_template.split("{}")

@@ -42,7 +42,7 @@ def _cut_ones(plan: Plan, clips: Sequence[CaptionedClip], *, download: bool) -> 
     sources: dict[str, list[str]] = {}
     for clip in clips:
         sources.setdefault(clip.caption, []).append(clip.source)
-    limit = plan.spec.text_length
+    limit = plan.spec.text_length_of(plan.variant)
     cut = cut_captions(plan, list(sources), download=download)
     if cut is None:
         return [f"the text encoder reads {limit} tokens: long captions are not counted, as its tokenizer is not downloaded yet"]

@@ -59,7 +59,7 @@ def cut_captions(plan: Plan, captions: Sequence[str], *, download: bool) -> list
     Returns:
         None where the tokenizers are needed, are not on this machine, and may not be downloaded.
     """
-    tokenizers, limit = plan.variant.folders("tokenizer"), plan.spec.text_length
+    tokenizers, limit = plan.variant.folders("tokenizer"), plan.spec.text_length_of(plan.variant)
     # A token stands for a byte at least, and the tokenizer adds a few of its own: most captions need no count.
     long = [caption for caption in captions if len(unicodedata.normalize("NFKC", caption).encode()) > limit - _ADDED_TOKENS]
     if not long:
