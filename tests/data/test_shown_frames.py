@@ -1,8 +1,9 @@
 """Frame n that is trained is the n-th picture that the file shows, whatever the file, wherever the window begins."""
 
+import struct
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import av
@@ -155,3 +156,26 @@ def test_a_cut_file_that_is_damaged_too_is_refused(files: Path, tmp_path: Path, 
     (tmp_path / "cut.mkv").write_bytes(content)
     with pytest.raises(Unreadable, match="damaged"):
         probe(tmp_path / "cut.mkv")
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((-1, 0, 0, 1), lambda picture: picture[:, ::-1]),
+        ((1, 0, 0, -1), lambda picture: picture[::-1]),
+        ((0, 1, 1, 0), lambda picture: picture.transpose(1, 0, 2)),
+        ((0, -1, -1, 0), lambda picture: picture[::-1, ::-1].transpose(1, 0, 2)),
+        ((0, 1, -1, 0), lambda picture: np.rot90(picture, -1)),
+    ],
+)
+def test_a_mirrored_picture_is_read_as_it_is_shown(tmp_path: Path, matrix: tuple[int, ...], shown: Callable):
+    """As cameras that face their owner write: x' = a x + c y, y' = b x + d y in the header of the track."""
+    path = tmp_path / "mirrored.mp4"
+    encode(path, "libx264", {"bf": "3", "g": "12", "crf": "4"})
+    content = path.read_bytes()
+    at = content.index(b"tkhd") + 44
+    a, b, c, d = (struct.pack(">i", entry << 16) for entry in matrix)
+    nothing = bytes(4)
+    path.write_bytes(content[:at] + a + b + nothing + c + d + nothing + content[at + 24 :])
+    (picture,) = read(looked_at(path), [20])
+    assert np.abs(picture.astype(int) - shown(numbered(20))).mean() < 12
