@@ -2,14 +2,13 @@
 
 import hashlib
 import random
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from crepatrain.data.buckets import Bucket
 from crepatrain.data.cache import CacheStore, unpack_features
@@ -220,43 +219,3 @@ class TrainingSet(Dataset[Any]):
             return self._frames.read(clip, frames, (sample.bucket.height, sample.bucket.width))
         except (Unreadable, OSError) as error:
             raise UserError(f"{clip.path}: {error}", "put the clip back as it was when the run began") from error
-
-
-def read_batches(dataset: TrainingSet, draws: MicroBatches, *, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """The micro-batches, read ahead.
-
-    Raises:
-        UserError: something that was there when the run began can't be read any more.
-    """
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=draws,  # type: ignore[arg-type] - endless, so without a length
-        num_workers=workers,
-        collate_fn=_as_it_is,  # a micro-batch is collated where it is read
-        pin_memory=pin_memory,
-        prefetch_factor=2 if workers else None,
-        generator=torch.Generator().manual_seed(dataset.seed),  # else every iterator draws from the global one
-        worker_init_fn=_leave_signals_to_the_parent,
-    )
-    try:
-        for batch in loader:
-            if not isinstance(batch, Batch):
-                raise UserError.of(batch)
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"dataloader_num_workers={workers}: a reader process died ({str(error).splitlines()[0]})",
-            "set it to 0, or give more shared memory (docker run --shm-size 8g) or memory",
-        ) from error
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent ends its readers when it has saved.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

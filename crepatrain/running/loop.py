@@ -8,7 +8,7 @@ waits for the host.
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -96,7 +96,15 @@ def train(run: Run, validation: Validation, evaluation: Evaluation | None, befor
     state, schedule = run.state, run.state.schedule
     if schedule is not None:
         run.context.screen.say(_HOW_TO_READ)
-    batches = run.open_batches(state.step)
+    with _Batches(run) as batches:
+        _steps(run, batches, validation, evaluation)
+    if state.step < run.total:
+        raise Stopped(f"saved at step {state.step}; the same command continues from there")
+
+
+def _steps(run: Run, batches: "_Batches", validation: Validation, evaluation: Evaluation | None) -> None:
+    """Every step until the run is complete or asked to stop, and what is due between them."""
+    state, schedule = run.state, run.state.schedule
     unsettled: Launched | None = None
     stopping = False
     while state.step < run.total and not stopping:
@@ -107,7 +115,7 @@ def train(run: Run, validation: Validation, evaluation: Evaluation | None, befor
             _settle(run, unsettled)
         stopping = _observe(run, launched)
         if schedule is not None and schedule.cutoff != was_off:
-            batches = run.open_batches(state.step)
+            batches.open()
         if run.teacher is not None and not state.asks_teacher:
             run.teacher = None
             free_memory()
@@ -119,8 +127,31 @@ def train(run: Run, validation: Validation, evaluation: Evaluation | None, befor
             _settle(run, launched)
             unsettled = None
             stopping = not _do(run, wanted, validation, evaluation) or stopping
-    if state.step < run.total:
-        raise Stopped(f"saved at step {state.step}; the same command continues from there")
+
+
+class _Batches:
+    """The stream of micro-batches from the step that a run is at; its reader processes end with the context."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._stream: Generator[Batch] | None = None
+
+    def __enter__(self) -> "_Batches":
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def open(self) -> None:
+        """Open the stream anew."""
+        self.__exit__()
+        self._stream = self._run.open_batches(self._run.state.step)
+
+    def __next__(self) -> Batch:
+        assert self._stream is not None
+        return next(self._stream)
 
 
 def due(run: Run, *, stopping: bool) -> Due:
@@ -162,7 +193,7 @@ def _do(run: Run, wanted: Due, validation: Validation, evaluation: Evaluation | 
     return made
 
 
-def _launch_or_rescue(run: Run, batches: Iterator[Batch], unsettled: Launched | None) -> Launched:
+def _launch_or_rescue(run: Run, batches: _Batches, unsettled: Launched | None) -> Launched:
     """Launch a step. If it can't be done, keep the steps before it, unless an optimizer was at work."""
     run.events.emit(StepBegins(run))
     try:
@@ -182,7 +213,7 @@ def _launch_or_rescue(run: Run, batches: Iterator[Batch], unsettled: Launched | 
     return launched
 
 
-def _launch(run: Run, batches: Iterator[Batch]) -> Launched:
+def _launch(run: Run, batches: _Batches) -> Launched:
     """Queue one optimizer step over all its micro-batches. No weight moves if a number is not finite, then or before."""
     config, state, schedule, device = run.config, run.state, run.state.schedule, run.context.device
     # Decided once per optimizer step, from what all processes know alike.

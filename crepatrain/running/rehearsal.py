@@ -1,5 +1,6 @@
 """Is the GPU large enough? Tried before the first step, and compared with the estimate after the last."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +43,8 @@ def _step(run: Run, bucket: Bucket) -> None:
     config, schedule, device = run.config, run.state.schedule, run.context.device
     step = _step_of(run, bucket)
     states = [] if run.state.step else _room_for_states(run)
-    batch = next(run.open_batches(step)).to(device)
+    with contextlib.closing(run.open_batches(step)) as batches:
+        batch = next(batches).to(device)
     crepa = None
     if run.teacher is not None and schedule is not None and schedule.needs_score(step):
         crepa = build.crepa_term(config.crepa, run.models["projector"].wrapper, run.teacher, config.crepa.crepa_lambda)

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,8 @@ from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import Teacher
 from crepatrain.config.plan import Plan
 from crepatrain.config.resolved import ResolvedConfig
-from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet, read_batches
+from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet
+from crepatrain.data.readers import read_batches
 from crepatrain.families.base import Family
 from crepatrain.placement.placing import place
 from crepatrain.placement.processes import wrap
@@ -66,7 +67,7 @@ class Run:
     layersync: LayerSyncTerm | None
     state: TrainState
     sampler: StepSampler
-    open_batches: Callable[[int], Iterator[Batch]]
+    open_batches: Callable[[int], Generator[Batch]]
     total: int
     saved: int
     diverged: Tensor
@@ -213,7 +214,7 @@ def _restore(checkpoint: Path, models: Mapping[str, Trained]) -> None:
 
 def _batch_source(
     plan: Plan, family: Family, process: FlowMatching, start: RunStart, accelerator: Accelerator
-) -> Callable[[int], Iterator[Batch]]:
+) -> Callable[[int], Generator[Batch]]:
     """What opens a stream of micro-batches at a step.
 
     A stream reads features for the steps whose score is needed, as far as is known when it is opened; so it is opened anew when
@@ -221,7 +222,7 @@ def _batch_source(
     """
     config = plan.config
 
-    def open_batches(step: int) -> Iterator[Batch]:
+    def open_batches(step: int) -> Generator[Batch]:
         schedule = copy.deepcopy(start.state.schedule)
         training_set = build_training_set(plan, family, process, start.caches, schedule.needs_score if schedule else _never)
         batches = MicroBatches(

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from crepatrain.data.buckets import Bucket
 from crepatrain.data.cache import CacheStore
-from crepatrain.data.loader import MicroBatches, Sample, StepSampler, TrainingSet, keyed_generator, read_batches
+from crepatrain.data.loader import MicroBatches, Sample, StepSampler, TrainingSet, keyed_generator
+from crepatrain.data.readers import read_batches
 from crepatrain.errors import UserError
 from crepatrain.geometry import Geometry
 from crepatrain.tensors import Batch
