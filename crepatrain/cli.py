@@ -3,8 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,10 +15,9 @@ from crepatrain.config.plan import Plan, read_plan
 from crepatrain.config.run_config import RunConfig
 from crepatrain.config.summary import summarize
 from crepatrain.console import Screen
-from crepatrain.errors import DivergedError, UserError
+from crepatrain.errors import UserError
+from crepatrain.exits import EXIT_DOES_NOT_FIT, EXIT_STOPPED, exit_codes
 from crepatrain.specs import FAMILIES
-
-EXIT_USER_ERROR, EXIT_STOPPED, EXIT_DIVERGED, EXIT_DOES_NOT_FIT = 2, 3, 4, 5
 
 app = typer.Typer(
     name="crepatrain",
@@ -42,21 +40,8 @@ ConfigFile = Annotated[
 
 def main() -> None:
     """The entry point of the console script."""
-    with _exit_codes():
+    with exit_codes(_screen):
         app()
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """An exit code for what went wrong and, where the user can fix it, a message rather than a traceback."""
-    try:
-        yield
-    except UserError as error:
-        _screen.problems(error.problems)
-        sys.exit(EXIT_USER_ERROR)
-    except DivergedError as error:
-        _screen.problems([error.problem])
-        sys.exit(EXIT_DIVERGED)
 
 
 def _version(wanted: bool) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,16 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
 from crepatrain.labels import LABELS
+from crepatrain.placement.processes import expect_all_processes
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.preflight import dataset_facts
 from crepatrain.records.events import Ended, Events, Logged, StepDone, Subscriber
-from crepatrain.records.layout import ADAPTER_FILE
+from crepatrain.records.layout import ADAPTER_FILE, checkpoints
 from crepatrain.records.reading import first_and_last, mean, read_run
 from crepatrain.records.runfolder import RunFolder
 from crepatrain.records.trackers import tracking
 from crepatrain.reporting.report import live_report
+from crepatrain.running.companions import Companions, Loss
 from crepatrain.running.evaluation import Evaluation
 from crepatrain.running.loop import due_before, train
 from crepatrain.running.rehearsal import compare_memory, rehearse
@@ -55,7 +58,13 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     if plan.config.hub.push_to_hub:
         expect_pushable(plan.config)
-    with RunFolder(plan.config, writes=accelerator.is_main_process) as folder, StopSignal() as stop:
+    expect_all_processes()
+    with (
+        RunFolder(plan.config, writes=accelerator.is_main_process) as folder,
+        Companions(accelerator, partial(_lost, folder), say=lambda error: screen.problems(error.problems)) as companions,
+        companions.explained(),
+        StopSignal() as stop,
+    ):
         context = Context(plan, screen, accelerator.device, stop)
         events = Events([*subscribers, *([live_report(folder.root)] if folder.writes else [])])
         resume = folder.inspect()
@@ -85,7 +94,8 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
             with screen.training(first, run.total) as view:
                 events.subscribe(_Shown(view))
                 evaluation = Evaluation.of(run, held) if held else None
-                train(run, Validation(run, start.caches), evaluation, before)
+                with companions.explained():
+                    train(run, Validation(run, start.caches), evaluation, before)
     _closing_table(run, screen)
     if not folder.writes:
         return
@@ -94,6 +104,16 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
         compare_memory(context, buckets, peak)
     if plan.config.hub.push_to_hub:
         _push(folder, stop, screen)
+
+
+def _lost(folder: RunFolder, loss: Loss) -> UserError:
+    """Another process has ended: written down, and as what the user can do about it."""
+    reason = f"process {loss.process} ended: {loss.reason}"
+    with contextlib.suppress(UserError):  # on a full disk the error itself says more
+        folder.fail(reason)
+    saved = checkpoints(folder.checkpoints)
+    last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+    return UserError(reason, f"{last}; see what that process printed, then run the same command again")
 
 
 class _Shown:

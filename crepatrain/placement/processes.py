@@ -1,10 +1,27 @@
 """Modules that several processes train together."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 
 from accelerate import Accelerator
 from torch import nn
+
+from crepatrain.errors import UserError
+
+
+def expect_all_processes() -> None:
+    """Make sure that a launcher began the processes that it was asked for.
+
+    Raises:
+        UserError: it began this one alone.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if launched and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate launch --num_processes: it began one process, as on a CPU it begins several only with MPI",
+            "use torchrun --nproc_per_node N -m crepatrain fit CONFIG, or leave --num_processes out",
+        )
 
 
 def wrap(accelerator: Accelerator, module: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.errors import UserError
 from crepatrain.files import unfinished_name, written_aside
 from crepatrain.records.layout import RunLayout, checkpoints, set_aside_name, step_of
-from crepatrain.records.reading import raw_lines, read_config_values, read_lines, step_of_line
+from crepatrain.records.reading import raw_lines, read_config_values, read_lines, read_run, step_of_line
 from crepatrain.records.same_run import expect_same_config
 from crepatrain.training.checkpoint import replace_json
 
@@ -32,6 +32,7 @@ class RunFolder(RunLayout):
         self.writes = writes
         self._lock = FileLock(self.lock_file, timeout=0)
         self._seen: Path | None = None
+        self._claimed = False
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -63,6 +64,7 @@ class RunFolder(RunLayout):
         Raises:
             UserError: the folder is another run's or can't be written, or another command has trained in it since `inspect`.
         """
+        self._claimed = True
         if not self.writes:
             return
         try:
@@ -151,20 +153,28 @@ class RunFolder(RunLayout):
         Raises:
             UserError: the disk is full or can't be written to.
         """
-        if not self.writes:
-            return
-        try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{self.metrics} can't be written ({error})", "free disk space, then run the same command again"
-            ) from error
+        if self.writes:
+            _append(self.metrics, [line])
+
+    def log_figures(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Append what was measured of validation videos.
+
+        Raises:
+            UserError: the disk is full or can't be written to.
+        """
+        if self.writes:
+            _append(self.figures, lines)
 
     def status(self, status: Literal["running", "completed", "stopped", "failed"], step: int, reason: str = "") -> None:
         """Write down where the run stands."""
         if self.writes:
             replace_json(self.status_file, {"status": status, "step": step, "reason": reason})
+
+    def fail(self, reason: str) -> None:
+        """Write down that a run of several processes has failed, whichever of them is left to do it."""
+        if self._claimed:
+            now = read_run(self.root).status
+            replace_json(self.status_file, {**now, "status": "failed", "reason": reason})
 
     def describe(self, dataset: Mapping[str, Any]) -> None:
         """Write down what is trained on, for the report."""
@@ -189,6 +199,14 @@ class RunFolder(RunLayout):
             UserError: a line is damaged; one that a kill has cut off at the end is left out.
         """
         return read_lines(self.metrics)
+
+
+def _append(log: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+    except OSError as error:
+        raise UserError(f"{log} can't be written ({error})", "free disk space, then run the same command again") from error
 
 
 def rotate(folder: Path, limit: int | None, keep: int | None = None) -> None:

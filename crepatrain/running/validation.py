@@ -1,7 +1,6 @@
 """Videos of the validation prompts on the way, with the weights as they are, and figures of how steady they are."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,11 +134,11 @@ class Validation:
     def _measure(self, videos: Mapping[str, np.ndarray]) -> None:
         plan, device = self.run.context.plan, self.run.context.device
         encoder = build.build_encoder(plan, device)
-        with (self.run.folder.figures).open("a", encoding="utf-8") as file:
-            for prompt, video in videos.items():
-                frames = torch.from_numpy(video).permute(0, 3, 1, 2)
-                line = {"step": self.run.state.step, "prompt": prompt} | steadiness(encoder, frames.to(device), plan)
-                file.write(json.dumps(line) + "\n")
+        lines = []
+        for prompt, video in videos.items():
+            frames = torch.from_numpy(video).permute(0, 3, 1, 2)
+            lines.append({"step": self.run.state.step, "prompt": prompt} | steadiness(encoder, frames.to(device), plan))
+        self.run.folder.log_figures(lines)
         del encoder
         free_memory()
 

@@ -1,13 +1,16 @@
 """crepatrain with a fault, run as a program of its own: python faulty.py FAULT fit CONFIG.
 
-FAULT is `full NAME`: no file of that name can be written, as on a full disk; or `assertion STEP`: an error that nobody expected
-in the step after that.
+FAULT is `full NAME`: no file of that name can be written, as on a full disk; `assertion STEP`: an error that nobody expected
+after that step; `hang STEP`: the first process waits for ever after it, as for a GPU whose other processes are gone;
+`error STEP`: the second process alone meets something that the user has to repair.
 """
 
 import errno
 import fnmatch
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +33,35 @@ def fill_disk_for(pattern: str) -> None:
     sys.addaudithook(watch)
 
 
-def assert_after(step: int) -> None:
+def after(step: int, fault: Callable[[int], None]) -> None:
+    """Call a fault with the number of the process when that step is settled."""
     from crepatrain.running import loop
 
     settle = loop._settle
 
     def broken(run: Any, launched: Any) -> None:
         settle(run, launched)
-        assert launched.step < step, "nobody expected this"
+        if launched.step >= step:
+            fault(run.accelerator.process_index)
 
     loop._settle = broken
+
+
+def fail(_process: int) -> None:
+    raise AssertionError("nobody expected this")
+
+
+def hang(process: int) -> None:
+    if process == 0:
+        Path("hanging").touch()
+        time.sleep(10_000)
+
+
+def meet_an_error(process: int) -> None:
+    from crepatrain.errors import UserError
+
+    if process == 1:
+        raise UserError("clip.mp4: only the second process sees this", "put it back")
 
 
 if __name__ == "__main__":
@@ -47,5 +69,8 @@ if __name__ == "__main__":
     sys.argv = ["crepatrain", *sys.argv[2:]]
     from crepatrain.cli import main
 
-    {"full": fill_disk_for, "assertion": lambda step: assert_after(int(step))}[kind](what)
+    if kind == "full":
+        fill_disk_for(what)
+    else:
+        after(int(what), {"assertion": fail, "hang": hang, "error": meet_an_error}[kind])
     main()

@@ -1,0 +1,36 @@
+"""How a command ends: its exit code, and a message rather than a traceback where the user can do something about it."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from crepatrain.errors import DivergedError, Problem, UserError, disk_problem
+from crepatrain.screen import Screen
+
+EXIT_USER_ERROR, EXIT_STOPPED, EXIT_DIVERGED, EXIT_DOES_NOT_FIT = 2, 3, 4, 5
+
+
+@contextmanager
+def exit_codes(screen: Screen) -> Iterator[None]:
+    """Within it a command runs; what goes wrong becomes its exit code."""
+    try:
+        yield
+    except UserError as error:
+        _report(screen, error, error.problems)
+        sys.exit(EXIT_USER_ERROR)
+    except DivergedError as error:
+        _report(screen, error, [error.problem])
+        sys.exit(EXIT_DIVERGED)
+    except OSError as error:
+        problem = disk_problem(error)
+        if problem is None:
+            raise
+        screen.problems([problem])
+        sys.exit(EXIT_USER_ERROR)
+
+
+def _report(screen: Screen, error: UserError | DivergedError, problems: list[Problem]) -> None:
+    """Print an error, unless another process of the same run or of the same command on this machine does."""
+    if not error.reported and os.environ.get("LOCAL_RANK", "0") == "0":
+        screen.problems(problems)
