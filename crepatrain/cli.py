@@ -18,6 +18,7 @@ from crepatrain.config.summary import summarize
 from crepatrain.console import Screen
 from crepatrain.errors import DivergedError, UserError
 from crepatrain.specs import FAMILIES
+from crepatrain.streams import lasting_output
 
 EXIT_USER_ERROR, EXIT_STOPPED, EXIT_DIVERGED, EXIT_DOES_NOT_FIT = 2, 3, 4, 5
 
@@ -42,7 +43,7 @@ ConfigFile = Annotated[
 
 def main() -> None:
     """The entry point of the console script."""
-    with _exit_codes():
+    with lasting_output(), _exit_codes():
         app()
 
 

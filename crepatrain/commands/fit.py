@@ -24,6 +24,7 @@ from crepatrain.records.runfolder import RunFolder
 from crepatrain.records.trackers import tracking
 from crepatrain.reporting.report import live_report
 from crepatrain.running.evaluation import Evaluation
+from crepatrain.running.growth import GrowthNotes
 from crepatrain.running.loop import due_before, train
 from crepatrain.running.rehearsal import compare_memory, rehearse
 from crepatrain.running.session import Run, build_run
@@ -84,6 +85,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
                 torch.cuda.reset_peak_memory_stats()  # of the caches' models and the rehearsal
             with screen.training(first, run.total) as view:
                 events.subscribe(_Shown(view))
+                events.subscribe(GrowthNotes(screen, context.device))
                 evaluation = Evaluation.of(run, held) if held else None
                 train(run, Validation(run, start.caches), evaluation, before)
     _closing_table(run, screen)

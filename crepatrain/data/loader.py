@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from crepatrain.data.clip import Clip, Unreadable
 from crepatrain.data.decode import FrameReader
 from crepatrain.errors import Problem, UserError
 from crepatrain.geometry import TokenGrid
+from crepatrain.stopping import leave_signals_to_the_parent
 from crepatrain.tensors import Batch, PatchFeatures
 
 
@@ -236,7 +236,7 @@ def read_batches(dataset: TrainingSet, draws: MicroBatches, *, workers: int, pin
         pin_memory=pin_memory,
         prefetch_factor=2 if workers else None,
         generator=torch.Generator().manual_seed(dataset.seed),  # else every iterator draws from the global one
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_begin_worker,
     )
     try:
         for batch in loader:
@@ -256,7 +256,5 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent ends its readers when it has saved.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _begin_worker(_worker: int) -> None:
+    leave_signals_to_the_parent()
