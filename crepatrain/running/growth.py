@@ -2,6 +2,7 @@
 
 import os
 import statistics
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ _GIB = 1 << 30
 class Growth:
     """Whether a number that is observed after every step grows steadily, in bounded memory however long the run is.
 
-    The medians of equal windows over the whole run are compared: each is above the one before, the last far above the first, and
-    no single rise is most of the growth, as that of another setting from one step on would be.
+    The medians of equal windows over the whole run are compared: in the last ones each is above the one before, the last is far
+    above the first of these, and no single rise is most of the growth, as that of another setting from one step on would be.
 
     Args:
         window: steps of a window at first. So many are left out at the beginning, where caches fill and kernels are compiled;
@@ -37,7 +38,7 @@ class Growth:
         """Take a step's number.
 
         Returns:
-            The medians of the first window and of the last, at the end of a window where the growth is steady; else None.
+            The medians of the rise's first window and of its last, at the end of a window where growth is steady; else None.
         """
         if self._left_out:
             self._left_out -= 1
@@ -47,19 +48,23 @@ class Growth:
             return None
         self._medians.append(statistics.median(self._values))
         self._values = []
-        found = (self._medians[0], self._medians[-1]) if self._is_steady() else None
+        found = self._steady_rise()
         if len(self._medians) == self._MOST_WINDOWS:
             self._medians = [(a + b) / 2 for a, b in zip(self._medians[::2], self._medians[1::2], strict=True)]
             self._window *= 2
         return found
 
-    def _is_steady(self) -> bool:
+    def _steady_rise(self) -> tuple[float, float] | None:
+        """The first and the last median of the rise that goes on now, if it is one."""
         medians = self._medians
-        if len(medians) < self._LEAST_WINDOWS or medians[0] <= 0 or medians[-1] < self._WHOLE * medians[0]:
-            return False
-        rises = [after - before for before, after in zip(medians, medians[1:], strict=False)]
-        each = all(after >= self._EACH * before for before, after in zip(medians, medians[1:], strict=False))
-        return each and max(rises) <= self._LARGEST_SHARE * (medians[-1] - medians[0])
+        begin = len(medians) - 1
+        while begin and medians[begin] >= self._EACH * medians[begin - 1]:
+            begin -= 1
+        first, last = medians[begin], medians[-1]
+        if len(medians) - begin < self._LEAST_WINDOWS or first <= 0 or last < self._WHOLE * max(medians[: begin + 1]):
+            return None
+        largest = max(after - before for before, after in pairwise(medians[begin:]))
+        return (first, last) if largest <= self._LARGEST_SHARE * (last - first) else None
 
 
 class GrowthNotes:
@@ -88,7 +93,7 @@ class GrowthNotes:
                 del self._watched[what]
                 first, last = (f"{value:.3g} s" if what == "the time of a step" else f"{value / _GIB:.3g} GiB" for value in found)
                 self._screen.note(
-                    f"step {event.done}: {what} has grown steadily over this run, from {first} to {last}; if it goes on, "
+                    f"step {event.done}: {what} has grown steadily, from {first} to {last}; if it goes on, "
                     "stop the run (Ctrl-C) and start the same command again: it continues from there"
                 )
 
