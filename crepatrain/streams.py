@@ -1,4 +1,4 @@
-"""Standard output and error that may end before the command does: a closed terminal, a pipe whose reader has left, a full disk."""
+"""Standard output and error, which may end before the command does: a closed terminal, a pipe without a reader, a full disk."""
 
 import contextlib
 import errno

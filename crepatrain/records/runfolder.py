@@ -17,7 +17,7 @@ from crepatrain.files import unfinished_name, written_aside
 from crepatrain.records.layout import RunLayout, checkpoints, set_aside_name, step_of
 from crepatrain.records.reading import raw_lines, read_config_values, read_lines, step_of_line
 from crepatrain.records.same_run import expect_same_config
-from crepatrain.records.signs import keep_from_children, signs_of_life
+from crepatrain.records.signs import is_given_back, keep_from_children, signs_of_life
 from crepatrain.training.checkpoint import replace_json
 
 # A command that looks whether a run is alive holds its lock for less.
@@ -47,6 +47,7 @@ class RunFolder(RunLayout):
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+        is_given_back(self.lock_file)
 
     def inspect(self) -> Path | None:
         """Make sure that the folder is this run's, or nobody's. One that is this run's is locked; nothing else is written.

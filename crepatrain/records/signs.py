@@ -54,14 +54,19 @@ def is_locked(lock: Path) -> bool | None:
 
 
 # Device and inode of the lock files that this process holds.
-_held: set[tuple[int, int]] = set()
+_held: dict[Path, tuple[int, int]] = {}
 
 
 def keep_from_children(lock: Path) -> None:
     """Let no child that is forked from now on hold this lock: a reader may outlive a run that is killed by seconds."""
     with contextlib.suppress(OSError):
         stat = lock.stat()
-        _held.add((stat.st_dev, stat.st_ino))
+        _held[lock] = (stat.st_dev, stat.st_ino)
+
+
+def is_given_back(lock: Path) -> None:
+    """The lock is not held any more."""
+    _held.pop(lock, None)
 
 
 def _let_go() -> None:
@@ -72,7 +77,7 @@ def _let_go() -> None:
     for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
         with contextlib.suppress(OSError):
             stat = os.fstat(int(name))
-            if (stat.st_dev, stat.st_ino) in _held:
+            if (stat.st_dev, stat.st_ino) in _held.values():
                 os.dup2(nothing, int(name), inheritable=False)
     os.close(nothing)
     _held.clear()

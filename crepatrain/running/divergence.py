@@ -42,8 +42,11 @@ def keep_batches(layout: RunLayout, step: int, batches: Sequence[Batch], process
         extras |= {f"{number}.conditioning.{name}": tensor for name, tensor in batch.conditioning.items()}
     if sum(tensor.nbytes for tensor in extras.values()) <= _LARGEST_EXTRAS:
         tensors |= extras
-    names = [list(batch.keys) for batch in batches]
-    header = {"step": str(step), "samples": json.dumps(names, ensure_ascii=False), "fps": json.dumps([batch.fps for batch in batches])}
+    header = {
+        "step": str(step),
+        "samples": json.dumps([batch.keys for batch in batches], ensure_ascii=False),
+        "fps": json.dumps([batch.fps for batch in batches]),
+    }
     path = layout.diverged(step, process)
     try:
         with written_aside(path) as aside:

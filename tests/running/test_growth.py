@@ -72,7 +72,7 @@ def test_each_thing_is_noted_once(capsys, monkeypatch):
     step = 0
     monkeypatch.setattr(growth, "resident_bytes", lambda: (1 << 30) * (1 + step / 300))
     notes = GrowthNotes(Screen(), torch.device("cpu"))
-    for step in range(1, 1500):  # noqa: B007 - the memory above reads it
+    for step in range(1, 1500):
         notes(StepDone(step, 1.0))
         notes(object())
     said = capsys.readouterr().out
