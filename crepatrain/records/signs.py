@@ -74,11 +74,12 @@ def _let_go() -> None:
     if not _held:
         return
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
-        with contextlib.suppress(OSError):
-            stat = os.fstat(int(name))
-            if (stat.st_dev, stat.st_ino) in _held.values():
-                os.dup2(nothing, int(name), inheritable=False)
+    with contextlib.suppress(OSError):  # a system without /proc
+        for own in list(Path("/proc/self/fd").iterdir()):
+            with contextlib.suppress(OSError):
+                stat = os.fstat(int(own.name))
+                if (stat.st_dev, stat.st_ino) in _held.values():
+                    os.dup2(nothing, int(own.name), inheritable=False)
     os.close(nothing)
     _held.clear()
 
