@@ -1,10 +1,10 @@
 """SIGKILL at random instants of every stage of a run; then the same command, whose result must be that of a run never killed.
 
-    python benchmarks/kill.py --kills 60                  # all of them
+    python benchmarks/kill.py --kills 60                  # all
     python benchmarks/kill.py --first 30 --kills 30       # the second half: added to the log of the first
 
-The stage is read from the run's folder, from outside: the process is halted, its stage looked at, and it is killed only where that
-is the wanted one. Each kill is a line of results/kill-cpu.txt; the table counts them by stage and mode.
+The stage is read from the run's folder, from outside: the process is halted, its stage looked at, and killed only where that is
+the wanted one. Each kill is a line of results/kill-cpu.txt; the table counts them by stage and mode.
 """
 
 import argparse
