@@ -52,12 +52,9 @@ def _exit_codes() -> Iterator[None]:
     """An exit code for what went wrong and, where the user can fix it, a message rather than a traceback."""
     try:
         yield
-    except UserError as error:
+    except (UserError, DivergedError) as error:
         _screen.problems(error.problems)
-        sys.exit(EXIT_USER_ERROR)
-    except DivergedError as error:
-        _screen.problems([error.problem])
-        sys.exit(EXIT_DIVERGED)
+        sys.exit(EXIT_DIVERGED if isinstance(error, DivergedError) else EXIT_USER_ERROR)
 
 
 def _version(wanted: bool) -> None:
