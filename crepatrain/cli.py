@@ -18,6 +18,7 @@ from crepatrain.console import Screen
 from crepatrain.errors import UserError
 from crepatrain.exits import EXIT_DOES_NOT_FIT, EXIT_STOPPED, exit_codes
 from crepatrain.specs import FAMILIES
+from crepatrain.streams import lasting_output
 
 app = typer.Typer(
     name="crepatrain",
@@ -40,7 +41,7 @@ ConfigFile = Annotated[
 
 def main() -> None:
     """The entry point of the console script."""
-    with exit_codes(_screen):
+    with lasting_output(), exit_codes(_screen):
         app()
 
 

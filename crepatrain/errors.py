@@ -74,8 +74,8 @@ class DivergedError(Exception):
     reported = False
 
     def __init__(self, what: str, fix: str) -> None:
-        self.problem = Problem(what, fix)
-        super().__init__(str(self.problem))
+        self.problems = [Problem(what, fix)]
+        super().__init__(str(self.problems[0]))
 
 
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

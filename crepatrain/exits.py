@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from crepatrain.errors import DivergedError, Problem, UserError, disk_problem
+from crepatrain.errors import DivergedError, UserError, disk_problem
 from crepatrain.screen import Screen
 
 EXIT_USER_ERROR, EXIT_STOPPED, EXIT_DIVERGED, EXIT_DOES_NOT_FIT = 2, 3, 4, 5
@@ -16,21 +16,14 @@ def exit_codes(screen: Screen) -> Iterator[None]:
     """Within it a command runs; what goes wrong becomes its exit code."""
     try:
         yield
-    except UserError as error:
-        _report(screen, error, error.problems)
-        sys.exit(EXIT_USER_ERROR)
-    except DivergedError as error:
-        _report(screen, error, [error.problem])
-        sys.exit(EXIT_DIVERGED)
+    except (UserError, DivergedError) as error:
+        # Another process of the same run says it, or one of the same command on this machine.
+        if not error.reported and os.environ.get("LOCAL_RANK", "0") == "0":
+            screen.problems(error.problems)
+        sys.exit(EXIT_DIVERGED if isinstance(error, DivergedError) else EXIT_USER_ERROR)
     except OSError as error:
         problem = disk_problem(error)
         if problem is None:
             raise
         screen.problems([problem])
         sys.exit(EXIT_USER_ERROR)
-
-
-def _report(screen: Screen, error: UserError | DivergedError, problems: list[Problem]) -> None:
-    """Print an error, unless another process of the same run or of the same command on this machine does."""
-    if not error.reported and os.environ.get("LOCAL_RANK", "0") == "0":
-        screen.problems(problems)

@@ -27,6 +27,7 @@ from crepatrain.records.trackers import tracking
 from crepatrain.reporting.report import live_report
 from crepatrain.running.companions import Companions, Loss
 from crepatrain.running.evaluation import Evaluation
+from crepatrain.running.growth import GrowthNotes
 from crepatrain.running.loop import due_before, train
 from crepatrain.running.rehearsal import compare_memory, rehearse
 from crepatrain.running.session import Run, build_run
@@ -93,6 +94,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
                 torch.cuda.reset_peak_memory_stats()  # of the caches' models and the rehearsal
             with screen.training(first, run.total) as view:
                 events.subscribe(_Shown(view))
+                events.subscribe(GrowthNotes(screen, context.device))
                 evaluation = Evaluation.of(run, held) if held else None
                 with companions.explained():
                     train(run, Validation(run, start.caches), evaluation, before)

@@ -4,8 +4,9 @@ import time
 from pathlib import Path
 
 from crepatrain.labels import LABELS
-from crepatrain.records.layout import checkpoints
+from crepatrain.records.layout import checkpoints, step_of
 from crepatrain.records.reading import RunRecord, duration, mean, read_run
+from crepatrain.records.signs import heartbeat_of, is_locked, is_of_this_host
 from crepatrain.screen import Screen
 
 # Lines of metrics.jsonl over which the speed is taken.
@@ -34,13 +35,25 @@ def status(root: Path, screen: Screen) -> None:
 def _state(run: RunRecord) -> str:
     state, reason = run.status.get("status", "not started"), run.status.get("reason")
     words = f"{state}: {reason}" if reason else state
+    locked = is_locked(run.layout.lock_file)
+    if state != "running":
+        return words + ("; a command is at work in it now" if locked else "")
+    if locked is False and is_of_this_host(run.status):
+        return f"it ended without a word at step {run.step}: the same command {_goes_on(run)}"
     written = [path.stat().st_mtime for path in (run.layout.metrics, run.layout.status_file) if path.is_file()]
-    if state != "running" or not written:
-        return words
-    silent = time.time() - max(written)
+    if not is_of_this_host(run.status) and (beat := heartbeat_of(run.status)):
+        words, written = f"{words} on {run.status.get('host')}", [beat]  # a shared disk may show another time, or an old file
+    silent = max(time.time() - max(written), 0.0)
     words += f", last written {duration(silent)} ago"
     between = (_step_seconds(run) or 0.0) * run.logging_steps
-    return words + ("; it may have died" if silent > max(_SILENT_LINES * between, _SILENT_SECONDS) else "")
+    if silent <= max(_SILENT_LINES * between, _SILENT_SECONDS):
+        return words
+    return f"{words}; {'its process is there, but may hang' if locked else 'it may have died'}"
+
+
+def _goes_on(run: RunRecord) -> str:
+    saved = checkpoints(run.layout.checkpoints)
+    return f"goes on from step {step_of(saved[-1])}" if saved else "begins it anew"
 
 
 def _step_seconds(run: RunRecord) -> float | None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from crepatrain.data.loader import MicroBatches, TrainingSet
 from crepatrain.errors import UserError
+from crepatrain.stopping import leave_signals_to_the_parent
 from crepatrain.tensors import Batch
 
 # Seconds in which readers end of themselves.
@@ -33,7 +34,7 @@ def read_batches(dataset: TrainingSet, draws: MicroBatches, *, workers: int, pin
         pin_memory=pin_memory,
         prefetch_factor=2 if workers else None,
         generator=torch.Generator().manual_seed(dataset.seed),  # else every iterator draws from the global one
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_begin_worker,
     )
     others = set(multiprocessing.active_children())
     iterator: Any = None
@@ -99,7 +100,5 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent ends its readers when it has saved.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _begin_worker(_worker: int) -> None:
+    leave_signals_to_the_parent()

@@ -66,6 +66,11 @@ class RunLayout:
         """The validation video of a step; that of step 0 is the base's."""
         return self.samples / f"{numbered('step', step)}.mp4"
 
+    def diverged(self, step: int, process: int | None = None) -> Path:
+        """The batch of a step that was not finite; of several processes each writes its own."""
+        of_process = "" if process is None else f"-process-{process}"
+        return self.root / f"{numbered('diverged-step', step)}{of_process}.safetensors"
+
     def all_adapters(self) -> list[Path]:
         """The adapters that the checkpoints have left, the oldest first."""
         return _by_step(path for path in self.adapters.glob("*.safetensors") if _ADAPTER.fullmatch(path.name))

@@ -39,6 +39,9 @@ class _Status(_Expected):
     status: str = ""
     step: _Count = 0
     reason: str = ""
+    pid: _Count = 0
+    host: str = ""
+    heartbeat: str = ""
 
 
 class _Bucket(_Expected):

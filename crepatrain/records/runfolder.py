@@ -1,7 +1,9 @@
 """A run's folder while the run is under way: whose it is, its lock, what is logged, where the run stands."""
 
+import contextlib
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +17,13 @@ from crepatrain.files import unfinished_name, written_aside
 from crepatrain.records.layout import RunLayout, checkpoints, set_aside_name, step_of
 from crepatrain.records.reading import raw_lines, read_config_values, read_lines, read_run, step_of_line
 from crepatrain.records.same_run import expect_same_config
+from crepatrain.records.signs import is_given_back, keep_from_children, signs_of_life
 from crepatrain.training.checkpoint import replace_json
+
+# A command that looks whether a run is alive holds its lock for less.
+_LOCK_SECONDS = 0.5
+# Between two signs of life in status.json.
+_BEAT_SECONDS = 30.0
 
 
 class RunFolder(RunLayout):
@@ -30,15 +38,17 @@ class RunFolder(RunLayout):
         super().__init__(Path(config.loop.output_dir))
         self.config = config
         self.writes = writes
-        self._lock = FileLock(self.lock_file, timeout=0)
+        self._lock = FileLock(self.lock_file, timeout=_LOCK_SECONDS)
         self._seen: Path | None = None
         self._claimed = False
+        self._last_beat = 0.0
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+        is_given_back(self.lock_file)
 
     def inspect(self) -> Path | None:
         """Make sure that the folder is this run's, or nobody's. One that is this run's is locked; nothing else is written.
@@ -94,6 +104,7 @@ class RunFolder(RunLayout):
             return
         try:
             self._lock.acquire()
+            keep_from_children(self.lock_file)
         except Timeout:
             raise UserError(
                 f"output_dir={self.root}: a run is under way in it already", "wait for it or stop it, or give a new output_dir"
@@ -168,13 +179,20 @@ class RunFolder(RunLayout):
     def status(self, status: Literal["running", "completed", "stopped", "failed"], step: int, reason: str = "") -> None:
         """Write down where the run stands."""
         if self.writes:
-            replace_json(self.status_file, {"status": status, "step": step, "reason": reason})
+            self._last_beat = time.monotonic()
+            replace_json(self.status_file, {"status": status, "step": step, "reason": reason, **signs_of_life()})
+
+    def beat(self, step: int) -> None:
+        """Write down that the run goes on, where that is not known from the last half minute. A disk that is full ends no run."""
+        if time.monotonic() - self._last_beat > _BEAT_SECONDS:
+            with contextlib.suppress(UserError):
+                self.status("running", step)
 
     def fail(self, reason: str) -> None:
         """Write down that a run of several processes has failed, whichever of them is left to do it."""
         if self._claimed:
             now = read_run(self.root).status
-            replace_json(self.status_file, {**now, "status": "failed", "reason": reason})
+            replace_json(self.status_file, {**now, "status": "failed", "reason": reason, **signs_of_life()})
 
     def describe(self, dataset: Mapping[str, Any]) -> None:
         """Write down what is trained on, for the report."""

@@ -95,6 +95,7 @@ class Evaluation:
             with autocast(config.loop, device):
                 found = training_loss(run.family, run.process, run.transformer.module, run.blocks, batch.to(device), crepa)
             losses.append(found.diffusion)
+            run.folder.beat(run.state.step)
             if found.crepa:
                 scores.append(found.crepa.alignment)
         table = torch.cat(losses).float().cpu().unflatten(0, (-1, len(_SHARES)))

@@ -23,6 +23,7 @@ from crepatrain.placement.precision import autocast
 from crepatrain.placement.processes import no_sync
 from crepatrain.records.events import StepDone
 from crepatrain.records.runfolder import RunFolder
+from crepatrain.running.divergence import draws_of, keep_batches
 from crepatrain.running.evaluation import Evaluation
 from crepatrain.running.events import BatchReady, StepBegins, StepLaunched
 from crepatrain.running.saving import save
@@ -62,6 +63,7 @@ class Launched:
     Attributes:
         step: its number, from 0.
         measured: whether CREPA's score was, for its weight may be 0.
+        batches: as they were read, without what a teacher looks at.
         scores: means over micro-batches and processes, and whether any process was asked to stop. Copied after the last forward:
             reading them does not wait for backward.
         checks: the gradient norm of each model, and whether any number was not finite, in this step or before.
@@ -73,7 +75,7 @@ class Launched:
     measured: bool
     cut_off: bool
     learning_rate: float
-    clips: list[str]
+    batches: list[Batch]
     scores: HostCopy
     checks: HostCopy
     clock: StepClock
@@ -122,6 +124,7 @@ def _steps(run: Run, batches: "_Batches", validation: Validation, evaluation: Ev
         seconds = time.perf_counter() - began
         state.window.add(step_seconds=seconds)
         run.events.emit(StepDone(state.step, seconds))
+        run.folder.beat(state.step)
         wanted, unsettled = due(run, stopping=stopping), launched
         if wanted != Due():
             _settle(run, launched)
@@ -224,13 +227,13 @@ def _launch(run: Run, batches: _Batches) -> Launched:
     torch.manual_seed(keyed_generator("dropout", config.loop.seed, state.step, run.accelerator.process_index).initial_seed())
 
     wrappers = [model.wrapper for model in run.models.values()]
-    sums, clips = StepSums(), []
+    sums, read = StepSums(), []
     scores = arriving = None
     for micro in range(config.loop.gradient_accumulation_steps):
         last = micro == config.loop.gradient_accumulation_steps - 1
         with clock.waiting("data"):
-            batch = next(batches).to(device)
-        clips += batch.keys
+            read.append(draws_of(following := next(batches)))
+            batch = following.to(device)
         run.events.emit(BatchReady(batch))
         with no_sync(run.accelerator, wrappers, last=last):
             with clock.part("forward"), autocast(config.loop, device):
@@ -256,7 +259,7 @@ def _launch(run: Run, batches: _Batches) -> Launched:
         measured=measured,
         cut_off=schedule is not None and schedule.is_off(state.step),
         learning_rate=run.transformer.optimizer.learning_rate,
-        clips=clips,
+        batches=read,
         scores=arriving,
         checks=HostCopy((*optimizers, _DIVERGED), torch.cat([norms, run.diverged.view(1).to(norms)])),
         clock=clock,
@@ -349,10 +352,12 @@ def _expect_finite(run: Run, launched: Launched) -> None:
         return
     run.state.step = launched.step
     loss = _numbers(run, launched).total(launched.weight, run.config.layersync.layersync_lambda)
-    listed = ", ".join(f"{norm:g}" for norm in norms.values())
+    listed, step = ", ".join(f"{norm:g}" for norm in norms.values()), launched.step + 1
+    clips = ", ".join(name for batch in launched.batches for name in batch.keys)
+    kept = keep_batches(run.folder, step, launched.batches, run.accelerator.process_index if run.several else None)
     raise DivergedError(
-        f"step {launched.step + 1}: loss {loss:g}, gradient norms {listed}, on {', '.join(launched.clips)}",
-        f"the weights were not changed; {run.last_good()}. Lower learning_rate, or check those clips",
+        f"step {step}: loss {loss:g}, gradient norms {listed}, on {clips}",
+        f"the weights were not changed; {run.last_good()}; {kept}. Lower learning_rate, or check those clips",
     )
 
 

@@ -113,6 +113,7 @@ class Validation:
 
     def _denoised(self) -> None:
         """Behind every denoising step. Several processes go on together."""
+        self.run.folder.beat(self.run.state.step)
         if not self.run.several:
             self.run.context.stop.check("while a video was made")
 

@@ -2,17 +2,23 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 from recorded import DATASET, write_run
 
 from crepatrain.commands.status import status
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
+from crepatrain.records.runfolder import _LOCK_SECONDS
+from crepatrain.records.signs import is_locked, keep_from_children, signs_of_life
 
 
 def lines_of(root: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -63,6 +69,82 @@ def test_a_run_that_fell_silent_may_have_died(tmp_path: Path, capsys):
     for name in ("metrics.jsonl", "status.json"):
         os.utime(root / name, (long_ago, long_ago))
     assert lines_of(root, capsys)[0] == "state       running, last written 1:06:40 ago; it may have died"
+
+
+def test_a_run_of_another_machine_is_known_by_its_heartbeat(tmp_path: Path, capsys):
+    root = write_run(tmp_path / "run")
+    told = json.loads((root / "status.json").read_text()) | {"pid": 1, "host": "another-node"}
+    for age, ending in ((30, ""), (4000, "; it may have died")):
+        beat = datetime.now(UTC) - timedelta(seconds=age)
+        (root / "status.json").write_text(json.dumps(told | {"heartbeat": beat.isoformat(timespec="seconds")}), encoding="utf-8")
+        line = lines_of(root, capsys)[0]
+        assert line.startswith("state       running on another-node, last written ")
+        assert line.endswith(f" ago{ending}")
+    (root / "status.json").write_text(json.dumps(told | {"heartbeat": "yesterday"}), encoding="utf-8")
+    assert lines_of(root, capsys)[0].startswith("state       running, last written 0:00:0")
+
+
+def test_a_lock_decides_what_the_files_leave_open(tmp_path: Path, capsys):
+    root = write_run(tmp_path / "run")
+    told = json.loads((root / "status.json").read_text()) | signs_of_life()
+    (root / "status.json").write_text(json.dumps(told), encoding="utf-8")
+    died = "state       it ended without a word at step 40: the same command goes on from step 20"
+    before = sorted(root.rglob("*"))
+    assert lines_of(root, capsys)[0] == died  # without a lock file
+    assert sorted(root.rglob("*")) == before, "it makes no file"
+    held = FileLock(root / ".lock")
+    with held:
+        assert lines_of(root, capsys)[0].startswith("state       running, last written 0:00:0")
+        long_ago = time.time() - 4000
+        for name in ("metrics.jsonl", "status.json"):
+            os.utime(root / name, (long_ago, long_ago))
+        assert lines_of(root, capsys)[0].endswith("last written 1:06:40 ago; its process is there, but may hang")
+        (root / "status.json").write_text(json.dumps(told | {"status": "stopped", "reason": "why"}), encoding="utf-8")
+        assert lines_of(root, capsys)[0] == "state       stopped: why; a command is at work in it now"
+        (root / "status.json").write_text(json.dumps(told), encoding="utf-8")
+    assert lines_of(root, capsys)[0] == died
+    shutil.rmtree(root / "checkpoints")
+    assert lines_of(root, capsys)[0].endswith("the same command begins it anew")
+
+
+def test_looking_never_keeps_a_run_from_its_lock(tmp_path: Path):
+    lock = tmp_path / ".lock"
+    lock.touch()
+    ends, refused = threading.Event(), []
+
+    def look() -> None:
+        while not ends.is_set():
+            is_locked(lock)
+
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for looker in lookers:
+        looker.start()
+    for _ in range(50):
+        try:
+            with FileLock(lock, timeout=_LOCK_SECONDS):
+                pass
+        except Timeout:
+            refused.append(True)
+    ends.set()
+    for looker in lookers:
+        looker.join()
+    assert not refused
+
+
+def test_a_forked_child_holds_no_lock(tmp_path: Path):
+    lock = tmp_path / ".lock"
+    with FileLock(lock):
+        keep_from_children(lock)
+        reads, writes = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(writes)
+            os.read(reads, 1)
+            os._exit(0)
+        assert is_locked(lock) is True
+    assert is_locked(lock) is False, "though the child lives"
+    os.close(writes)
+    os.waitpid(child, 0)
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path, capsys):

@@ -1,15 +1,19 @@
 """A run's folder under way: what is logged, and what a run that goes on earlier keeps of it."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from common import disk_of
 
 from crepatrain.config.plan import read_plan
 from crepatrain.errors import UserError
+from crepatrain.records import runfolder
 from crepatrain.records.runfolder import RunFolder
 
 LINES = [{"step": 1, "loss": 0.5, "grad_norm": None}, {"step": 2, "loss": 0.25}, {"step": 2, "eval_loss": 0.5}]
@@ -123,3 +127,23 @@ def test_reading_a_run_loads_nothing_heavy():
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "crepatrain.records.reading" in modules
     assert not {"torch", "numpy", "diffusers", "transformers", "accelerate", "peft", "av"} & set(modules)
+
+
+def test_a_heartbeat_is_written_now_and_then_and_a_full_disk_ends_no_run(folder: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    def content() -> dict[str, object]:
+        return json.loads(folder.status_file.read_text(encoding="utf-8"))
+
+    now = [1000.0]
+    monkeypatch.setattr(runfolder.time, "monotonic", lambda: now[0])
+    folder.status("running", 1)
+    assert content()["pid"] == os.getpid()
+    for seconds, step in ((29.0, 1), (2.0, 2), (29.0, 2), (2.0, 5)):
+        now[0] += seconds
+        folder.beat(int(now[0]) if step == 1 else step)
+        assert content()["step"] == step
+    age = datetime.now(UTC) - datetime.fromisoformat(str(content()["heartbeat"]))
+    assert abs(age.total_seconds()) < 5
+    now[0] += 100
+    with disk_of(10):
+        folder.beat(9)
+    assert content()["step"] == 5

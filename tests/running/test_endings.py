@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from common import disk_of
 from runs import (
     RESTLESS,
+    Batches,
     Write,
     adapter,
     column,
@@ -38,9 +41,11 @@ from crepatrain import files
 from crepatrain.config.plan import read_plan
 from crepatrain.errors import DivergedError, UserError
 from crepatrain.records.events import CheckpointSaved
-from crepatrain.records.layout import checkpoints, step_of
+from crepatrain.records.layout import RunLayout, checkpoints, step_of
 from crepatrain.records.runfolder import RunFolder
 from crepatrain.running import loop
+from crepatrain.running.divergence import keep_batches
+from crepatrain.tensors import Batch
 from crepatrain.training.step import training_loss
 
 
@@ -123,6 +128,12 @@ def test_a_run_that_diverges_stops_before_the_weights_change(
     assert status(run)["status"] == "failed"
     assert status(run)["step"] == done
     assert "clip-2.mp4" in status(run)["reason"]
+    kept = run / f"diverged-step-{done + 1:06d}.safetensors"
+    assert f"its batch is kept in {kept}" in message
+    batch = load_file(kept)
+    assert {"0.latents", "0.noise", "0.sigma", "0.text.prompt_embeds"} <= batch.keys()
+    assert batch["0.latents"].isfinite().all() == (kind != "latents")
+    assert batch["0.noise"].isfinite().all()
     if done:
         assert f"step-{done:06d}" in message
         assert same_tensors(adapter(run), load_file(run / "adapters" / f"adapter-{done:06d}.safetensors"))
@@ -130,6 +141,38 @@ def test_a_run_that_diverges_stops_before_the_weights_change(
         assert all(tensor.isfinite().all() for tensor in adapter(run).values())
     else:
         assert "no checkpoint yet" in message
+
+
+def test_the_batch_of_a_step_that_diverges_is_kept_whole(config_file: Write, tmp_path: Path):
+    """As the step saw it, with every micro-batch; and a disk that is full takes away no word of the error."""
+    seen, cache = Batches(), tmp_path / "cache"
+    common = {"cache_dir": str(cache), "train_batch_size": 2, "gradient_accumulation_steps": 3, "checkpointing_steps": 1}
+    train(config_file, max_train_steps=1, **common)
+    for path in (cache / "latents").rglob("*.safetensors"):
+        save_file({"latents": torch.full_like(load_file(path)["latents"], math.inf)}, path)
+    with pytest.raises(DivergedError, match=r"step 2: [^\n]*\n.*kept in .*diverged-step-000002\.safetensors"):
+        train(config_file, max_train_steps=2, subscribers=[seen], **common)
+    kept = tmp_path / "run" / "diverged-step-000002.safetensors"
+    batch = load_file(kept)
+    for number, given in enumerate(seen[:3]):
+        for name, tensor in {"latents": given.latents, "noise": given.noise, "sigma": given.sigma}.items():
+            assert torch.equal(batch[f"{number}.{name}"], tensor)
+        for name, tensor in given.text.items():
+            assert torch.equal(batch[f"{number}.text.{name}"], tensor)
+    assert not [name for name in batch if name.startswith("3.")]
+    header = files.safetensors_header(kept)
+    assert header
+    assert header["__metadata__"]["step"] == "2"
+    assert json.loads(header["__metadata__"]["samples"]) == [list(given.keys) for given in seen[:3]]
+
+    with disk_of(1 << 14), pytest.raises(DivergedError, match=r"its batch could not be kept .*\. Lower learning_rate"):
+        keep_on_a_full_disk(tmp_path, seen)
+
+
+def keep_on_a_full_disk(tmp_path: Path, batches: Sequence[Batch]) -> None:
+    kept = keep_batches(RunLayout(tmp_path / "full"), 2, batches, process=1)
+    assert not list((tmp_path / "full").iterdir())
+    raise DivergedError("step 2", f"{kept}. Lower learning_rate")
 
 
 def test_the_weights_in_memory_are_those_before_the_step(config_file: Write, tmp_path: Path):

@@ -172,7 +172,7 @@ def test_epochs_are_counted_in_windows(config_file: Write):
     """Three clips of two windows each."""
     folder = train(config_file, max_train_steps=..., num_train_epochs=2, train_batch_size=2, gradient_accumulation_steps=2)
     assert column(folder, "step") == [1, 2, 3, 4]
-    assert status(folder) == {"status": "completed", "step": 4, "reason": ""}
+    assert status(folder) == status(folder) | {"status": "completed", "step": 4, "reason": ""}
 
 
 def test_a_line_over_several_steps_holds_means(config_file: Write, tmp_path: Path):

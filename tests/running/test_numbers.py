@@ -74,7 +74,7 @@ def test_two_processes_look_at_and_continue_a_run_as_one_does(config_file: Write
         shown = in_two_processes(config_file(output_dir=str(both), max_train_steps=steps, **changes))
         assert shown.count(b"reading clips") == 2, "those to train on and the held-out ones, in the first process alone"
         assert (b"continuing from" in shown) == (steps == 4)
-        assert status(both) == {"status": "completed", "step": steps, "reason": ""}
+        assert status(both) == status(both) | {"status": "completed", "step": steps, "reason": ""}
     trained, measured = ([[line for line in lines(run) if key in line] for run in (both, alone)] for key in ("loss", "eval_loss"))
     expect_same_columns(*trained, "step", "loss", "diffusion_loss", "crepa_alignment_score", "grad_norm")
     assert [line["step"] for line in measured[0]] == [0, 2, 4]
