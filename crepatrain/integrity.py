@@ -24,6 +24,7 @@ MANIFEST_FORMAT = 2
 LISTED_KEY = "crepatrain.listed"
 
 _PIECE = 8 << 20
+_READ = 1 << 18
 _BYTES = 32
 _NAME = "blake2b:"
 _UNKNOWN = f"{_NAME}{'0' * (2 * _BYTES)}"
@@ -54,7 +55,11 @@ def content_seal(path: Path, value: str = _UNKNOWN) -> str:
     def piece(start: int) -> bytes:
         with path.open("rb", buffering=0) as file:
             file.seek(start)
-            return _hashed(file.read(_PIECE))
+            found, part, left = hashlib.blake2b(digest_size=_BYTES), memoryview(bytearray(min(_READ, _PIECE))), _PIECE
+            while left and (count := file.readinto(part[: min(left, len(part))])):  # one small buffer stays in a core's cache
+                found.update(part[:count])
+                left -= count
+            return found.digest()
 
     pieces = [_hashed(began[at : at + _PIECE]) for at in range(0, len(began), _PIECE)]
     starts = range(len(began), size, _PIECE)
@@ -76,7 +81,7 @@ def unsealed(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def seal(path: Path) -> None:
-    """Put the digest of a safetensors file into it.
+    """Put the digest of a safetensors file into it, and its metadata in order, so that equal content makes equal files.
 
     Args:
         path: of a file with the metadata of `unsealed`.
@@ -84,13 +89,18 @@ def seal(path: Path) -> None:
     Raises:
         OSError: it can't be read or written.
     """
-    digest = content_seal(path)
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = file.read(length)
-        assert _UNKNOWN.encode() in header, path
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(ordered) == length, path
         file.seek(8)
-        file.write(header.replace(_UNKNOWN.encode(), digest.encode()))
+        file.write(ordered)
+    digest = content_seal(path)
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(ordered.replace(_UNKNOWN.encode(), digest.encode()))
 
 
 def sealed_metadata(path: Path) -> dict[str, str] | None:
@@ -104,7 +114,7 @@ def sealed_metadata(path: Path) -> dict[str, str] | None:
     if header is None:
         path.stat()  # of a file that is not there the error says that
         raise Damaged("it is cut off, or no safetensors file")
-    metadata = header.get("__metadata__") or {}
+    metadata = _metadata(header)
     values = [value for value in metadata.values() if isinstance(value, str) and _DIGEST.fullmatch(value)]
     digest = metadata.get(DIGEST_KEY)
     if digest is None and not values:
@@ -115,6 +125,11 @@ def sealed_metadata(path: Path) -> dict[str, str] | None:
     if content_seal(path, digest) != digest:
         raise Damaged(f"its content is not the one of its {DIGEST_KEY}")
     return metadata
+
+
+def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
+    metadata = header.get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def write_manifest(folder: Path) -> None:
@@ -139,8 +154,8 @@ def expect_listed(folder: Path) -> bool:
     """
     path = folder / MANIFEST_FILE
     if not path.exists():
-        headers = [safetensors_header(file) or {} for file in sorted(folder.glob("*.safetensors"))]
-        if any(LISTED_KEY in (header.get("__metadata__") or {}) for header in headers):
+        headers = [safetensors_header(file) for file in sorted(folder.glob("*.safetensors"))]
+        if any(LISTED_KEY in _metadata(header) for header in headers if header):
             raise Damaged(f"{MANIFEST_FILE} is missing")
         return False
     try:

@@ -52,14 +52,15 @@ class EntryForms:
 
     def text(self) -> dict[str, Form]:
         shapes = self._family.text_shapes()
-        return {name: Form(shape, _FLOATS, up_to=len(shape) > 1) for name, shape in shapes.items()}
+        return {name: Form(shape, _FLOATS, up_to=len(shape) == 2) for name, shape in shapes.items()}
 
     def latents(self, window: Window) -> dict[str, Form]:
         return {"latents": Form(self._latents(window), ("F32",))}
 
     def image(self, window: Window) -> dict[str, Form]:
         shapes = self._family.image_shapes(self._latents(window))
-        return {name: Form(shape, _FLOATS) for name, shape in shapes.items()}
+        # Those of two dimensions are tokens, of which a small image encoder makes fewer.
+        return {name: Form(shape, _FLOATS, up_to=len(shape) == 2) for name, shape in shapes.items()}
 
     def teacher(self, window: Window) -> dict[str, Form]:
         assert self._plan.encoder is not None
