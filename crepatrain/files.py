@@ -51,7 +51,7 @@ def safetensors_header(path: Path) -> dict[str, Any] | None:
             length = int.from_bytes(file.read(8), "little")
             size = path.stat().st_size
             header = json.loads(file.read(length)) if length < size else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not header or not isinstance(header, dict):
         return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from crepatrain.errors import UserError
 from crepatrain.families import family_class, get_family
 from crepatrain.families.base import Family
+from crepatrain.integrity import DIGEST_KEY, Damaged, sealed_metadata
 from crepatrain.specs import FAMILIES, Checkpoint, Expert, Unsupported, WrongContent
 
 # How the keys of a pair end, as different programs write them; the most common first.
@@ -83,6 +84,7 @@ class AdapterFile:
     Attributes:
         pairs: by what their keys begin with.
         other_keys: keys that belong to no pair.
+        sealed: whether its header has a digest, which is right; False of the files of other programs and earlier versions.
     """
 
     path: Path
@@ -90,6 +92,7 @@ class AdapterFile:
     tensors: Mapping[str, Tensor]
     pairs: Mapping[str, Pair]
     other_keys: tuple[str, ...]
+    sealed: bool = False
 
     @property
     def ranks(self) -> Counter[int]:
@@ -129,7 +132,7 @@ def read_adapter(path: Path) -> AdapterFile:
     """Read a file onto the CPU.
 
     Raises:
-        UserError: it can't be read, or is not a safetensors file.
+        UserError: it can't be read, is not a safetensors file, or is not what its digest was made of.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -137,6 +140,11 @@ def read_adapter(path: Path) -> AdapterFile:
         tensors = load_file(path)  # in the order in which diffusers sees them: it decides by the first key
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} can't be read ({error})", "give a complete .safetensors file") from error
+    try:
+        sealed = sealed_metadata(path) is not None
+    except Damaged as damage:
+        fix = f"copy or export it again; if a program changed it on purpose, save it without {DIGEST_KEY}"
+        raise UserError(f"{path} is damaged: {damage}", fix) from damage
     pairs: dict[str, Pair] = {}
     other_keys = []
     for key, tensor in tensors.items():
@@ -152,7 +160,7 @@ def read_adapter(path: Path) -> AdapterFile:
         else:
             setattr(pair, ENDS[end], tensor)
             pair.ends += (end,)
-    return AdapterFile(path, metadata, tensors, pairs, tuple(other_keys))
+    return AdapterFile(path, metadata, tensors, pairs, tuple(other_keys), sealed)
 
 
 @dataclass(frozen=True)

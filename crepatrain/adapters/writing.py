@@ -16,6 +16,7 @@ from crepatrain.adapters.recipe import adapter_metadata
 from crepatrain.errors import Problem, UserError
 from crepatrain.families.base import Family
 from crepatrain.files import share
+from crepatrain.integrity import LISTED_KEY, MANIFEST_FORMAT, write_manifest
 from crepatrain.placement.precision import compute_dtype
 from crepatrain.records.opening import adapter_name
 from crepatrain.records.runfolder import RunFolder
@@ -115,7 +116,7 @@ def write_single_file(path: Path, family: Family, transformer: nn.Module, names:
 
 
 def write_transformer(folder: Path, transformer: Any, dtype: torch.dtype, *, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write a transformer's folder as a diffusers pipeline has it.
+    """Write a transformer's folder as a diffusers pipeline has it, with a manifest of its files.
 
     Args:
         folder: replaced when the new one is complete.
@@ -132,7 +133,14 @@ def write_transformer(folder: Path, transformer: Any, dtype: torch.dtype, *, wei
         aside.mkdir(parents=True)
         transformer.save_config(aside)
         state = {name: tensor.detach().to("cpu", dtype) for name, tensor in (weights or transformer.state_dict()).items()}
-        save_torch_state_dict(state, aside, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size="5GB")
+        save_torch_state_dict(
+            state,
+            aside,
+            filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+            max_shard_size="5GB",
+            metadata={"format": "pt", LISTED_KEY: str(MANIFEST_FORMAT)},
+        )
+        write_manifest(aside)
         for file in aside.iterdir():
             share(file)
         if folder.exists():

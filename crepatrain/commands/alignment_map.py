@@ -26,6 +26,7 @@ from crepatrain.preparing.precompute import filled_caches
 from crepatrain.preparing.preflight import read_dataset
 from crepatrain.records.layout import RunLayout, checkpoints, step_of
 from crepatrain.records.opening import config_of
+from crepatrain.records.whole import expect_whole
 from crepatrain.running.session import build_training_set, restore_modules
 from crepatrain.screen import Screen
 from crepatrain.stopping import StopSignal
@@ -44,7 +45,7 @@ def write_alignment_map(root: Path, screen: Screen) -> None:
     """Measure a run's newest checkpoint on the first windows of a few clips, into its alignment_map.json.
 
     Raises:
-        UserError: the run has no projector or no checkpoint, or what it was made from is gone.
+        UserError: the run has no projector or no checkpoint, a damaged one, or what it was made from is gone.
     """
     layout = RunLayout(root)
     plan = make_plan(config_of(root, screen).changed(output_dir=str(root)))
@@ -53,6 +54,7 @@ def write_alignment_map(root: Path, screen: Screen) -> None:
     found = checkpoints(layout.checkpoints)
     if not found:
         raise UserError(f"{root}: it has no checkpoint yet", "wait for the first one, or leave out --map")
+    expect_whole(found[-1])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with StopSignal() as stop:
         context = Context(plan, screen, device, stop)

@@ -18,6 +18,7 @@ from crepatrain.outputs import expect_nothing_at
 from crepatrain.placement.precision import compute_dtype
 from crepatrain.records.layout import RunLayout, checkpoints, numbered, step_of
 from crepatrain.records.opening import adapter_name, config_of, family_of
+from crepatrain.records.whole import expect_whole, step_option
 from crepatrain.screen import Screen
 from crepatrain.training.checkpoint_content import read_fingerprint
 from crepatrain.training.lora import live_adapter
@@ -56,7 +57,7 @@ def export(
         output: a new file for an adapter, or a new folder for a whole transformer; None: in RUN/exports.
 
     Raises:
-        UserError: there is no such run or step, its base is gone, or the disk is full.
+        UserError: there is no such run or step, its checkpoint is damaged, its base is gone, or the disk is full.
     """
     source = _find(run, step, weights, screen)
     config = source.config
@@ -84,6 +85,8 @@ def _find(run: Path, step: int | None, weights: str | None, screen: Screen) -> _
         raise UserError(what, f"use one of {', '.join(map(str, steps))}" if steps else "train first")
     if weights == "ema" and not config.optim.use_ema:
         raise UserError(f"--weights ema: {run} kept no average", "leave it out, or train with use_ema")
+    if chosen in saved:
+        expect_whole(saved[chosen], step_option)
     average = config.optim.use_ema and weights != "raw"
     return _Source(config, family, name, chosen, average, saved.get(chosen), adapters.get(chosen))
 

@@ -23,6 +23,7 @@ from crepatrain.families.base import Family
 from crepatrain.outputs import expect_writable, is_run
 from crepatrain.records.layout import BESIDE_BASE, RunLayout, checkpoints, step_of
 from crepatrain.records.opening import adapter_name, config_of
+from crepatrain.records.whole import expect_whole_transformer
 from crepatrain.sampling.comparison import TrainedModel, candidates, open_pipeline, sample_candidate
 from crepatrain.sampling.pipeline import first_frame
 from crepatrain.screen import Screen
@@ -168,10 +169,11 @@ def _open_run(root: Path, options: SampleOptions, screen: Screen) -> _Source:
     )
     adapters, transformer = _trained_files(layout, config, family, options)
     if transformer:
+        expect_whole_transformer(transformer, f"write it again with `crepatrain export {root}`, and put that in its place")
         saved = checkpoints(layout.checkpoints)
         settings, step = family.sample_defaults(*config.data.size, config.data.fps), step_of(saved[-1]) if saved else None
     else:
-        recipe = read_adapter(next(iter(adapters.values()))).recipe()
+        recipe, *_ = [read_adapter(path).recipe() for path in adapters.values()]  # all are read: a damaged one is refused
         settings, step = dict(recipe["sample"]), None if options.at else recipe["step"]
     prompts = config.validation.validation_prompts
     prompt = prompts[0] if prompts else _some_caption(config.data)

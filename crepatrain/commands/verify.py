@@ -65,6 +65,7 @@ def _facts(file: AdapterFile, model: Model) -> list[tuple[str, str]]:
         ("layers", f"{len(file.pairs)}, of rank {', '.join(map(str, sorted(file.ranks))) or 'unknown'}"),
         ("dtype", ", ".join(dtypes)),
         ("sha256", digest),
+        ("digest in its header", "right: the file is what was written" if file.sealed else "none, so that damage would not show"),
     ]
     if recipe:
         trained = f"step {recipe.get('step')}, alpha {recipe.get('alpha_trained')} of rank {recipe.get('rank')}, scale baked in"

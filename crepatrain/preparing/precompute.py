@@ -23,6 +23,7 @@ from crepatrain.families.base import Family
 from crepatrain.placement.placing import free_memory
 from crepatrain.placement.precision import encoding_dtype
 from crepatrain.preparing.context import Context
+from crepatrain.preparing.entries import Entry, EntryForms, missing_entries
 from crepatrain.preparing.preflight import Dataset, image_bytes, in_words, latents_bytes, teacher_bytes
 from crepatrain.training.build import (
     build_encoder,
@@ -123,15 +124,16 @@ def _digests(context: Context, dataset: Dataset, *, encoder: bool) -> dict[str, 
 
 
 def fill_caches(context: Context, caches: Caches) -> None:
-    """Compute what is missing; what is there is never written again.
+    """Compute what is missing or damaged; what is there and whole is never written again.
 
     Raises:
         UserError: a model that can't be loaded, a clip that can't be decoded any more, a full disk or GPU.
         Stopped: a signal came; every entry written so far stays.
     """
+    missing = missing_entries(context, caches.store, _entries(context.plan, caches))
     try:
-        _fill_text(context, caches)
-        _fill_video(context, caches)
+        _fill_text(context, caches, missing)
+        _fill_video(context, caches, missing)
     except torch.OutOfMemoryError as error:
         raise UserError(
             "out of GPU memory while filling the caches; what was written is kept",
@@ -214,10 +216,21 @@ def _teacher_frames(dataset: Dataset, window: Window) -> tuple[int, ...]:
     return tuple(window.frames[frame] for frame in dataset.grids[window.bucket].teacher_frames)
 
 
-def _fill_text(context: Context, caches: Caches) -> None:
+def _entries(plan: Plan, caches: Caches) -> list[Entry]:
+    forms = EntryForms(plan, caches.dataset)
+    of_window = {"latents": forms.latents, "image": forms.image, "teacher": forms.teacher}
+    text = [*caches.text.values(), *([caches.negative] if caches.negative else [])]
+    of_text = forms.text()
+    return [
+        *(Entry("text", key, of_text) for key in text),
+        *(Entry(kind, key, of_window[kind](window)) for kind, keys in caches.of_windows.items() for window, key in keys.items()),
+    ]
+
+
+def _fill_text(context: Context, caches: Caches, without: Collection[tuple[Kind, str]]) -> None:
     plan, screen, device, store = context.plan, context.screen, context.device, caches.store
-    missing = [caption for caption, key in caches.text.items() if not store.has("text", key)]
-    negative = caches.negative if caches.negative and not store.has("text", caches.negative) else None
+    missing = [caption for caption, key in caches.text.items() if ("text", key) in without]
+    negative = caches.negative if caches.negative and ("text", caches.negative) in without else None
     if not missing and not negative:
         return
     family = build_family(plan)
@@ -239,13 +252,13 @@ def _fill_text(context: Context, caches: Caches) -> None:
     free_memory()
 
 
-def _fill_video(context: Context, caches: Caches) -> None:
+def _fill_video(context: Context, caches: Caches, without: Collection[tuple[Kind, str]]) -> None:
     """One pass over the clips: each is decoded once for all that is made of it."""
     stop, dataset, store = context.stop, caches.dataset, caches.store
     missing: dict[Kind, set[Window]] = {
-        kind: {window for window, key in keys.items() if not store.has(kind, key)} for kind, keys in caches.of_windows.items()
+        kind: {window for window, key in keys.items() if (kind, key) in without} for kind, keys in caches.of_windows.items()
     }
-    windows = [window for window in dataset.clips.windows if any(window in without for without in missing.values())]
+    windows = [window for window in dataset.clips.windows if any(window in some for some in missing.values())]
     if not windows:
         return
     _check_disk(context, caches, missing)

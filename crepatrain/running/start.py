@@ -17,7 +17,9 @@ from crepatrain.errors import UserError
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.precompute import Caches, fill_caches, filled_caches, plan_caches
 from crepatrain.preparing.preflight import Dataset, build_sampler, read_datasets, samples_digest, total_steps
+from crepatrain.records.layout import step_of
 from crepatrain.records.same_run import expect_same_fingerprint
+from crepatrain.records.whole import expect_whole, resume_from
 from crepatrain.training import build
 from crepatrain.training.checkpoint_content import read_fingerprint, read_state
 from crepatrain.training.state import TrainState
@@ -62,10 +64,12 @@ def prepare_start(context: Context, processes: int, resume: Path | None) -> RunS
 
     Raises:
         UserError: clips that can't be used, a target of the adapter that is no layer of a block, a model that this device can't
-            train, an init_adapter of another model or kind, or a checkpoint of another run.
+            train, an init_adapter of another model or kind, or a checkpoint that is damaged or of another run.
         Stopped: a signal came.
     """
     plan, config = context.plan, context.plan.config
+    if resume:
+        expect_whole(resume, resume_from)
     dataset, held = read_datasets(context)
     family = build.build_family(plan)
     empty = build.expect_trainable(plan, family, context.device)
@@ -75,7 +79,7 @@ def prepare_start(context: Context, processes: int, resume: Path | None) -> RunS
     total = total_steps(plan, sampler)
     state = TrainState(schedule=build.build_schedule(config.crepa, total))
     if resume:
-        state.load_state_dict(read_state(resume, crepa=state.schedule is not None))
+        state.load_state_dict(read_state(resume, step=step_of(resume), crepa=state.schedule is not None))
     caches = plan_caches(context, dataset, teacher=state.asks_teacher)
     fingerprint = _fingerprint(caches, held, sampler, total)
     if resume:

@@ -16,6 +16,7 @@ from crepatrain.files import written_aside
 from crepatrain.records.layout import ADAPTER_FILE, BESIDE_BASE, RunLayout, checkpoints, set_aside_name, step_of
 from crepatrain.records.opening import adapter_name
 from crepatrain.records.reading import RunRecord
+from crepatrain.records.whole import expect_whole, expect_whole_transformer
 from crepatrain.screen import Screen
 from crepatrain.sharing.model_card import Card, Shown
 from crepatrain.training.checkpoint_content import read_fingerprint
@@ -46,7 +47,7 @@ def find_result(root: Path, config: ResolvedConfig, family: Family, step: int | 
         step: whose adapter; None: the last.
 
     Raises:
-        UserError: there is none, the adapter would do nothing, or the last checkpoint of a whole transformer is damaged.
+        UserError: there is none, the adapter would do nothing, it is damaged, or the last checkpoint of a whole transformer is.
     """
     layout = RunLayout(root)
     if config.model.model_type == "full":
@@ -59,6 +60,8 @@ def find_result(root: Path, config: ResolvedConfig, family: Family, step: int | 
         paths = sorted(path for path in folder.glob("*") if path.is_file())
         if not paths or not found:
             raise UserError(f"{folder}: there is no transformer yet", "train first")
+        expect_whole_transformer(folder, f"write it again with `crepatrain export {root}`, and put that in its place")
+        expect_whole(found[-1])
         fingerprint, last = read_fingerprint(found[-1]), step_of(found[-1])
         return Result(
             part,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crepatrain.errors import UserError
 from crepatrain.files import flush, unfinished_name, written_aside
+from crepatrain.integrity import LISTED_KEY, MANIFEST_FORMAT, Damaged, expect_listed, seal, unsealed, write_manifest
 
 # The files of a checkpoint, without the ends of their names.
 STATE_FILE = "state"
@@ -47,7 +48,7 @@ def optimizer_file(model: str) -> str:
 def write_checkpoint(
     folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], trees: Mapping[str, Any], plain: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint folder; a kill at any moment leaves either all of it or none.
+    """Write a checkpoint folder, with a manifest of its files; a kill at any moment leaves either all of it or none.
 
     Args:
         folder: `step-N`.
@@ -70,6 +71,7 @@ def write_checkpoint(
             _save_tensors(aside / f"{name}.safetensors", found)
         for name, content in plain.items():
             _write_json(aside / f"{name}.json", content)
+        write_manifest(aside)
         for file in aside.iterdir():
             flush(file)
         shutil.rmtree(folder, ignore_errors=True)
@@ -93,6 +95,15 @@ def unusable(path: Path, reason: str) -> UserError:
 def _cannot_read(path: Path, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [""])[0]
     return unusable(path, f"{type(error).__name__}: {reason}")
+
+
+def damage_of(folder: Path) -> str | None:
+    """Why a checkpoint is not what was written, by its manifest; None where it is, or where an earlier version wrote none."""
+    try:
+        expect_listed(folder)
+    except Damaged as damage:
+        return str(damage)
+    return None
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -133,7 +144,7 @@ def read_plain(folder: Path, name: str) -> Any:
 def replace_file(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], check: Callable[[Path], None] = lambda _: None
 ) -> None:
-    """Write a safetensors file aside and rename it.
+    """Write a safetensors file aside, with its digest in its header, and rename it.
 
     Args:
         check: called with the file aside; what it raises leaves `path` as it was.
@@ -143,7 +154,8 @@ def replace_file(
     """
     try:
         with written_aside(path) as aside:
-            save_file(dict(tensors), aside, metadata=dict(metadata))
+            save_file(dict(tensors), aside, metadata=unsealed(metadata))
+            seal(aside)
             check(aside)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(path, error) from error
@@ -163,7 +175,8 @@ def replace_json(path: Path, content: Any) -> None:
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(plain, path, metadata={LISTED_KEY: str(MANIFEST_FORMAT)})
 
 
 def _write_json(path: Path, content: Any) -> None:

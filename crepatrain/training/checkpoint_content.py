@@ -58,11 +58,12 @@ class _Fingerprint(_Content):
     versions: dict[str, str]
 
 
-def read_state(folder: Path, *, crepa: bool) -> dict[str, Any]:
+def read_state(folder: Path, *, step: int, crepa: bool) -> dict[str, Any]:
     """The state of a run, as `TrainState.load_state_dict` takes it.
 
     Args:
         folder: the checkpoint's.
+        step: which the folder's name says.
         crepa: whether the run has CREPA, and with it a schedule to restore.
 
     Raises:
@@ -70,6 +71,8 @@ def read_state(folder: Path, *, crepa: bool) -> dict[str, Any]:
     """
     path, content = folder / f"{STATE_FILE}.json", read_plain(folder, STATE_FILE)
     _check(path, content, _State)
+    if content["step"] != step:
+        raise unusable(path, f"step: {content['step']}, and the folder's name says {step}")
     sums, counts = content["window"]["sums"], content["window"]["counts"]
     if sums.keys() != counts.keys():
         raise unusable(path, "window: sums and counts are not of the same numbers")

@@ -215,7 +215,7 @@ def test_a_cache_entry_that_is_lost_on_the_way_costs_no_step(config_file: Write,
                 entry.write_bytes(b"lost")
 
     parts = {"output_dir": str(tmp_path / "parts"), "cache_dir": str(cache), **common}
-    with pytest.raises(UserError, match=r"cache entry .* can't be read .*\n.*delete it"):
+    with pytest.raises(UserError, match=r"cache entry .* is damaged .*\n.*run the same command again"):
         train(config_file, after_step=lose, **parts)
     saved = checkpoints(tmp_path / "parts" / "checkpoints")
     assert len(saved) == 1

@@ -76,6 +76,7 @@ def test_a_checkpoint_holds_its_three_kinds_of_files(tmp_path: Path):
         "adapter.safetensors",
         "learner.json",
         "learner.safetensors",
+        "manifest.json",
         "state.json",
     ]
     assert not folder.with_name("step-000012.tmp").exists()
@@ -97,7 +98,7 @@ def test_a_left_over_tmp_is_in_nobodys_way(tmp_path: Path):
     left.mkdir()
     (left / "junk.safetensors").write_bytes(b"half")
     folder = write_step(tmp_path, 2)
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter.safetensors", "state.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter.safetensors", "manifest.json", "state.json"]
     assert not left.exists()
 
 

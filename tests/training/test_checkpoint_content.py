@@ -64,7 +64,7 @@ def refused(read: Callable[[], Any], *words: str) -> None:
 
 def test_a_state_and_a_fingerprint_come_back_as_they_are(tmp_path: Path):
     write_checkpoint(tmp_path / "step-000003", {}, {}, {"state": STATE, "fingerprint": FINGERPRINT})
-    assert json.dumps(read_state(tmp_path / "step-000003", crepa=True)) == json.dumps(STATE)
+    assert json.dumps(read_state(tmp_path / "step-000003", step=STATE["step"], crepa=True)) == json.dumps(STATE)
     assert json.dumps(read_fingerprint(tmp_path / "step-000003")) == json.dumps(FINGERPRINT)
 
 
@@ -75,6 +75,9 @@ def test_a_state_and_a_fingerprint_come_back_as_they_are(tmp_path: Path):
         ({}, "step: Field required"),
         (changed(STATE, "step", "3"), "step: Input should be a valid integer"),
         (changed(STATE, "step", -1), "step: "),
+        (changed(STATE, "step", True), "step: "),
+        (changed(STATE, "step", 3.0), "step: "),
+        (changed(STATE, "step", 2), "step: 2, and the folder's name says 3"),
         (changed(STATE, "samples_seen", None), "samples_seen: "),
         (changed(STATE, "schedule", {}), "schedule.ema: Field required"),
         (changed(STATE, "schedule.latched", "no"), "schedule.latched: "),
@@ -87,12 +90,12 @@ def test_a_state_and_a_fingerprint_come_back_as_they_are(tmp_path: Path):
 )
 def test_a_state_that_is_something_else_is_refused(tmp_path: Path, state: Any, word: str):
     write_checkpoint(tmp_path / "step-000003", {}, {}, {"state": state})
-    refused(lambda: read_state(tmp_path / "step-000003", crepa=True), "step-000003/state.json", word)
+    refused(lambda: read_state(tmp_path / "step-000003", step=STATE["step"], crepa=True), "step-000003/state.json", word)
 
 
 def test_a_run_without_crepa_needs_no_schedule(tmp_path: Path):
     write_checkpoint(tmp_path / "step-000003", {}, {}, {"state": changed(STATE, "schedule", None)})
-    assert read_state(tmp_path / "step-000003", crepa=False)["schedule"] is None
+    assert read_state(tmp_path / "step-000003", step=STATE["step"], crepa=False)["schedule"] is None
 
 
 @pytest.mark.parametrize(
