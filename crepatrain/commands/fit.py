@@ -55,7 +55,8 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     if plan.config.hub.push_to_hub:
         expect_pushable(plan.config)
-    with RunFolder(plan.config, writes=accelerator.is_main_process) as folder, StopSignal() as stop:
+    one, processes = accelerator.is_main_process, accelerator.num_processes
+    with RunFolder(plan.config, writes=one, processes=processes) as folder, StopSignal() as stop:
         context = Context(plan, screen, accelerator.device, stop)
         events = Events([*subscribers, *([live_report(folder.root)] if folder.writes else [])])
         resume = folder.inspect()
@@ -69,8 +70,10 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
                     return
             held = fill_all_caches(context, start)
         expect_one_start(start, accelerator)
-        folder.claim(start.state.step)
-        folder.describe(dataset_facts(plan, start.caches.dataset, start.sampler))
+        for note in folder.claim(start.state.step, start.changed):
+            screen.note(note)
+        facts = dataset_facts(plan, start.caches.dataset, start.sampler)
+        folder.describe(facts, start.fingerprint["samples"], start.clips)
         first, buckets = start.state.step, list(start.caches.dataset.clips.buckets)
         with _status(folder, start, events), tracking(folder, first) as trackers:
             for tracker in trackers:
