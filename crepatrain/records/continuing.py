@@ -1,5 +1,6 @@
 """Whether a config may go on in a folder, and from where: by the folder's JSON files and names alone. No torch."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,17 +27,20 @@ class Continuation:
         checkpoint: to go on from; None: from step 0.
         lost: whether a run begins anew whose checkpoints are gone; what it has left is set aside.
         changes: keys that differ from those before, which allow_changes names.
+        remark: on the number of processes, where another one than before is needed.
     """
 
     checkpoint: Path | None = None
     lost: bool = False
     changes: tuple[KeyChange, ...] = ()
+    remark: str | None = None
 
     @property
     def notes(self) -> list[str]:
         """What of it should be known, for people."""
         begun = f"from step {step_of(self.checkpoint)} on" if self.checkpoint else "from the beginning"
-        return [f"{change.key} is {change.now} {begun}, and was {change.before}" for change in self.changes]
+        changes = [f"{change.key} is {change.now} {begun}, and was {change.before}" for change in self.changes]
+        return [*changes, self.remark] if self.remark else changes
 
 
 def find_continuation(layout: RunLayout, config: ResolvedConfig, processes: int | None = None) -> Continuation:
@@ -53,13 +57,13 @@ def find_continuation(layout: RunLayout, config: ResolvedConfig, processes: int 
     if before is None:
         _expect_empty(layout)
         return Continuation()
-    problems = _misplaced_files(layout)
+    problems, remark = _misplaced_files(layout), None
     found, steps = checkpoints(layout.checkpoints), _last_step(layout)
     changes: list[KeyChange] = []
     if found or steps:  # else it ended before its first step: there is nothing to lose
         changes = key_changes(before, config.model_dump())
         problems += _problems(config_problem(layout.root, changes, config.loop.allow_changes))
-        problems += _problems(_samples_problem(layout, before, config, processes))
+        remark = _compare_samples(layout, before, config, processes, problems)
     lost = not found and _had_checkpoints(layout, before, steps)
     checkpoint = None
     try:
@@ -68,7 +72,7 @@ def find_continuation(layout: RunLayout, config: ResolvedConfig, processes: int 
         problems += error.problems
     if problems:
         raise UserError.of(problems)
-    return Continuation(checkpoint, lost, tuple(changes))
+    return Continuation(checkpoint, lost, tuple(changes), remark)
 
 
 def _problems(found: Problem | None) -> list[Problem]:
@@ -110,22 +114,33 @@ def _last_step(layout: RunLayout) -> int:
     return max((step_of_line(text) or 0 for text in raw_lines(layout.metrics)), default=0)
 
 
-def _samples_problem(
-    layout: RunLayout, before: Mapping[str, Any], config: ResolvedConfig, processes: int | None
-) -> Problem | None:
-    """A step has as many samples as before, as far as that is known already."""
+def _compare_samples(
+    layout: RunLayout, before: Mapping[str, Any], config: ResolvedConfig, processes: int | None, problems: list[Problem]
+) -> str | None:
+    """Whether a step has as many samples as before, as far as that is known already; its checkpoint knows it too.
+
+    Args:
+        problems: what is wrong is added to it.
+
+    Returns:
+        A remark on the number of processes.
+    """
     try:
         unit = read_dataset(layout.root).get("unit")
     except UserError:  # it is written anew
         return None
-    batch, accumulation = before.get("train_batch_size", 1), before.get("gradient_accumulation_steps", 1)
-    if not unit or unit % (batch * accumulation):
-        return None  # the checkpoint knows it too
-    there = Split(unit // (batch * accumulation), batch, accumulation)
-    batch, accumulation = config.loop.train_batch_size, config.loop.gradient_accumulation_steps
-    if processes is None and unit % (batch * accumulation) == 0:
-        return None  # with the right number of processes
-    return split_problem(unit, there, Split(processes or 1, batch, accumulation))
+    own = (before.get("train_batch_size", 1), before.get("gradient_accumulation_steps", 1))
+    if not unit or not all(isinstance(number, int) and number > 0 for number in own) or unit % math.prod(own):
+        return None
+    there = Split(unit // math.prod(own), *own)
+    here = Split(processes or 1, config.loop.train_batch_size, config.loop.gradient_accumulation_steps)
+    if processes is None and unit % here.unit == 0:
+        needed = unit // here.unit
+        several = "process trains" if needed == 1 else "processes train"
+        same = needed == there.processes
+        return None if same else f"a step of this run has {unit} samples: with this config {needed} {several} them"
+    problems += _problems(split_problem(unit, there, here))
+    return None
 
 
 def _had_checkpoints(layout: RunLayout, before: Mapping[str, Any], steps: int) -> bool:

@@ -109,19 +109,18 @@ class RunFolder(RunLayout):
         if self._seen.lost:
             results = [self.result_adapter, self.changes, self.best_file, *self.transformers()]
             aside += [*logs, *(path for path in results if path.exists())]
-        elif back:
-            for log in logs:  # the lines of the steps that are given up
-                kept = set_aside_name(log)
-                with written_aside(kept) as copy:
-                    shutil.copyfile(log, copy)
-        moved = [_set_aside(path).relative_to(self.root) for path in aside]
+        moved = [_set_aside(path) for path in aside]
+        moved += [_copy_aside(log) for log in logs if back and log.is_file()]  # the lines of the steps that are given up
         for log in (self.metrics, self.figures):
             _remove_lines_after(log, step)
         self.mark_best()
         if not moved:
             return []
-        named = ", ".join(map(str, moved[:_NAMED])) + (f" and {len(moved) - _NAMED} more" if len(moved) > _NAMED else "")
-        return [f"what this run had of later steps is set aside in {self.root}: {named}"]
+        names = sorted(
+            (str(path.relative_to(self.root)) for path in moved), key=lambda name: (not name.startswith("checkpoints"), name)
+        )
+        listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        return [f"what this run had of {'all' if self._seen.lost else 'later'} steps is set aside in {self.root}: {listed}"]
 
     def _restore_transformers(self) -> None:
         """A kill between two renames leaves the last whole transformer under another name alone."""
@@ -237,6 +236,13 @@ def rotate(folder: Path, limit: int | None, keep: int | None = None) -> None:
 def _set_aside(path: Path) -> Path:
     """Keep a checkpoint's folder or a file under another name, beside what was set aside before."""
     return path.replace(set_aside_name(path))
+
+
+def _copy_aside(log: Path) -> Path:
+    kept = set_aside_name(log)
+    with written_aside(kept) as copy:
+        shutil.copyfile(log, copy)
+    return kept
 
 
 def _remove_lines_after(log: Path, step: int) -> None:
