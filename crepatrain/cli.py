@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import crepatrain
+from crepatrain.commands.validate import validate
 from crepatrain.config.load import options_of_released_model, parse_numbers
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.config.run_config import RunConfig
@@ -97,9 +98,8 @@ def validate_config(
         return
     if config is None:
         raise UserError("no config file was given", "run crepatrain validate-config config.json")
-    plan = _plan(config, context.args, online=False)
-    _summary(plan)
-    _screen.say("the config is valid")
+    _summary(plan := _plan(config, context.args, online=False))
+    validate(plan, _screen)
 
 
 @app.command("dry-run", context_settings=_OPTIONS)

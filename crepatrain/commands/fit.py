@@ -60,8 +60,9 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
     if plan.config.hub.push_to_hub:
         expect_pushable(plan.config)
     expect_all_processes()
+    one, processes = accelerator.is_main_process, accelerator.num_processes
     with (
-        RunFolder(plan.config, writes=accelerator.is_main_process) as folder,
+        RunFolder(plan.config, writes=one, processes=processes) as folder,
         Companions(accelerator, partial(_lost, folder), say=lambda error: screen.problems(error.problems)) as companions,
         companions.explained(),
         StopSignal() as stop,
@@ -79,8 +80,10 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
                     return
             held = fill_all_caches(context, start)
         expect_one_start(start, accelerator)
-        folder.claim(start.state.step)
-        folder.describe(dataset_facts(plan, start.caches.dataset, start.sampler))
+        for note in folder.claim(start.state.step, start.changed):
+            screen.note(note)
+        facts = dataset_facts(plan, start.caches.dataset, start.sampler)
+        folder.describe(facts, start.fingerprint["samples"], start.clips)
         first, buckets = start.state.step, list(start.caches.dataset.clips.buckets)
         with _status(folder, start, events), tracking(folder, first) as trackers:
             for tracker in trackers:

@@ -28,6 +28,7 @@ def status(root: Path, screen: Screen) -> None:
         ("numbers", _numbers(run)),
         ("saved", _saved(run)),
         ("validation", _validation(run)),
+        *(("changed", words) for words in run.changes),
     ):
         screen.say(f"{topic:<12}{words.encode(errors='replace').decode()}")  # paths may hold bytes that are no text
 

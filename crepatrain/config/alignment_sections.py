@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from crepatrain.config.fields import MAY_CHANGE, PathText, Section
+from crepatrain.config.fields import IF_ALLOWED, MAY_CHANGE, PathText, Section
 
 
 class CrepaConfig(Section, frozen=True):
@@ -16,7 +16,7 @@ class CrepaConfig(Section, frozen=True):
     crepa_block_index: int | None = Field(
         None, ge=0, description="Block whose hidden states are aligned, counted from 0. null: the family's default."
     )
-    crepa_lambda: float = Field(0.5, ge=0, description="Weight of the alignment loss.")
+    crepa_lambda: float = Field(0.5, ge=0, description="Weight of the alignment loss.", json_schema_extra=IF_ALLOWED)
     crepa_adjacent_distance: int = Field(
         1, ge=0, description="Distance d: frame f is aligned with frames f-d and f+d too. 0: with its own features only (REPA)."
     )
@@ -33,7 +33,7 @@ class CrepaConfig(Section, frozen=True):
         "linear", description="Kind of projector. conv: a 3x3 convolution over the token grid (iREPA)."
     )
     crepa_projector_lr: float | None = Field(
-        None, gt=0, le=10, description="Peak learning rate of the projector. null: learning_rate."
+        None, gt=0, le=10, description="Peak learning rate of the projector. null: learning_rate.", json_schema_extra=IF_ALLOWED
     )
     crepa_feature_source: Literal["cached", "pixels", "latents", "backbone"] = Field(
         "cached",
@@ -55,7 +55,9 @@ class CrepaConfig(Section, frozen=True):
         description="Size at which the encoder sees a frame. A number n: the frame is resized to n x n pixels; grid: one encoder "
         "patch per token, with the aspect ratio kept.",
     )
-    crepa_encoder_frames_batch_size: int = Field(8, ge=1, description="Number of frames in one forward pass of the encoder.")
+    crepa_encoder_frames_batch_size: int = Field(
+        8, ge=1, description="Number of frames in one forward pass of the encoder.", json_schema_extra=IF_ALLOWED
+    )
     crepa_cache_dtype: Literal["float16", "int8"] = Field(
         "float16",
         description="How cached features are stored. int8: with a scale per patch; half the disk space, and an error of the "
@@ -65,16 +67,24 @@ class CrepaConfig(Section, frozen=True):
         False, description="Free the memory of the VAE's encoder half. Only where crepa_feature_source is latents."
     )
     crepa_scheduler: Literal["constant", "linear", "cosine", "polynomial"] = Field(
-        "constant", description="How the weight decays from crepa_lambda to crepa_lambda_end."
+        "constant", description="How the weight decays from crepa_lambda to crepa_lambda_end.", json_schema_extra=IF_ALLOWED
     )
-    crepa_warmup_steps: int = Field(0, ge=0, description="Number of optimizer steps of the rise from 0 to crepa_lambda.")
+    crepa_warmup_steps: int = Field(
+        0, ge=0, description="Number of optimizer steps of the rise from 0 to crepa_lambda.", json_schema_extra=IF_ALLOWED
+    )
     crepa_decay_steps: int = Field(
         0,
         ge=0,
         description="Number of optimizer steps of the decay, counted from the end of the warm-up. 0: the rest of the run.",
+        json_schema_extra=IF_ALLOWED,
     )
-    crepa_lambda_end: float = Field(0.0, ge=0, description="Weight at the end of the decay.")
-    crepa_power: float = Field(1.0, gt=0, description="Power of the polynomial decay. Only where crepa_scheduler is polynomial.")
+    crepa_lambda_end: float = Field(0.0, ge=0, description="Weight at the end of the decay.", json_schema_extra=IF_ALLOWED)
+    crepa_power: float = Field(
+        1.0,
+        gt=0,
+        description="Power of the polynomial decay. Only where crepa_scheduler is polynomial.",
+        json_schema_extra=IF_ALLOWED,
+    )
     crepa_cutoff_step: int = Field(0, ge=0, description="Turn CREPA off from this optimizer step on. 0: never.")
     crepa_similarity_threshold: float | None = Field(
         None, description="Turn CREPA off when the moving average of the score reaches this value. null: never."
@@ -113,4 +123,4 @@ class LayerSyncConfig(Section, frozen=True):
         ge=0,
         description="Block that is the teacher. Required with layersync_enabled; must be deeper than layersync_student_block.",
     )
-    layersync_lambda: float = Field(0.2, ge=0, description="Weight of the LayerSync loss.")
+    layersync_lambda: float = Field(0.2, ge=0, description="Weight of the LayerSync loss.", json_schema_extra=IF_ALLOWED)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from crepatrain.config.alignment_sections import CrepaConfig
 from crepatrain.config.resolved import ResolvedConfig, ResolvedData
-from crepatrain.config.run_config import RunConfig
+from crepatrain.config.run_config import ALLOWABLE, KEYS, RunConfig
 from crepatrain.config.sections import LoopConfig, ModelConfig, ValidationConfig
-from crepatrain.errors import Problem, UserError
+from crepatrain.errors import Problem, UserError, closest
 from crepatrain.files import safetensors_header
 from crepatrain.geometry import Geometry
 from crepatrain.neighbours import reachable_maximum
@@ -50,7 +50,7 @@ def check_paths(config: ResolvedConfig) -> list[Problem]:
     elif train_data.is_file() and train_data.suffix.lower() not in {".jsonl", ".csv"}:
         what = f"train_data={train_data}: neither a folder nor a .jsonl or .csv list"
         problems.append(Problem(what, "give the folder of the clips", about))
-    if Path(config.loop.output_dir).resolve() == train_data.resolve():
+    if os.path.realpath(config.loop.output_dir) == os.path.realpath(train_data):  # Path.resolve raises where links loop
         what = f"output_dir={config.loop.output_dir}: it is the folder of train_data"
         problems.append(Problem(what, "give a folder of its own", ("output_dir",)))
     for key in ("output_dir", "cache_dir"):
@@ -58,10 +58,34 @@ def check_paths(config: ResolvedConfig) -> list[Problem]:
         if path.exists() and not path.is_dir():
             problems.append(Problem(f"{key}={path}: it is a file", "give a folder", (key,)))
             continue
+        broken = next((str(place) for place in (path, *path.parents) if place.is_symlink() and not place.exists()), None)
+        if broken:
+            which = "it" if broken == str(path) else broken
+            what = f"{key}={path}: {which} is a link that leads nowhere (to {os.readlink(broken)})"  # noqa: PTH115 - the text itself
+            problems.append(Problem(what, "remove the link, or make the folder that it leads to", (key,)))
+            continue
         existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK)):
             what = f"{key}={path}: {existing} can't be written to"
             problems.append(Problem(what, "give another folder, or change its permissions", (key,)))
+    return problems
+
+
+def check_allowed(config: LoopConfig) -> list[Problem]:
+    """A key that allow_changes names may change without harm to what a checkpoint holds."""
+    problems, about = [], ("allow_changes",)
+    for key in config.allow_changes:
+        if key in ALLOWABLE or (key in KEYS and KEYS[key].may_change):
+            continue
+        use = f"leave it out; it takes {', '.join(ALLOWABLE)}"
+        if key in KEYS:
+            what = f"allow_changes: {key} can't change within a run, as its checkpoints depend on it"
+            if key in {"train_batch_size", "gradient_accumulation_steps"}:
+                what = f"allow_changes: {key} needs no allowance where the samples of a step stay the same, and else can't change"
+        else:
+            what, close = f"allow_changes: {key!r} is no key", closest(key, ALLOWABLE)
+            use = f"did you mean {close}?" if close else use
+        problems.append(Problem(what, use, about))
     return problems
 
 

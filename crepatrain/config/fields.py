@@ -48,6 +48,13 @@ LoraTargets = (
 # there is compared with the checkpoint's fingerprint.
 MAY_CHANGE: dict[str, Any] = {"may_change": True}
 
+# A run may go on after such a key was changed where allow_changes names it: its result is another one, but what a checkpoint
+# holds keeps its shapes and its meaning.
+IF_ALLOWED: dict[str, Any] = {"if_allowed": True}
+
+# The longest names in a run's folder begin with output_name, and a file system takes 255 bytes.
+LONGEST_OUTPUT_NAME = 150
+
 
 class Section(BaseModel, frozen=True):
     """One part of the config: unknown keys are errors, values are taken as they are written, never coerced."""

@@ -295,6 +295,7 @@ _WRONG: Mapping[str, tuple[str, str]] = {
     "list_type": ("wrong type", "write a list"),
     "too_short": ("an empty list", "write a list of one entry or more, or leave the key out"),
     "string_too_short": ("empty", "write a value"),
+    "string_too_long": ("too long", "use {max_length} characters or fewer"),
     "string_pattern_mismatch": ("not a possible name", "use letters, digits, dot, dash and underscore"),
     "impossible_regex": ("not a regular expression", "write a list of names, or correct it"),
     "impossible_path": ("not a possible path", "give a shorter path"),

@@ -110,6 +110,7 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     resolved = _resolve(config, spec, variant, checkpoint, geometry)
     problems += checks.check_paths(resolved)
     problems += checks.check_length(resolved.loop)
+    problems += checks.check_allowed(resolved.loop)
     problems += checks.check_eval(resolved.validation)
     problems += checks.check_init_adapter(resolved)
     problems += checks.check_optimizer(resolved)

@@ -129,8 +129,16 @@ class KeyInfo:
     @property
     def may_change(self) -> bool:
         """Whether a run may go on after this key was changed."""
+        return self._is("may_change")
+
+    @property
+    def if_allowed(self) -> bool:
+        """Whether a run may go on after this key was changed, where allow_changes names it."""
+        return self._is("if_allowed")
+
+    def _is(self, mark: str) -> bool:
         extra = self.field.json_schema_extra
-        return isinstance(extra, dict) and bool(extra.get("may_change"))
+        return isinstance(extra, dict) and bool(extra.get(mark))
 
 
 def _section_classes() -> dict[str, type[Section]]:
@@ -148,6 +156,10 @@ KEYS: Mapping[str, KeyInfo] = {
     key: KeyInfo(name, field) for name, section in SECTIONS.items() for key, field in section.model_fields.items()
 }
 assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values()), "a key is in one section"
+
+# What allow_changes may name: a change of one of these leaves the shapes and the meaning of a checkpoint. train_data stands for
+# the clips themselves; where they lie may change anyway.
+ALLOWABLE: tuple[str, ...] = tuple(sorted({"train_data", *(key for key, info in KEYS.items() if info.if_allowed)}))
 
 
 def unknown_keys(values: Iterable[str]) -> list[str]:

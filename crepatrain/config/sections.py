@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from crepatrain.config.fields import MAY_CHANGE, FamilyName, LoraTargets, PathText, Section
+from crepatrain.config.fields import IF_ALLOWED, LONGEST_OUTPUT_NAME, MAY_CHANGE, FamilyName, LoraTargets, PathText, Section
 
 
 class ModelConfig(Section, frozen=True):
@@ -40,7 +40,7 @@ class LoraConfig(Section, frozen=True):
     lora_alpha: float | None = Field(
         None, gt=0, description="The adapter is scaled by lora_alpha / lora_rank. null: the value of lora_rank, a scale of 1."
     )
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.", json_schema_extra=IF_ALLOWED)
     lora_use_rslora: bool = Field(
         False, description="Scale the adapter by lora_alpha / sqrt(lora_rank) instead (rank-stabilized LoRA)."
     )
@@ -78,32 +78,43 @@ class DataConfig(Section, frozen=True):
         description="Keep each clip's aspect ratio: use the legal size nearest to it, with the same area as height x width.",
     )
     max_windows_per_clip: int = Field(
-        0, ge=0, description="Largest number of windows of num_frames cut from one clip, spread evenly. 0: all that fit."
+        0,
+        ge=0,
+        description="Largest number of windows of num_frames cut from one clip, spread evenly. 0: all that fit.",
+        json_schema_extra=IF_ALLOWED,
     )
     missing_captions: Literal["error", "empty", "filename", "skip"] = Field(
         "error",
         description="What to do with a clip without a caption: stop, take an empty one, take the file's name, or skip the clip.",
+        json_schema_extra=IF_ALLOWED,
     )
     unusable_clips: Literal["error", "skip"] = Field(
-        "error", description="What to do with a clip that can't be read or is too short: stop, or skip the clip."
+        "error",
+        description="What to do with a clip that can't be read or is too short: stop, or skip the clip.",
+        json_schema_extra=IF_ALLOWED,
     )
     caption_prefix: str = Field(
         "",
         max_length=2000,
         description="Text before the caption of every clip, as it is written here: end it in a space. The empty caption of "
         "caption_dropout stays empty, and prompts are used as they are.",
+        json_schema_extra=IF_ALLOWED,
     )
     caption_suffix: str = Field(
         "",
         max_length=2000,
         description="Text after the caption of every clip, as it is written here: begin it with a space or a comma.",
+        json_schema_extra=IF_ALLOWED,
     )
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="Share of the samples that are trained with the empty caption.")
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description="Share of the samples that are trained with the empty caption.", json_schema_extra=IF_ALLOWED
+    )
     i2v_dropout: float = Field(
         0.0,
         ge=0,
         le=1,
         description="Share of the samples that are trained without the first frame. Only where task is i2v.",
+        json_schema_extra=IF_ALLOWED,
     )
     cache_dir: PathText | None = Field(
         None,
@@ -151,7 +162,9 @@ class OptimConfig(Section, frozen=True):
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = Field(
         "adamw", description="Optimizer of the trained weights and of CREPA's projector."
     )
-    learning_rate: float = Field(1e-4, gt=0, le=10, description="Peak learning rate. Use 1.0 with prodigy.")
+    learning_rate: float = Field(
+        1e-4, gt=0, le=10, description="Peak learning rate. Use 1.0 with prodigy.", json_schema_extra=IF_ALLOWED
+    )
     adam_beta1: float = Field(
         0.9, ge=0, lt=1, description="Decay of the average of the gradients. Only for adamw, adamw8bit and prodigy."
     )
@@ -161,21 +174,25 @@ class OptimConfig(Section, frozen=True):
     adam_epsilon: float = Field(
         1e-8, gt=0, description="Added to the divisor of the update. Only for adamw, adamw8bit and prodigy."
     )
-    adam_weight_decay: float = Field(0.01, ge=0, description="Weight decay. For every optimizer.")
+    adam_weight_decay: float = Field(0.01, ge=0, description="Weight decay. For every optimizer.", json_schema_extra=IF_ALLOWED)
     max_grad_norm: float = Field(
         1.0,
         ge=0,
         description="Gradients are clipped to this norm, those of the model and those of the projector separately. 0: never.",
+        json_schema_extra=IF_ALLOWED,
     )
     use_ema: bool = Field(
         False, description="Keep an exponential moving average of the trained weights; the result is the average."
     )
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the moving average. Only with use_ema.")
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = Field(
-        "constant_with_warmup", description="Learning-rate schedule, as diffusers defines it."
+        "constant_with_warmup", description="Learning-rate schedule, as diffusers defines it.", json_schema_extra=IF_ALLOWED
     )
     lr_warmup_steps: int = Field(
-        0, ge=0, description="Number of optimizer steps in which the learning rate rises from 0. Not for the schedule constant."
+        0,
+        ge=0,
+        description="Number of optimizer steps in which the learning rate rises from 0. Not for the schedule constant.",
+        json_schema_extra=IF_ALLOWED,
     )
 
 
@@ -187,6 +204,7 @@ class LoopConfig(Section, frozen=True):
     output_dir: PathText = Field(description="The run's folder.")
     output_name: str = Field(
         "adapter",
+        max_length=LONGEST_OUTPUT_NAME,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="How the names of the files in adapters/ begin.",
         json_schema_extra=MAY_CHANGE,
@@ -217,13 +235,18 @@ class LoopConfig(Section, frozen=True):
     train_batch_size: int = Field(1, ge=1, le=1024, description="Number of clips in one forward pass on one device.")
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Number of forward passes in one optimizer step.")
     gradient_checkpointing: bool = Field(
-        True, description="Recompute the blocks in the backward pass: much less memory, a third more time."
+        True,
+        description="Recompute the blocks in the backward pass: much less memory, a third more time.",
+        json_schema_extra=IF_ALLOWED,
     )
-    compile: bool = Field(False, description="Compile the blocks with torch.compile. The first steps are slow.")
+    compile: bool = Field(
+        False, description="Compile the blocks with torch.compile. The first steps are slow.", json_schema_extra=IF_ALLOWED
+    )
     attention_backend: str | None = Field(
         None,
         min_length=1,
         description="Attention implementation by its name in diffusers, such as native, flash or sage. null: diffusers' default.",
+        json_schema_extra=IF_ALLOWED,
     )
     mixed_precision: Literal["no", "bf16"] = Field(
         "bf16",
@@ -240,7 +263,14 @@ class LoopConfig(Section, frozen=True):
     )
     resume_from_checkpoint: str | None = Field(
         "latest",
-        description="Where to continue: latest, or the name of a folder in checkpoints/. null: never continue.",
+        description="Where to continue: latest, the name of a folder in checkpoints/, or the path of such a folder. null: never "
+        "continue; what a run whose checkpoints are lost has left is then set aside.",
+        json_schema_extra=MAY_CHANGE,
+    )
+    allow_changes: list[str] = Field(
+        [],
+        description="Keys in which this run may differ from what its folder holds when it continues, such as learning_rate. "
+        "train_data: its clips and captions.",
         json_schema_extra=MAY_CHANGE,
     )
     logging_steps: int = Field(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from crepatrain.config.checks import maximum_score
 from crepatrain.config.plan import Plan
 from crepatrain.data.buckets import Bucket, ClipWindows, cut_clips
+from crepatrain.data.clip import Clip
 from crepatrain.data.digests import FileDigests
 from crepatrain.data.index import ClipIndex
 from crepatrain.data.listing import Refusal, refusal_error
@@ -188,6 +190,28 @@ def samples_digest(dataset: Dataset) -> str:
     """Of all windows and their captions: with another one it is another dataset."""
     facts = [[w.clip.digest, w.frames, w.bucket.height, w.bucket.width, w.clip.caption] for w in dataset.clips.windows]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def listed_clips(plan: Plan, dataset: Dataset) -> list[dict[str, str]]:
+    """Every clip as a run's folder lists it, so that another dataset can be compared clip by clip."""
+    source = Path(plan.config.data.train_data).absolute()
+    folder = source if source.is_dir() else source.parent
+    windows: dict[Clip, list[Any]] = {}
+    for window in dataset.clips.windows:
+        windows.setdefault(window.clip, []).append([window.frames, window.bucket.height, window.bucket.width])
+    return [
+        {
+            "file": os.path.relpath(path, folder) if (path := clip.path.absolute()).is_relative_to(folder) else str(path),
+            "content": clip.digest,
+            "caption": _digest(clip.caption),
+            "cut": _digest(cut),
+        }
+        for clip, cut in windows.items()
+    ]
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def build_sampler(plan: Plan, dataset: Dataset, world: int) -> StepSampler:

@@ -1,10 +1,13 @@
 """The name of everything in a run's folder, and the step that a name holds: who writes or reads a file asks here. No torch."""
 
+import itertools
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from crepatrain.files import UNFINISHED
+from crepatrain.leftovers import is_abandoned, written_for
 from crepatrain.outputs import RUN_CONFIG_FILE, RUN_METRICS_FILE, RUN_STATUS_FILE
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name under which diffusers looks for an adapter
@@ -12,10 +15,15 @@ CARD_FILE = "README.md"
 REPORT_FILE = "report.html"
 # What ends the name of a video that shows the adapter beside the base.
 BESIDE_BASE = "-beside-base.mp4"
+# What ends the name of a transformer's folder while another one takes its place.
+REPLACED = ".old"
 
 _CHECKPOINT = re.compile(r"step-(\d+)")
 _VIDEO = re.compile(r"step-(\d{6,})(?:-.*)?\.mp4")  # the first version wrote a file for each prompt: step-000500-0.mp4
 _ADAPTER = re.compile(r".+-(\d{6,})\.safetensors")
+_TRANSFORMER = re.compile(r"transformer(_\d+)?")
+# How the names in samples/ begin that the run itself writes.
+_RUNS_OWN = ("step-", "figures")
 
 
 class RunLayout:
@@ -27,6 +35,7 @@ class RunLayout:
     Attributes:
         metrics: what was logged, a JSON object on each line.
         figures: what was measured of the validation videos, a JSON object on each line.
+        changes: what of the run was changed on the way, a JSON object on each line.
         result_adapter: the run's last adapter.
     """
 
@@ -42,6 +51,8 @@ class RunLayout:
         self.report_file = root / REPORT_FILE
         self.card_file = root / CARD_FILE
         self.metrics = root / RUN_METRICS_FILE
+        self.changes = root / "changes.jsonl"
+        self.clip_lists = root / "clip-lists"
         self.checkpoints = root / "checkpoints"
         self.adapters = root / "adapters"
         self.samples = root / "samples"
@@ -79,9 +90,34 @@ class RunLayout:
         """The validation videos, the oldest first."""
         return _by_step(path for path in self.samples.glob("step-*.mp4") if _VIDEO.fullmatch(path.name))
 
+    def clip_list(self, samples: str) -> Path:
+        """The clips behind a digest of all samples, by which two of them are compared clip by clip."""
+        return self.clip_lists / f"{samples[:16]}.json"
+
+    def transformers(self, ending: str = "") -> list[Path]:
+        """The run's last transformer, where a whole one is trained; with an ending those of a write that a kill has cut off."""
+        return sorted(path for path in self.root.glob(f"transformer*{ending}") if _is_transformer(path, ending))
+
     def unfinished_checkpoints(self) -> list[Path]:
         """The checkpoints that a kill has left half written."""
         return sorted(self.checkpoints.glob(f"step-*{UNFINISHED}"))
+
+    def leftovers(self) -> list[Path]:
+        """What a killed run has left half written, for the one that holds the run's lock.
+
+        Other commands write into the folder as well, and take no lock: of these what has surely been given up.
+        """
+        others = {self.report_file.name, self.card_file.name, self.alignment_map_file.name}
+        found = [*self.unfinished_checkpoints(), *self.transformers(UNFINISHED)]
+        for folder in (self.root, self.checkpoints, self.adapters, self.clip_lists, self.samples, self.exports):
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                name = written_for(path)
+                if name is None:
+                    continue
+                shared = folder == self.exports or name in others or (folder == self.samples and not name.startswith(_RUNS_OWN))
+                if not shared or is_abandoned(path):
+                    found.append(path)
+        return found
 
     def after(self, step: int) -> list[Path]:
         """Checkpoints, adapters and videos of later steps; from step 0 on every adapter and video, as they are made anew."""
@@ -95,8 +131,13 @@ def numbered(name: str, step: int) -> str:
 
 
 def set_aside_name(path: Path) -> Path:
-    """Where something is moved to that is not of this run any more but may be missed."""
-    return path.with_name(f"{path.name}.left")
+    """Where something is moved to that is not of this run any more but may be missed; what was moved before stays."""
+    names = (f"{path.name}.left{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
+    return next(free for free in map(path.with_name, names) if not os.path.lexists(free))
+
+
+def _is_transformer(path: Path, ending: str) -> bool:
+    return path.is_dir() and path.name.endswith(ending) and bool(_TRANSFORMER.fullmatch(path.name.removesuffix(ending)))
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -70,6 +70,12 @@ class _Dataset(_Expected):
     captions: list[_Clip]
 
 
+class _Change(_Expected):
+    step: _Count
+    keys: dict[str, tuple[Any, Any]]
+    clips: list[str]
+
+
 class _Best(_Expected):
     step: _Count
     eval_loss: _Number
@@ -86,6 +92,7 @@ class RunRecord:
         dataset: what was trained on; empty for a run from before it was written down.
         best: step and eval_loss of the best checkpoint; empty where no clips were held out.
         lines: of metrics.jsonl.
+        changes: what was changed on the way, for people.
     """
 
     root: Path
@@ -95,6 +102,7 @@ class RunRecord:
     dataset: dict[str, Any]
     best: dict[str, Any]
     lines: list[dict[str, Any]]
+    changes: list[str]
 
     @property
     def layout(self) -> RunLayout:
@@ -149,10 +157,11 @@ def read_run(root: Path) -> RunRecord:
         root,
         root.resolve().name,
         config=migrate(read_config_values(layout), layout.config_file),
-        status=_read_object(layout.status_file, _Status),
-        dataset=_read_object(layout.dataset_file, _Dataset),
+        status=read_status(root),
+        dataset=read_dataset(root),
         best=read_best(root),
         lines=read_lines(layout.metrics),
+        changes=_read_changes(layout.changes),
     )
 
 
@@ -175,6 +184,45 @@ def note_unknown_keys(layout: RunLayout, unknown: Iterable[str], screen: Screen)
     """Tell the user which keys of a run's config.json this version does not know, if there are any."""
     if keys := ", ".join(unknown):
         screen.note(f"{layout.config_file}: {keys}: unknown to this version of crepatrain, and ignored")
+
+
+def read_status(root: Path) -> dict[str, Any]:
+    """Where a run stands; empty before its first step.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return _read_object(RunLayout(root).status_file, _Status)
+
+
+def read_dataset(root: Path) -> dict[str, Any]:
+    """What a run trains on; empty for a run from before it was written down.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return _read_object(RunLayout(root).dataset_file, _Dataset)
+
+
+def _read_changes(path: Path) -> list[str]:
+    """What was changed of a run on the way; a line that can't be read is left out."""
+    found = []
+    for text in raw_lines(path):
+        try:
+            line = _Change.model_validate_json(text)
+        except ValidationError:
+            continue
+        keys = [f"{key} {json.dumps(before)} -> {json.dumps(now)}" for key, (before, now) in line.keys.items()]
+        found.append(f"from step {line.step} on: {', '.join([*keys, *line.clips])}")
+    return found
+
+
+def step_of_change(text: bytes) -> int | None:
+    """The step of a line of changes.jsonl; None of a damaged one."""
+    try:
+        return _Change.model_validate_json(text).step
+    except ValidationError:
+        return None
 
 
 def read_best(root: Path) -> dict[str, Any]:

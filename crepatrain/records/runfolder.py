@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from crepatrain.config.migrations import migrate
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.errors import UserError
 from crepatrain.files import unfinished_name, written_aside
-from crepatrain.records.layout import RunLayout, checkpoints, set_aside_name, step_of
-from crepatrain.records.reading import raw_lines, read_config_values, read_lines, read_run, step_of_line
-from crepatrain.records.same_run import expect_same_config
+from crepatrain.leftovers import remove
+from crepatrain.records.clip_lists import as_plain
+from crepatrain.records.continuing import Continuation, find_continuation
+from crepatrain.records.layout import REPLACED, RunLayout, checkpoints, set_aside_name, step_of
+from crepatrain.records.reading import raw_lines, read_lines, read_run, step_of_change, step_of_line
 from crepatrain.records.signs import is_given_back, keep_from_children, signs_of_life
 from crepatrain.training.checkpoint import replace_json
 
@@ -24,6 +25,8 @@ from crepatrain.training.checkpoint import replace_json
 _LOCK_SECONDS = 0.5
 # Between two signs of life in status.json.
 _BEAT_SECONDS = 30.0
+# What was set aside is named one by one as far as this.
+_NAMED = 12
 
 
 class RunFolder(RunLayout):
@@ -32,14 +35,16 @@ class RunFolder(RunLayout):
     Args:
         config: of the run, with every default filled in.
         writes: whether this process is the one that writes; the others only read.
+        processes: that train together; None: not known.
     """
 
-    def __init__(self, config: ResolvedConfig, *, writes: bool = True) -> None:
+    def __init__(self, config: ResolvedConfig, *, writes: bool = True, processes: int | None = None) -> None:
         super().__init__(Path(config.loop.output_dir))
         self.config = config
         self.writes = writes
+        self.processes = processes
         self._lock = FileLock(self.lock_file, timeout=_LOCK_SECONDS)
-        self._seen: Path | None = None
+        self._seen = Continuation()
         self._claimed = False
         self._last_beat = 0.0
 
@@ -59,44 +64,97 @@ class RunFolder(RunLayout):
         Raises:
             UserError: the folder holds another run, one that is under way, or there is no such checkpoint.
         """
-        self._expect_same_run()
+        find_continuation(self, self.config, self.processes)
         if self.config_file.is_file() or self.lock_file.is_file():
             self._acquire_lock()
-        self._seen = self._checkpoint()
-        return self._seen
+        self._seen = find_continuation(self, self.config, self.processes)
+        return self._seen.checkpoint
 
-    def claim(self, step: int) -> None:
+    def claim(self, step: int, clips: Sequence[str] = ()) -> list[str]:
         """Make the folder this run's, from `step` on.
 
         Log lines of later steps, as there are where a run goes on from an earlier checkpoint, are removed, and so are damaged
-        ones; later checkpoints, adapters and videos are kept under names that end in .left.
+        ones; later checkpoints, adapters and videos are kept under names that end in .left. What a killed run has left half
+        written is removed.
+
+        Args:
+            clips: what has changed of the clips, which is recorded beside the keys that have.
+
+        Returns:
+            What the user should know of it.
 
         Raises:
             UserError: the folder is another run's or can't be written, or another command has trained in it since `inspect`.
         """
         self._claimed = True
         if not self.writes:
-            return
+            return []
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output_dir={self.root}: it can't be made ({error.strerror})", "give another folder") from error
         self._acquire_lock()
-        self._expect_same_run()
-        if self._checkpoint() != self._seen:
+        if find_continuation(self, self.config, self.processes) != self._seen:
             raise UserError(
                 f"output_dir={self.root}: another command has trained in it while this one was preparing",
                 "run the same command again",
             )
+        try:
+            notes = self._begin(step)
+            self._record_changes(step, clips)
+        except OSError as error:
+            raise UserError(
+                f"output_dir={self.root}: it can't be written ({error})", "free disk space, or fix its permissions"
+            ) from error
+        replace_json(self.config_file, self.config.as_file())
+        self.status("running", step)  # last: whatever fails before leaves the status that the run has ended with
+        return [*notes, *self._seen.notes]
+
+    def _begin(self, step: int) -> list[str]:
+        """Clear the folder of what is not of this run from `step` on."""
+        self._restore_transformers()
+        remove(self.leftovers())
+        aside = list(reversed(self.after(step)))  # the newest first: a kill in between leaves those that `latest` shall take
+        back = any(path.parent == self.checkpoints for path in aside)
+        logs = [log for log in (self.metrics, self.figures) if log.is_file()]
+        if self._seen.lost:
+            results = [self.result_adapter, self.changes, self.best_file, *self.transformers()]
+            aside += [*logs, *(path for path in results if path.exists())]
+        moved = [_set_aside(path) for path in aside]
+        moved += [_copy_aside(log) for log in logs if back and log.is_file()]  # the lines of the steps that are given up
         for log in (self.metrics, self.figures):
             _remove_lines_after(log, step)
         self.mark_best()
-        for unfinished in self.unfinished_checkpoints():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        for later in self.after(step):
-            _set_aside(later)
-        replace_json(self.config_file, self.config.as_file())
-        self.status("running", step)  # last: whatever fails before leaves the status that the run has ended with
+        if not moved:
+            return []
+        names = sorted(
+            (str(path.relative_to(self.root)) for path in moved), key=lambda name: (not name.startswith("checkpoints"), name)
+        )
+        listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        return [f"what this run had of {'all' if self._seen.lost else 'later'} steps is set aside in {self.root}: {listed}"]
+
+    def _restore_transformers(self) -> None:
+        """A kill between two renames leaves the last whole transformer under another name alone."""
+        for old in self.transformers(REPLACED):
+            whole = old.with_name(old.name.removesuffix(REPLACED))
+            if whole.exists():
+                remove([old])
+            else:
+                old.rename(whole)
+
+    def _record_changes(self, step: int, clips: Sequence[str]) -> None:
+        """Write down what is changed from `step` on; what was changed at later steps, which are given up, holds from here on."""
+        lines = []
+        for text in raw_lines(self.changes):
+            at = step_of_change(text)
+            if at is not None:
+                lines.append(text.rstrip() if at <= step else json.dumps({**json.loads(text), "step": step}).encode())
+        if self._seen.changes or clips:
+            keys = {change.key: [json.loads(change.before), json.loads(change.now)] for change in self._seen.changes}
+            lines.append(json.dumps({"step": step, "keys": keys, "clips": list(clips)}).encode())
+        if lines:
+            with written_aside(self.changes) as aside:
+                aside.write_bytes(b"".join(line + b"\n" for line in lines))
 
     def _acquire_lock(self) -> None:
         """The system frees the lock when this process ends, however it ends."""
@@ -114,50 +172,6 @@ class RunFolder(RunLayout):
         except OSError as error:
             raise UserError(f"{self.lock_file}: it can't be made ({error.strerror})", "fix its permissions") from error
 
-    def _expect_same_run(self) -> None:
-        before = self._config_before()
-        if before is None:
-            others = sorted(path.name for path in self.root.iterdir() if path != self.lock_file) if self.root.is_dir() else []
-            if others:
-                raise UserError(
-                    f"output_dir={self.root}: it is not empty and holds no run ({', '.join(others[:5])})", "give a new folder"
-                )
-            return
-        if not checkpoints(self.checkpoints) and not self._has_steps():
-            return  # it ended before its first step: there is nothing to lose
-        expect_same_config(self.root, before, self.config.model_dump())
-
-    def _has_steps(self) -> bool:
-        """Whether a step is logged; a damaged line does not count, as `claim` removes it."""
-        return any((step_of_line(text) or 0) > 0 for text in raw_lines(self.metrics))
-
-    def _config_before(self) -> dict[str, Any] | None:
-        """The config of the run that the folder holds; None if it holds none, or somebody else's config.json."""
-        before = read_config_values(self)
-        if not {"model_family", "output_dir"} <= before.keys():
-            return None
-        return migrate(before, self.config_file)
-
-    def _checkpoint(self) -> Path | None:
-        wanted = self.config.loop.resume_from_checkpoint
-        found = checkpoints(self.checkpoints)
-        if wanted is None:
-            if found:
-                raise UserError(
-                    f"output_dir={self.root} holds a run at step {step_of(found[-1])}, and resume_from_checkpoint is null",
-                    "give a new output_dir, or set resume_from_checkpoint to latest",
-                )
-            return None
-        if wanted == "latest":
-            return found[-1] if found else None
-        for path in found:
-            if path.name == Path(wanted).name:
-                return path
-        names = ", ".join(path.name for path in found) or "none yet"
-        raise UserError(
-            f"resume_from_checkpoint={wanted}: no such checkpoint in {self.checkpoints}", f"use latest, or one of: {names}"
-        )
-
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl.
 
@@ -165,7 +179,7 @@ class RunFolder(RunLayout):
             UserError: the disk is full or can't be written to.
         """
         if self.writes:
-            _append(self.metrics, [line])
+            _append(self.root, self.metrics, [line])
 
     def log_figures(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append what was measured of validation videos.
@@ -174,10 +188,12 @@ class RunFolder(RunLayout):
             UserError: the disk is full or can't be written to.
         """
         if self.writes:
-            _append(self.figures, lines)
+            _append(self.root, self.figures, lines)
 
     def status(self, status: Literal["running", "completed", "stopped", "failed"], step: int, reason: str = "") -> None:
         """Write down where the run stands."""
+        if self.writes and not self.config_file.is_file():  # removed during the run; without it the folder holds no run
+            replace_json(self.config_file, self.config.as_file())
         if self.writes:
             self._last_beat = time.monotonic()
             replace_json(self.status_file, {"status": status, "step": step, "reason": reason, **signs_of_life()})
@@ -194,10 +210,17 @@ class RunFolder(RunLayout):
             now = read_run(self.root).status
             replace_json(self.status_file, {**now, "status": "failed", "reason": reason, **signs_of_life()})
 
-    def describe(self, dataset: Mapping[str, Any]) -> None:
-        """Write down what is trained on, for the report."""
+    def describe(self, dataset: Mapping[str, Any], samples: str = "", clips: Sequence[Mapping[str, str]] = ()) -> None:
+        """Write down what is trained on, for the report, and clip by clip for a run that goes on.
+
+        Args:
+            samples: digest of all samples; empty: the clips are not listed.
+            clips: the fields of a `ListedClip` of each.
+        """
         if self.writes:
             replace_json(self.dataset_file, dataset)
+        if self.writes and samples:
+            replace_json(self.clip_list(samples), as_plain(clips))
 
     def mark_best(self) -> None:
         """Write down the checkpoint of the smallest eval_loss among all lines, for people and programs."""
@@ -219,11 +242,16 @@ class RunFolder(RunLayout):
         return read_lines(self.metrics)
 
 
-def _append(log: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+def _append(folder: Path, log: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     try:
         with log.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
     except OSError as error:
+        if not folder.is_dir():
+            raise UserError(
+                f"output_dir={folder}: it is gone: it was removed, or its disk is no longer there",
+                "bring it back where that is possible, then run the same command again",
+            ) from error
         raise UserError(f"{log} can't be written ({error})", "free disk space, then run the same command again") from error
 
 
@@ -233,15 +261,23 @@ def rotate(folder: Path, limit: int | None, keep: int | None = None) -> None:
         if step_of(old) == keep:
             continue
         hidden = unfinished_name(old)
-        old.rename(hidden)  # first out of sight: a half removed folder is never taken for a checkpoint
+        try:
+            old.rename(hidden)  # first out of sight: a half removed folder is never taken for a checkpoint
+        except OSError as error:
+            raise UserError(f"{old} can't be removed ({error})", "fix its permissions; the newest checkpoint is whole") from error
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _set_aside(path: Path) -> None:
-    """Keep a checkpoint's folder or a file under another name, in the place of what was there before."""
-    aside = set_aside_name(path)
-    shutil.rmtree(aside, ignore_errors=True)
-    path.replace(aside)
+def _set_aside(path: Path) -> Path:
+    """Keep a checkpoint's folder or a file under another name, beside what was set aside before."""
+    return path.replace(set_aside_name(path))
+
+
+def _copy_aside(log: Path) -> Path:
+    kept = set_aside_name(log)
+    with written_aside(kept) as copy:
+        shutil.copyfile(log, copy)
+    return kept
 
 
 def _remove_lines_after(log: Path, step: int) -> None:

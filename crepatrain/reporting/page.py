@@ -188,9 +188,14 @@ def _config(runs: Sequence[RunRecord]) -> str:
 
     first = f"{table(differing, 'differs')}<p>The keys that differ.</p>" if differing else ""
     return (
-        f"<h2>Config</h2>{first}{table(changed, 'changed')}"
+        f"<h2>Config</h2>{_changes(known)}{first}{table(changed, 'changed')}"
         f"<details><summary>{len(rest)} keys at their default</summary>{table(rest, '')}</details>"
     )
+
+
+def _changes(runs: Sequence[RunRecord]) -> str:
+    """What was changed of a run on the way: the config is the one that it ended with."""
+    return "".join(f"<p>{_escape(run.name)} was changed {_escape(words)}.</p>" for run in runs for words in run.changes)
 
 
 def _default(key: str) -> str:

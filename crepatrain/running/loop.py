@@ -5,6 +5,7 @@ weight depends on. It is settled, its numbers checked and logged, only after the
 waits for the host.
 """
 
+import copy
 import math
 import time
 import traceback
@@ -108,14 +109,15 @@ def _steps(run: Run, batches: "_Batches", validation: Validation, evaluation: Ev
     """Every step until the run is complete or asked to stop, and what is due between them."""
     state, schedule = run.state, run.state.schedule
     unsettled: Launched | None = None
+    failure: UserError | None = None
     stopping = False
     while state.step < run.total and not stopping:
         began = time.perf_counter()
         was_off = schedule is not None and schedule.cutoff
         launched = _launch_or_rescue(run, batches, unsettled)
         if unsettled:
-            _settle(run, unsettled)
-        stopping = _observe(run, launched)
+            failure = _settle(run, unsettled)
+        stopping = _observe(run, launched) or failure is not None
         if schedule is not None and schedule.cutoff != was_off:
             batches.open()
         if run.teacher is not None and not state.asks_teacher:
@@ -127,9 +129,14 @@ def _steps(run: Run, batches: "_Batches", validation: Validation, evaluation: Ev
         run.folder.beat(state.step)
         wanted, unsettled = due(run, stopping=stopping), launched
         if wanted != Due():
-            _settle(run, launched)
+            failure = failure or _settle(run, launched)
             unsettled = None
-            stopping = not _do(run, wanted, validation, evaluation) or stopping
+            try:
+                stopping = not _do(run, wanted, validation, evaluation) or stopping
+            except UserError as error:
+                raise failure or error from error
+        if failure:
+            raise failure
 
 
 class _Batches:
@@ -315,8 +322,11 @@ def _numbers(run: Run, launched: Launched) -> StepNumbers:
     return StepNumbers.of(launched.scores.read(), crepa=launched.measured, layersync=run.layersync is not None)
 
 
-def _settle(run: Run, launched: Launched) -> None:
+def _settle(run: Run, launched: Launched) -> UserError | None:
     """Take a step's numbers into the logging window, and log where one ends. One that is cut off goes on with the run.
+
+    Returns:
+        Why nothing could be logged, after which a run ends at the next moment when nothing is lost.
 
     Raises:
         DivergedError: a number is not finite; no weight has moved since.
@@ -342,8 +352,17 @@ def _settle(run: Run, launched: Launched) -> None:
     for sigmas, (total, count) in numbers.by_sigma.items():
         window.add_mean(f"sigma_loss {sigmas}", total, count)
     done = launched.step + 1
-    if done == run.total or done % config.loop.logging_steps == 0:
+    if done < run.total and done % config.loop.logging_steps:
+        return None
+    unlogged = copy.deepcopy(window)
+    try:
         run.log(_line(run, launched))
+    except UserError as error:
+        if run.several:
+            raise  # the others know nothing of it
+        run.state.window = unlogged
+        return error
+    return None
 
 
 def _expect_finite(run: Run, launched: Launched) -> None:

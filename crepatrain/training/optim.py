@@ -74,10 +74,15 @@ class ScheduledOptimizer:
         return {"optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        # The schedule of a run whose length has changed holds from this step on, not from the one after it.
         schedule = cast("LambdaLR", self.lr_scheduler)
+        # Both are the config's, which may have changed since: the states hold what it was.
+        peaks, decays = list(schedule.base_lrs), [group["weight_decay"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["lr_scheduler"])
+        schedule.base_lrs = peaks
+        for group, peak, decay in zip(self.optimizer.param_groups, peaks, decays, strict=True):
+            group["initial_lr"], group["weight_decay"] = peak, decay
+        # A schedule that has changed holds from this step on, not from the one after it.
         rates = [base * at(schedule.last_epoch) for base, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

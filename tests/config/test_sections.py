@@ -232,6 +232,7 @@ def test_the_schema_lists_every_key_and_allows_no_other():
     assert schema["properties"]["crepa_lambda"] == {
         "default": 0.5,
         "description": "Weight of the alignment loss.",
+        "if_allowed": True,
         "minimum": 0,
         "section": "crepa",
         "title": "Crepa Lambda",

@@ -33,7 +33,7 @@ def test_the_names_on_the_disk_are_those_of_every_version(tmp_path: Path):
     assert names == {
         *("config.json", "status.json", "dataset.json", "best.json", ".lock", "wandb-id.txt", "alignment_map.json"),
         *("report.html", "README.md", "metrics.jsonl", "samples/figures.jsonl", "pytorch_lora_weights.safetensors"),
-        *("checkpoints", "adapters", "samples", "exports", "tensorboard"),
+        *("checkpoints", "adapters", "samples", "exports", "tensorboard", "changes.jsonl", "clip-lists"),
         *("checkpoints/step-000500", "samples/step-000500.mp4"),
     }
     assert layout.adapter("cat", 500) == tmp_path / "adapters" / "cat-000500.safetensors"

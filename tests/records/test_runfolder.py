@@ -92,23 +92,27 @@ def test_a_claim_that_fails_leaves_the_status(folder: RunFolder):
     assert folder.status_file.read_bytes() == before
 
 
-def test_later_steps_are_set_aside_and_a_second_time_replace_the_first(folder: RunFolder):
-    for times in range(2):
+def test_later_steps_are_set_aside_and_a_second_time_destroy_nothing(folder: RunFolder):
+    for times in range(3):
         for step in (2, 4):
             folder.checkpoint(step).mkdir(parents=True, exist_ok=True)
             (folder.checkpoint(step) / "state.json").write_text(str(times), encoding="utf-8")
             folder.adapter("cat", step).parent.mkdir(exist_ok=True)
             folder.adapter("cat", step).write_text(str(times), encoding="utf-8")
+        folder.log({"step": 3, "loss": float(times)})
         other = RunFolder(folder.config.changed(resume_from_checkpoint="step-000002"))
         with other:
             assert other.inspect() == folder.checkpoint(2)
-            other.claim(2)
-        assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-000002", "step-000004.left"]
-        assert (folder.checkpoints / "step-000004.left" / "state.json").read_text(encoding="utf-8") == str(times)
-        assert sorted(path.name for path in folder.adapters.iterdir()) == [
-            "cat-000002.safetensors",
-            "cat-000004.safetensors.left",
-        ]
+            (note,) = other.claim(2)
+        ending = ".left" if times == 0 else f".left-{times + 1}"
+        assert f"checkpoints/step-000004{ending}" in note
+        assert f"adapters/cat-000004.safetensors{ending}" in note
+        assert (folder.checkpoints / f"step-000004{ending}" / "state.json").read_text(encoding="utf-8") == str(times)
+        lines = (folder.root / f"metrics.jsonl{ending}").read_text(encoding="utf-8").splitlines()
+        assert json.loads(lines[-1]) == {"step": 3, "loss": times}
+    left = ["step-000004.left", "step-000004.left-2", "step-000004.left-3"]
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-000002", *left]
+    assert [path.name for path in folder.all_adapters()] == ["cat-000002.safetensors"]
 
 
 def test_a_process_that_does_not_write_writes_nothing(config_file: Callable[..., Path]):

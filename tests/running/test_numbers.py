@@ -34,10 +34,13 @@ from crepatrain.alignment.teachers import PixelTeacher
 from crepatrain.running.events import StepLaunched
 
 
-def in_two_processes(config: Path) -> bytes:
-    """Train a config with two processes; gives what they printed."""
+def in_two_processes(config: Path, *, expected: int = 0) -> bytes:
+    """Train a config with two processes; gives what they printed, and their errors where they are expected to end with another
+    exit code than 0."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "crepatrain", "fit", str(config)]
-    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True).stdout
+    ended = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False)
+    assert ended.returncode == expected, ended.stderr.decode()
+    return ended.stdout + (ended.stderr if expected else b"")
 
 
 def expect_same_columns(left: list[dict[str, Any]], right: list[dict[str, Any]], *keys: str) -> None:
@@ -59,6 +62,21 @@ def test_two_processes_are_one_with_twice_the_batch(config_file: Write, tmp_path
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(config_file: Write, tmp_path: Path):
+    """Wherever a step keeps its samples, here and back again."""
+    changes = {"caption_dropout": 0.5, "crepa_similarity_threshold": 1.2}
+    whole = train(config_file, output_dir=str(tmp_path / "whole"), max_train_steps=6, gradient_accumulation_steps=2, **changes)
+    parts = tmp_path / "parts"
+    common = {"output_dir": str(parts), **changes}
+    train(config_file, max_train_steps=2, gradient_accumulation_steps=2, **common)
+    refused = in_two_processes(config_file(max_train_steps=4, gradient_accumulation_steps=2, **common), expected=1).decode()
+    assert "a step of this run has 2 samples (1 process x train_batch_size 1 x gradient_accumulation_steps 2)" in refused
+    assert "set gradient_accumulation_steps to 1 for 2 processes" in refused
+    in_two_processes(config_file(max_train_steps=4, gradient_accumulation_steps=1, **common))
+    train(config_file, max_train_steps=6, gradient_accumulation_steps=2, **common)
+    expect_same_columns(lines(whole), lines(parts), "step", "loss", "diffusion_loss", "crepa_alignment_score", "grad_norm")
+
+
 def test_two_processes_look_at_and_continue_a_run_as_one_does(config_file: Write, tmp_path: Path):
     """Averaged weights, held-out clips, videos, checkpoints, and a second command that goes on from these."""
     held_out = tmp_path / "held-out"
