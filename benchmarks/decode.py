@@ -100,9 +100,10 @@ def main() -> None:
                 "cache_dir": str(folder / f"cache-{next(numbers)}"),
                 "output_dir": str(folder / "run"),
                 "num_frames": 17,
-                "height": 480,
-                "width": 832,
+                "height": 240,
+                "width": 416,
                 "fps": 60,
+                "max_windows_per_clip": 3,
                 "max_train_steps": 1,
                 "missing_captions": "empty",
             }

@@ -68,7 +68,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
         StopSignal() as stop,
     ):
         context = Context(plan, screen, accelerator.device, stop)
-        events = Events([*subscribers, *([live_report(folder.root)] if folder.writes else [])])
+        events = Events([*subscribers, *([live_report(folder.root, screen.note)] if folder.writes else [])])
         resume = folder.inspect()
         with accelerator.main_process_first():
             start = prepare_start(context, accelerator.num_processes, resume)

@@ -1,7 +1,6 @@
 """A run, or several beside each other, as one HTML file: written when asked for, and kept up to date while a run goes on."""
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crepatrain.errors import UserError
@@ -37,12 +36,19 @@ def refresh_report(root: Path) -> None:
         write_report([root], layout.report_file)
 
 
-def live_report(root: Path) -> Subscriber:
-    """A subscriber that brings a run's own report up to date when videos were made, and when the training has ended."""
+def live_report(root: Path, note: Callable[[str], None]) -> Subscriber:
+    """A subscriber that brings a run's own report up to date when videos were made, and when the training has ended.
+
+    Args:
+        note: what a report that can't be written is passed to; the training goes on.
+    """
 
     def refresh(event: object) -> None:
         if isinstance(event, (VideosMade, Ended)):
-            with contextlib.suppress(UserError):  # the training goes on, or its end says more than a report that can't be written
+            try:
                 refresh_report(root)
+            except UserError as error:
+                if isinstance(error.__cause__, OSError):  # otherwise there is nothing to report yet, or damage that the end names
+                    note(f"no report: {error.problems[0].what}")
 
     return refresh

@@ -374,7 +374,8 @@ def test_a_live_report_follows_the_run(tmp_path: Path):
     """It is drawn anew with videos and at the end; damage is left for whoever asks for a report."""
     root = tmp_path / "run"
     root.mkdir()
-    refresh = live_report(root)
+    noted: list[str] = []
+    refresh = live_report(root, noted.append)
     refresh(Ended("failed", 0, "before its first step"))
     assert not (root / "report.html").exists(), "nothing is logged yet"
     (root / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n', encoding="utf-8")
