@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ from common import PROMPTS, render_clip, render_image, tiny_values
 
 # A comparison in a module of helpers explains what differs, as one in a test does.
 pytest.register_assert_rewrite("runs")
+
+
+def pytest_configure() -> None:
+    """Commands that the tests begin hear every signal, though whoever began the tests may ignore some, as nohup does."""
+    for name in ("SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -49,7 +49,14 @@ def test_a_terminal_that_closes_costs_no_step(config_file: Write, tmp_path: Path
         except OSError:
             break
     os.close(terminal)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    ended: list[int] = []
+
+    def has_ended() -> bool:
+        ended.extend(os.waitpid(child, os.WNOHANG))
+        return ended[-2] != 0
+
+    wait_for(has_ended)
+    code = os.waitstatus_to_exitcode(ended[-1])
     assert code == 3, shown.decode(errors="replace")
     expect_saved(folder)
 
