@@ -1,4 +1,4 @@
-"""Commands of crepatrain on the pretend device, one after the other in one process: `python commands.py LIBRARY ASKED RESULTS`."""
+"""Commands of crepatrain on the pretend device, one after the other: `python commands.py LIBRARY ASKED RESULTS`."""
 
 import contextlib
 import functools

@@ -48,7 +48,9 @@ def inside(library: Path, tmp_path: Path) -> Callable[[str], str]:
         first = f"from pathlib import Path\nfrom device import install\ndevice = install(Path({str(library)!r}))\nimport torch\n"
         path.write_text(first + code, encoding="utf-8")
         environment = os.environ | {"PYTHONPATH": str(HERE)}
-        done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(
+            [sys.executable, str(path)], env=environment, capture_output=True, text=True, check=False, timeout=120
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -61,6 +61,56 @@ class Device:
         self._library.device_limit(size)
 
 
+def _event_class(device: Device) -> type:
+    class Event:
+        """Of a device that has always done its work."""
+
+        def __init__(self, enable_timing: bool = False, **_options: Any) -> None:
+            self._timed, self._at = enable_timing, None
+
+        def record(self, _stream: Any = None) -> None:
+            self._at = time.perf_counter()
+
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None:
+            assert self._at is not None, "waits for an event that was not recorded"
+            device.saw("event", "synchronize")
+
+        def elapsed_time(self, later: "Event") -> float:
+            assert self._timed
+            assert later._timed
+            assert self._at is not None
+            assert later._at is not None
+            return 1000 * (later._at - self._at)
+
+    return Event
+
+
+def _stream_class(pretend: Device, event_class: type, where: Any) -> type:
+    class Stream:
+        """The only one."""
+
+        device, cuda_stream = where, 0
+
+        def __init__(self, *_arguments: Any, **_options: Any) -> None: ...
+
+        def synchronize(self) -> None:
+            pretend.saw("wait", "synchronize")
+
+        def wait_event(self, event: Any) -> None: ...
+
+        def wait_stream(self, stream: "Stream") -> None: ...
+
+        def record_event(self, event: Any = None) -> Any:
+            event = event or event_class()
+            event.record()
+            return event
+
+    return Stream
+
+
 def install(library: Path) -> Device:
     """Make torch believe in one CUDA device, for the rest of this process."""
     device = Device(library)  # before torch is imported, which looks for devices
@@ -91,49 +141,9 @@ def install(library: Path) -> Device:
     for name, function in inner.items():
         setattr(torch._C, f"_cuda_{name}", function)
 
-    class Event:
-        """Of a device that has always done its work."""
-
-        def __init__(self, enable_timing: bool = False, **_options: Any) -> None:
-            self._timed, self._at = enable_timing, None
-
-        def record(self, _stream: Any = None) -> None:
-            self._at = time.perf_counter()
-
-        def query(self) -> bool:
-            return True
-
-        def synchronize(self) -> None:
-            assert self._at is not None, "waits for an event that was not recorded"
-            device.saw("event", "synchronize")
-
-        def elapsed_time(self, later: "Event") -> float:
-            assert self._timed
-            assert later._timed
-            assert self._at is not None
-            assert later._at is not None
-            return 1000 * (later._at - self._at)
-
-    class Stream:
-        """The only one."""
-
-        device, cuda_stream = torch.device("cuda", 0), 0
-
-        def __init__(self, *_arguments: Any, **_options: Any) -> None: ...
-
-        def synchronize(self) -> None:
-            device.saw("wait", "synchronize")
-
-        def wait_event(self, event: Event) -> None: ...
-
-        def wait_stream(self, stream: "Stream") -> None: ...
-
-        def record_event(self, event: Event | None = None) -> Event:
-            event = event or Event()
-            event.record()
-            return event
-
-    stream = Stream()
+    event_class = _event_class(device)
+    stream_class = _stream_class(device, event_class, torch.device("cuda", 0))
+    stream = stream_class()
 
     @contextlib.contextmanager
     def unchanged(_which: Any = None) -> Iterator[None]:
@@ -146,10 +156,10 @@ def install(library: Path) -> Device:
         "default_generators": (torch.default_generator,),
         "get_device_properties": lambda _device=None: properties,
         "mem_get_info": lambda _device=None: (TOTAL - device.live, TOTAL),
-        "Event": Event,
+        "Event": event_class,
         "current_stream": lambda _device=None: stream,
         "default_stream": lambda _device=None: stream,
-        "Stream": Stream,
+        "Stream": stream_class,
         "stream": unchanged,
         "_exchange_device": lambda _device: 0,
         "_maybe_exchange_device": lambda _device: 0,
