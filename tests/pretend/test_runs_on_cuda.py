@@ -28,6 +28,7 @@ ROOM = 1 << 15
 LARGER = {"num_frames": 9, "height": 128, "width": 192}
 # A limit of the device's memory does not depend on what other tests have left in the cache.
 NOTHING_ELSE: dict[str, Any] = {
+    "use_ema": False,
     "eval_share": ...,
     "validation_prompts": ...,
     "validation_steps": ...,
@@ -79,8 +80,13 @@ def whole_run(on_cuda, path: Path, *sample: str, short: bool = False) -> None:
     assert list(Path(folder, "samples").glob("sample*.mp4"))
 
 
+def test_a_whole_run(config_file, on_cuda, tmp_path):
+    whole_run(on_cuda, config_file(cache_dir=str(tmp_path / "cache"), **WHOLE))
+
+
+@pytest.mark.slow
 def test_a_whole_run_that_once_is_out_of_memory(config_file, on_cuda, tmp_path):
-    whole_run(on_cuda, config_file(cache_dir=str(tmp_path / "cache"), **WHOLE), short=True)
+    whole_run(on_cuda, config_file(cache_dir=str(tmp_path / "cache"), **WHOLE | {"use_ema": False}), short=True)
 
 
 @pytest.mark.slow
