@@ -189,7 +189,13 @@ def _do(run: Run, wanted: Due, validation: Validation, evaluation: Evaluation | 
         Whether the run goes on: a signal may end a validation.
     """
     if wanted.evaluate and evaluation:
-        evaluation.evaluate()
+        try:
+            evaluation.evaluate()
+        except torch.OutOfMemoryError as error:
+            _give_back(run, error)
+            if run.state.step > run.saved and not run.several:
+                save(run)
+            raise
     if wanted.checkpoint:
         save(run)
     if not wanted.validate:
@@ -210,10 +216,7 @@ def _launch_or_rescue(run: Run, batches: _Batches, unsettled: Launched | None) -
         launched = _launch(run, batches)
     except (UserError, torch.OutOfMemoryError) as error:
         if not run.several and not run.moving:
-            traceback.clear_frames(error.__traceback__)  # which hold the step's graph
-            for model in run.models.values():
-                model.optimizer.optimizer.zero_grad(set_to_none=True)
-            free_memory()
+            _give_back(run, error)
             if unsettled:
                 _settle(run, unsettled)
             if run.state.step > run.saved:
@@ -221,6 +224,14 @@ def _launch_or_rescue(run: Run, batches: _Batches, unsettled: Launched | None) -
         raise  # of several processes the others are within the step, and none can wait for them
     run.events.emit(StepLaunched(run))
     return launched
+
+
+def _give_back(run: Run, error: BaseException) -> None:
+    """Give back the memory of what could not be done."""
+    traceback.clear_frames(error.__traceback__)  # which hold the step's graph
+    for model in run.models.values():
+        model.optimizer.optimizer.zero_grad(set_to_none=True)
+    free_memory()
 
 
 def _launch(run: Run, batches: _Batches) -> Launched:
