@@ -27,6 +27,7 @@ from crepatrain.data.frames import as_video
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.memory.account import DeviceAccount, StorageAccount
+from crepatrain.memory.cuda_autocast import cuda_autocast_lists
 from crepatrain.placement.placing import materialise, place
 from crepatrain.placement.precision import autocast
 from crepatrain.placement.states import empty_states
@@ -164,7 +165,7 @@ def training_stage(plan: Plan, bucket: Bucket, *, fake: bool = True) -> Stage:
 
 @contextlib.contextmanager
 def _accounted(plan: Plan, *, fake: bool) -> Iterator[StorageAccount]:
-    """An active account, over fake tensors; a step that can't run on these is reported as such.
+    """An active account under the casts of CUDA, over fake tensors; a step that can't run on these is reported as such.
 
     Raises:
         UserError: it can't run on fake tensors.
@@ -172,7 +173,7 @@ def _accounted(plan: Plan, *, fake: bool) -> Iterator[StorageAccount]:
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
     account = StorageAccount()
     try:
-        with mode, account:
+        with cuda_autocast_lists(), mode, account:
             yield account
     except _NOT_WITHOUT_VALUES as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from crepatrain.config.plan import Plan
 from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
 from crepatrain.memory.estimate import estimate_memory, largest_bucket
@@ -35,7 +34,7 @@ def rehearse(run: Run, buckets: Sequence[Bucket]) -> None:
             _step(run, largest)
     except torch.OutOfMemoryError:
         _give_back(run)
-        raise _does_not_fit(plan, largest) from None
+        raise _does_not_fit(run, largest) from None
     _give_back(run)
 
 
@@ -74,10 +73,13 @@ def _give_back(run: Run) -> None:
     free_memory()
 
 
-def _does_not_fit(plan: Plan, bucket: Bucket) -> UserError:
+def _does_not_fit(run: Run, bucket: Bucket) -> UserError:
+    """What to raise. Working it out takes a while, so what is wrong is said before."""
+    context = run.context
     what = f"out of GPU memory on the largest clips, {bucket}"
+    context.screen.note(f"{what}; nothing was trained yet")
     try:
-        estimate = estimate_memory(plan, [bucket])
+        estimate = estimate_memory(context.plan, [bucket], context.screen, what="working out what would fit", stop=context.stop)
     except UserError:  # no estimate for this model
         return UserError(what, "lower num_frames, height and width, or train_batch_size; nothing was trained yet")
     training = estimate.stages["training"]

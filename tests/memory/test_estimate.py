@@ -31,14 +31,18 @@ def plan_of(tiny_checkpoint, config_file):
     return plans(tiny_checkpoint, config_file)
 
 
+def estimated(plan, buckets, **changes):
+    return vram.estimate_memory(plan, buckets, Screen(quiet=True), what="estimating", **changes)
+
+
 def test_an_estimate_of_everything(plan_of):
     plan = plan_of(train_batch_size=2, gradient_checkpointing=False)
-    estimate = vram.estimate_memory(plan, [Bucket(5, 64, 96), bucket_of(plan), Bucket(9, 64, 64)])
+    estimate = estimated(plan, [Bucket(5, 64, 96), bucket_of(plan), Bucket(9, 64, 64)], everything=True)
     training = stages.training_stage(plan, bucket_of(plan))
     assert estimate.stages["training"] == training
     off = stages.training_stage(plan_of(train_batch_size=2, gradient_checkpointing=False, crepa_enabled=False), bucket_of(plan))
     assert estimate.crepa["cached"] == training.peak - off.peak
-    assert list(estimate.crepa) == ["cached", "pixels", "latents", "backbone"]
+    assert list(estimate.crepa) == ["cached", "backbone", "pixels", "latents"]
     remedies = dict(estimate.remedies)
     assert {"gradient_checkpointing: true", "train_batch_size: 1", "num_frames: 5", "optimizer: adamw8bit"} <= remedies.keys()
     assert all(peak < training.peak for peak in remedies.values())
@@ -55,7 +59,7 @@ def test_an_estimate_of_everything(plan_of):
 @pytest.mark.parametrize("family", ["wan", pytest.param("ltxvideo", marks=pytest.mark.slow)])
 def test_videos_of_validation_are_a_stage(plan_of, family):
     plan = plan_of(family, validation_prompts=["a"], crepa_enabled=False)
-    estimate = vram.estimate_memory(plan, [bucket_of(plan)])
+    estimate = estimated(plan, [bucket_of(plan)])
     assert list(estimate.stages) == ["caching text", "caching clips", "training", "sampling"]
 
 
@@ -63,7 +67,7 @@ def test_an_8bit_adamw_holds_what_the_estimate_offers(plan_of, monkeypatch):
     """The remedy is the estimate of the config that takes it."""
     monkeypatch.setattr("crepatrain.config.checks.find_spec", lambda _: True)  # the estimate needs no bitsandbytes
     plan = plan_of(model_type="full")
-    offered = dict(vram.estimate_memory(plan, [bucket_of(plan)]).remedies)["optimizer: adamw8bit"]
+    offered = dict(estimated(plan, [bucket_of(plan)]).remedies)["optimizer: adamw8bit"]
     taken = plan_of(model_type="full", optimizer="adamw8bit")
     found_inf = 2 * 512  # the fused AdamW of transformer and projector keeps a scalar that says whether it may move
     assert abs(offered - stages.training_stage(taken, bucket_of(taken)).peak) <= 1.03 * found_inf
@@ -134,7 +138,7 @@ def test_a_model_without_an_estimate_has_an_exit_code(plan_of, tmp_path, monkeyp
 
 
 def test_a_model_can_be_assumed(plan_of, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(vram, "_smaller", lambda *_: {})
+    monkeypatch.setattr(vram, "remedies_of", lambda *_, **__: {})
     plan_of(num_frames=5, mixed_precision="bf16", crepa_enabled=False)
     command = ("dry-run", tmp_path / "config.json", "--assume-model", "wan2.1-1.3b", "--json")
     assert run(monkeypatch, *command) == 0
