@@ -256,6 +256,7 @@ def _other_process() -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in set(multiprocessing.active_children()) - before:
             child.kill()
+            child.join()
 
 
 def _begin_process() -> None:

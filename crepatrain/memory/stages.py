@@ -30,7 +30,7 @@ from crepatrain.memory.account import DeviceAccount, StorageAccount
 from crepatrain.memory.cuda_autocast import cuda_autocast_lists
 from crepatrain.placement.placing import materialise, place
 from crepatrain.placement.precision import autocast
-from crepatrain.placement.states import empty_states
+from crepatrain.placement.states import empty_states, empty_temporaries
 from crepatrain.tensors import Batch, PatchFeatures
 from crepatrain.training import build
 from crepatrain.training.ema import WeightAverage
@@ -199,6 +199,7 @@ class _KnownStates:
 
     def step(self, _found_inf: Tensor) -> None:
         self._states = self._states or empty_states(self._optimizer, self.parameters)
+        _held_in_step = empty_temporaries(self._optimizer, self.parameters)
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -240,6 +241,7 @@ class TrainingStep:
             assert parameter.grad is not None
             account.give(parameter.grad, "gradients")
 
+        self._average = None
         if config.optim.use_ema:
             with account.of("EMA"):
                 self._average = WeightAverage(trainable_parameters(transformer), config.optim.ema_decay)
@@ -269,6 +271,12 @@ class TrainingStep:
             with account.of("optimizer"):
                 clip_gradients(optimizer.parameters, config.optim.max_grad_norm)
                 optimizer.step(torch.zeros((), device=self._device))
+        if self._average is not None:
+            with account.of("EMA"):
+                self._average.update()
+        with account.of("save"), torch.no_grad():  # which takes the weights to the host one by one
+            for parameter in trainable_parameters(transformer):
+                parameter.float().clone()
 
     def sample(self, account: StorageAccount, vae: nn.Module) -> None:
         """One denoising step, and the video of its first sample."""

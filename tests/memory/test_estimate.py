@@ -1,7 +1,9 @@
 """The estimate of a whole run: its stages, its remedies, and what is printed of them."""
 
 import json
+import multiprocessing
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +121,76 @@ def test_what_does_not_fit_is_reported_before_the_first_step(config_file, tmp_pa
     with pytest.raises(UserError, match=r"(?s)largest clips, 9 x 64 x 96.*GiB.*num_frames: 5 \(.*GiB\).*nothing was trained"):
         fit(read_plan(config_file()), Screen(quiet=True), rehearsed=True)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+class Said(Screen):
+    """Keeps the notes and the progress."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.heard = []
+
+    def note(self, text):
+        self.heard.append(text)
+
+    def progress(self, what, total):
+        self.heard.append(what)
+        return super().progress(what, total)
+
+
+def test_out_of_memory_is_said_before_it_is_worked_out_what_would_fit(config_file, monkeypatch):
+    def exhausted(*_args, **_kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(rehearsal, "training_loss", exhausted)
+    screen = Said()
+    with pytest.raises(UserError, match="largest clips"):
+        fit(read_plan(config_file()), screen, rehearsed=True)
+    first = next(n for n, text in enumerate(screen.heard) if text.startswith("out of GPU memory on the largest clips"))
+    assert screen.heard[first + 1] == "working out what would fit"
+
+
+def test_a_video_that_can_not_be_decoded_is_reported_before_the_first_step(config_file, monkeypatch):
+    def exhausted(*_args, **_kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(rehearsal.build, "build_vae", exhausted)
+    plan = read_plan(config_file(validation_prompts=["a"], validation_steps=100))
+    context = SimpleNamespace(plan=plan, device=torch.device("cpu"), screen=Screen(quiet=True))
+    run = SimpleNamespace(context=context, family=None)
+    with pytest.raises(UserError, match=r"(?s)validation_prompts: out of GPU memory.*decoded.*vae_dtype.*nothing was trained"):
+        rehearsal._rehearse_decoding(run)
+
+
+def test_a_process_that_ends_costs_remedies_only(plan_of):
+    """The other process works from the end; what this one needs it then works out itself."""
+    plan = plan_of(train_batch_size=2, crepa_enabled=False)
+    needed = {("caching", "caching"): (plan.config, bucket_of(plan))}
+    wanted = {("remedy", name): job for name, job in vram.remedies_of(plan, bucket_of(plan)).items()}
+    killed = []
+
+    def kill():
+        if not killed:
+            killed.append(True)
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    found, lost = vram._run_all(needed, wanted, kill, beside=True)
+    assert ("caching", "caching") in found
+    assert len(found) + lost == 1 + len(wanted)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("source", ["pixels", "latents", "backbone"])
+def test_what_the_method_can_do_without_is_among_the_remedies(plan_of, source):
+    changes = {"crepa_teacher_block_index": 9} if source == "backbone" else {"crepa_encoder": "dinov2_vitg14"}
+    plan = plan_of(crepa_feature_source=source, **changes)
+    offered = vram.remedies_of(plan, bucket_of(plan))
+    expected = ["crepa_spatial_align: false", f"crepa_block_index: {plan.config.crepa.block // 2}"]
+    expected += ["crepa_encoder: dinov2_vitl14"] if source != "backbone" else []
+    assert set(expected) <= offered.keys()
+    assert any(name.startswith("height: ") for name in offered)
+    assert not any(name.startswith("crepa") for name in vram.remedies_of(plan_of(), bucket_of(plan)))
 
 
 def test_json_is_all_that_is_printed(plan_of, tmp_path, monkeypatch, capsys):
