@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -124,7 +125,7 @@ def estimate_memory(
         done()
         found, lost = _run_all(needed, wanted, done, beside=slow)
     if lost:
-        screen.note(f"a process that worked out what would fit has ended; {lost} of its numbers are missing")
+        screen.note("a process that worked out what would fit has ended; one of its numbers may be missing")
     stages = {"caching text": text_stage(plan), "caching clips": found["caching", "caching"], "training": training}
     stages |= {"sampling": found["sampling", "sampling"]} if config.validation.validation_prompts else {}
     peaks = {name: stage.peak for name, stage in found.items()}
@@ -225,23 +226,28 @@ def _run_all(needed: _Jobs, wanted: _Jobs, done: Callable[[], None], *, beside: 
         done: called behind each.
         beside: another process works from the other end, while this one works from the first job on.
     """
-    jobs = [(name, (name[0], *job)) for name, job in (needed | wanted).items()]
+    waiting = deque((name, (name[0], *job)) for name, job in (needed | wanted).items())
     found: dict[tuple[str, str], Stage | None] = {}
-    lost = 0
+    lost, given, future = 0, None, None
     with _other_process() if beside else contextlib.nullcontext() as pool:
-        futures = {name: pool.submit(_job, job) for name, job in reversed(jobs)} if pool else {}
-        for name, job in jobs:
-            if not pool or futures[name].cancel():
+        while waiting or given:
+            # One at a time: a pool that breaks in Python 3.11 never answers for the others once one of them was cancelled.
+            if pool and not lost and given is None and len(waiting) > 1:
+                given = waiting.pop()
+                future = pool.submit(_job, given[1])
+            if waiting:
+                name, job = waiting.popleft()
                 found[name] = _job(job)
-            else:
+                done()
+            if given and future and (future.done() or not waiting):
                 try:
-                    found[name] = futures[name].result()
+                    found[given[0]] = future.result()
                 except BrokenProcessPool:
-                    if name in needed:
-                        found[name] = _job(job)
-                    else:
-                        lost += 1
-            done()
+                    lost += 1
+                    if given[0] in needed:
+                        found[given[0]] = _job(given[1])
+                given = None
+                done()
     return {name: stage for name, stage in found.items() if stage is not None}, lost
 
 
@@ -253,7 +259,7 @@ def _other_process() -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False)
         for child in set(multiprocessing.active_children()) - before:
             child.kill()
             child.join()
