@@ -116,6 +116,9 @@ def dry_run(
         str | None,
         typer.Option(help="Use the shapes of this released model (see `crepatrain families`) instead of the config's model."),
     ] = None,
+    remedies: Annotated[
+        bool, typer.Option("--remedies", help="Estimate every teacher source and every remedy too, which takes longer.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print only the estimate, as JSON.")] = False,
 ) -> None:
     """Read every clip; show what training will use, its steps, disk space and GPU memory. Loads no weights."""
@@ -130,9 +133,9 @@ def dry_run(
             _summary(plan)
         with StopSignal() as stop:
             dataset = dryrun.dry_run(plan, screen, stop)
-        if not (estimate_vram or as_json or fits is not None):
+        if not (estimate_vram or remedies or as_json or fits is not None):
             return
-        estimate = dryrun.estimate_vram(plan, dataset, screen)
+        estimate = dryrun.estimate_vram(plan, dataset, screen, everything=remedies)
         if as_json:
             typer.echo(json.dumps(estimate.as_json(), indent=2))
         if fits is not None and not dryrun.fits(estimate, fits, screen):

@@ -32,14 +32,17 @@ def dry_run(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
     return dataset
 
 
-def estimate_vram(plan: Plan, dataset: Dataset, screen: Screen) -> Estimate:
+def estimate_vram(plan: Plan, dataset: Dataset, screen: Screen, *, everything: bool = False) -> Estimate:
     """Estimate the memory of a run on this dataset, and print it.
+
+    Args:
+        everything: every teacher source and every remedy, also those that can't need less.
 
     Raises:
         UserError: the model's step can't run on fake tensors.
     """
     screen.say("estimating GPU memory: the step itself, on tensors without values")
-    estimate = estimate_memory(plan, list(dataset.clips.buckets))
+    estimate = estimate_memory(plan, list(dataset.clips.buckets), screen, what="estimating GPU memory", everything=everything)
     owners = dict.fromkeys(owner for stage in estimate.stages.values() for owner in stage.by_owner)
     stages = estimate.stages.values()
     rows = [(owner, *(_gib(stage.by_owner[owner]) if owner in stage.by_owner else "-" for stage in stages)) for owner in owners]
@@ -59,6 +62,7 @@ def estimate_vram(plan: Plan, dataset: Dataset, screen: Screen) -> Estimate:
     for number, (source, share) in enumerate(estimate.crepa.items()):
         lines.append((f"CREPA, {source}", f"{_gib(share)} GiB of training's peak{'' if number else ', as configured'}"))
     lines += [(change, f"{_gib(peak)} GiB in training") for change, peak in estimate.remedies]
+    lines += [(change, "no less in training") for change in estimate.without_use]
     if estimate.largest == "caching text":
         lines.append(("caching text", "fill the cache once on a larger GPU: `crepatrain cache` with the same cache_dir"))
     if plan.config.crepa.crepa_enabled and plan.config.crepa.crepa_feature_source == "cached":

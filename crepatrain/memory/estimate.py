@@ -2,9 +2,13 @@
 
 import contextlib
 import multiprocessing
+import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +20,19 @@ from crepatrain.memory.account import allocated_bytes
 from crepatrain.memory.stages import GIB, Stage, caching_stage, empty_trained, sampling_stage, text_stage, training_stage
 from crepatrain.placement.states import empty_states
 from crepatrain.quiet import quiet_libraries
+from crepatrain.screen import Screen
+from crepatrain.specs import ENCODERS
+from crepatrain.stopping import StopSignal, leave_signals_to_the_parent
 from crepatrain.training.lora import trainable_parameters
 
-# Where the first estimate takes longer, the others run in processes of their own.
+# Where the first estimate takes longer, a second process helps with the others.
 _SLOW_SECONDS = 2.0
 
 _STAGES: Mapping[str, Callable[[Plan, Bucket], Stage]] = {"caching": caching_stage, "sampling": sampling_stage}
+# Of teacher features, by what training holds for them: the later ones never less than the earlier ones.
+_SOURCES = ("cached", "backbone", "pixels", "latents")
+
+_Jobs = dict[tuple[str, str], tuple[ResolvedConfig, Bucket]]
 
 
 @dataclass(frozen=True)
@@ -30,13 +41,15 @@ class Estimate:
 
     Attributes:
         stages: `caching text`, `caching clips`, `training`, and `sampling` where the run makes validation videos.
-        crepa: bytes that CREPA adds to the training step with each teacher source, beginning with the config's own.
+        crepa: bytes that CREPA adds to the training step with a teacher source, beginning with the config's own.
         remedies: changes to the config that make the training step's peak smaller, each with the bytes that are left; best first.
+        without_use: changes that were tried, and make it no smaller.
     """
 
     stages: Mapping[str, Stage]
     crepa: Mapping[str, int]
     remedies: Sequence[tuple[str, int]]
+    without_use: Sequence[str] = ()
 
     @property
     def peak(self) -> int:
@@ -76,35 +89,51 @@ def largest_bucket(plan: Plan, buckets: Sequence[Bucket]) -> Bucket:
     return max(buckets, key=lambda bucket: plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width).tokens)
 
 
-def estimate_memory(plan: Plan, buckets: Sequence[Bucket]) -> Estimate:
+def estimate_memory(
+    plan: Plan, buckets: Sequence[Bucket], screen: Screen, *, what: str, everything: bool = False, stop: StopSignal | None = None
+) -> Estimate:
     """The stages of a run, CREPA's share of training, and what would make it smaller; every number comes from a step of its own.
 
     Args:
         buckets: of the dataset; the step is that of the one with the most tokens.
+        what: the words of the progress.
+        everything: also what can't be smaller than the config as it is, and steps that are rarely wanted.
+        stop: looked at between two steps.
 
     Raises:
         UserError: the model's step can't run on fake tensors.
+        Stopped: by a signal.
     """
-    largest = largest_bucket(plan, buckets)
-    config = plan.config
-    began = time.perf_counter()
-    training = training_stage(plan, largest)
-    slow = time.perf_counter() - began > _SLOW_SECONDS
-    jobs = {("caching", "caching"): (config, largest)}
+    largest, config = largest_bucket(plan, buckets), plan.config
+    needed: _Jobs = {("caching", "caching"): (config, largest)}
     if config.validation.validation_prompts:
-        jobs["sampling", "sampling"] = (config, Bucket(plan.size[0], plan.size[1], plan.size[2]))
-    jobs |= {("crepa", name): (changed, largest) for name, changed in _crepa_variants(plan).items()}
-    jobs |= {("remedy", name): job for name, job in _smaller(plan, largest).items()}
-    with _workers(2 if slow else 0) as run_all:
-        found = dict(zip(jobs, run_all(_job, [(name[0], *job) for name, job in jobs.items()]), strict=True))
+        needed["sampling", "sampling"] = (config, Bucket(plan.size[0], plan.size[1], plan.size[2]))
+    offered = remedies_of(plan, largest, everything=everything)
+    crepa = _crepa_variants(plan, everything=everything)
+    wanted: _Jobs = {("crepa", name): (changed, largest) for name, changed in crepa.items()}
+    wanted |= {("remedy", name): job for name, job in offered.items()}
+    with screen.progress(what, 1 + len(needed) + len(wanted)) as advance:
+
+        def done() -> None:
+            advance()
+            if stop is not None:
+                stop.check(what)
+
+        began = time.perf_counter()
+        training = training_stage(plan, largest)
+        slow = time.perf_counter() - began > _SLOW_SECONDS
+        done()
+        found, lost = _run_all(needed, wanted, done, beside=slow)
+    if lost:
+        screen.note("a process that worked out what would fit has ended; one of its numbers may be missing")
     stages = {"caching text": text_stage(plan), "caching clips": found["caching", "caching"], "training": training}
     stages |= {"sampling": found["sampling", "sampling"]} if config.validation.validation_prompts else {}
-    peaks = {name: stage.peak for name, stage in found.items() if stage is not None}
-    crepa = {}
-    if config.crepa.crepa_enabled:
+    peaks = {name: stage.peak for name, stage in found.items()}
+    shares = {}
+    if ("crepa", "off") in peaks:
         without = peaks["crepa", "off"]
-        crepa = {config.crepa.crepa_feature_source: training.peak - without}
-        crepa |= {name: peak - without for (kind, name), peak in peaks.items() if kind == "crepa" and name != "off"}
+        shares = {config.crepa.crepa_feature_source: training.peak - without}
+        shares |= {name: peak - without for (kind, name), peak in peaks.items() if kind == "crepa" and name != "off"}
     remedies = [(name, peak) for (kind, name), peak in peaks.items() if kind == "remedy"]
     remedies += [
         (f"crepa_feature_source: {name}" if name != "off" else "crepa_enabled: false", peak)
@@ -113,27 +142,30 @@ def estimate_memory(plan: Plan, buckets: Sequence[Bucket]) -> Estimate:
     ]
     remedies.append(("optimizer: adamw8bit", _with_8bit_states(plan, training).peak))
     smaller = sorted(((name, peak) for name, peak in remedies if peak < training.peak), key=lambda item: item[1])
-    return Estimate(stages, crepa, smaller)
+    without_use = tuple(name for name in offered if peaks.get(("remedy", name), 0) >= training.peak)
+    return Estimate(stages, shares, smaller, without_use)
 
 
-def _crepa_variants(plan: Plan) -> dict[str, ResolvedConfig]:
-    """The config without CREPA, and with each other teacher source."""
+def _crepa_variants(plan: Plan, *, everything: bool) -> dict[str, ResolvedConfig]:
+    """The config without CREPA, and with another teacher source: by default those that hold less than the config's own."""
     config = plan.config
     if not config.crepa.crepa_enabled:
         return {}
     variants = {"off": config.changed(crepa_enabled=False)}
+    own = config.crepa.crepa_feature_source
+    sources = _SOURCES if everything else _SOURCES[: _SOURCES.index(own)]
     deeper = config.crepa.crepa_teacher_block_index or min(config.crepa.block + 8, plan.geometry.depth - 1)
-    for source in ("cached", "pixels", "latents", "backbone"):
+    for source in sources:
         possible = source != "backbone" or deeper > config.crepa.block
-        if source != config.crepa.crepa_feature_source and possible and (plan.encoder or source == "backbone"):
+        if source != own and possible and (plan.encoder or source == "backbone"):
             update = {"crepa_feature_source": source, "crepa_use_backbone_features": source == "backbone"}
             update |= {"crepa_teacher_block_index": deeper} if source == "backbone" else {}
             variants[source] = config.changed(**update)
     return variants
 
 
-def _smaller(plan: Plan, bucket: Bucket) -> dict[str, tuple[ResolvedConfig, Bucket]]:
-    """Configs and buckets whose training needs less memory, by the change that they are."""
+def remedies_of(plan: Plan, bucket: Bucket, *, everything: bool = False) -> dict[str, tuple[ResolvedConfig, Bucket]]:
+    """Configs and buckets whose training may need less memory, by the change that they are."""
     config, found = plan.config, {}
     if not config.loop.gradient_checkpointing:
         found["gradient_checkpointing: true"] = (config.changed(gradient_checkpointing=True), bucket)
@@ -143,13 +175,41 @@ def _smaller(plan: Plan, bucket: Bucket) -> dict[str, tuple[ResolvedConfig, Buck
     frames = next((n for n in range(bucket.frames // 2 + 1, 0, -1) if plan.geometry.legal_frames(n)), bucket.frames)
     if frames < bucket.frames:
         found[f"num_frames: {frames}"] = (config, replace(bucket, frames=frames))
+    height, width = (
+        _three_quarters(size, step) for size, step in zip((bucket.height, bucket.width), plan.geometry.size_multiple, strict=True)
+    )
+    if (height, width) != (bucket.height, bucket.width):
+        found[f"height: {height}, width: {width}"] = (config, replace(bucket, height=height, width=width))
+    crepa = config.crepa
+    if crepa.crepa_enabled and (crepa.crepa_feature_source != "cached" or everything):
+        found |= {change: (config.changed(**values), bucket) for change, values in _smaller_crepa(plan).items()}
+    return found
+
+
+def _three_quarters(size: int, step: int) -> int:
+    """The largest multiple of a step that is no more than 3/4 of a size; the size itself where there is none."""
+    return size * 3 // 4 // step * step or size
+
+
+def _smaller_crepa(plan: Plan) -> dict[str, dict[str, Any]]:
+    """What the method can do without, by the words of the change: patch on patch, a large teacher, a block deep inside."""
+    crepa, found = plan.config.crepa, {}
+    if crepa.crepa_spatial_align:
+        plain = {"crepa_projector": "linear"} if crepa.crepa_projector != "linear" else {}
+        values = {"crepa_spatial_align": False} | plain
+        found[", ".join(f"{key}: {str(value).lower()}" for key, value in values.items())] = values
+    if plan.encoder is not None and crepa.crepa_feature_source != "backbone":
+        names = [name for name, spec in ENCODERS.items() if spec.width < plan.encoder.width and not name.endswith("_reg")]
+        if names:  # from small to large
+            found[f"crepa_encoder: {names[-1]}"] = {"crepa_encoder": names[-1]}
+    if crepa.block > 1:
+        found[f"crepa_block_index: {crepa.block // 2}"] = {"crepa_block_index": crepa.block // 2}
     return found
 
 
 def _job(job: tuple[str, ResolvedConfig, Bucket]) -> Stage | None:
     """One estimate, in this process or another; None where a changed config can't be estimated."""
     kind, config, bucket = job
-    quiet_libraries()
     try:
         plan = make_plan(config, online=False)
         return _STAGES.get(kind, training_stage)(plan, bucket)
@@ -159,14 +219,64 @@ def _job(job: tuple[str, ResolvedConfig, Bucket]) -> Stage | None:
         return None
 
 
+def _run_all(needed: _Jobs, wanted: _Jobs, done: Callable[[], None], *, beside: bool) -> tuple[dict[tuple[str, str], Stage], int]:
+    """The stages of all jobs, and how many of the wanted ones were lost with a process.
+
+    Args:
+        done: called behind each.
+        beside: another process works from the other end, while this one works from the first job on.
+    """
+    waiting = deque((name, (name[0], *job)) for name, job in (needed | wanted).items())
+    found: dict[tuple[str, str], Stage | None] = {}
+    lost, given, future = 0, None, None
+    with _other_process() if beside else contextlib.nullcontext() as pool:
+        while waiting or given:
+            # One at a time: a pool that breaks in Python 3.11 never answers for the others once one of them was cancelled.
+            if pool and not lost and given is None and len(waiting) > 1:
+                given = waiting.pop()
+                future = pool.submit(_job, given[1])
+            if waiting:
+                name, job = waiting.popleft()
+                found[name] = _job(job)
+                done()
+            if given and future and (future.done() or not waiting):
+                try:
+                    found[given[0]] = future.result()
+                except BrokenProcessPool:
+                    lost += 1
+                    if given[0] in needed:
+                        found[given[0]] = _job(given[1])
+                given = None
+                done()
+    return {name: stage for name, stage in found.items() if stage is not None}, lost
+
+
 @contextlib.contextmanager
-def _workers(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` that runs over so many processes, or within this one for 0."""
-    if count == 0:
-        yield map
-        return
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool.map
+def _other_process() -> Iterator[ProcessPoolExecutor]:
+    """A process for jobs, which ends with this context, however that ends."""
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_process)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False)
+        for child in set(multiprocessing.active_children()) - before:
+            child.kill()
+            child.join()
+
+
+def _begin_process() -> None:
+    """Signals are for the parent; a parent that has ended needs no numbers."""
+    leave_signals_to_the_parent()
+    quiet_libraries()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _with_8bit_states(plan: Plan, stage: Stage) -> Stage:

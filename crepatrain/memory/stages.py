@@ -27,9 +27,10 @@ from crepatrain.data.frames import as_video
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.memory.account import DeviceAccount, StorageAccount
+from crepatrain.memory.cuda_autocast import cuda_autocast_lists
 from crepatrain.placement.placing import materialise, place
 from crepatrain.placement.precision import autocast
-from crepatrain.placement.states import empty_states
+from crepatrain.placement.states import empty_states, empty_temporaries
 from crepatrain.tensors import Batch, PatchFeatures
 from crepatrain.training import build
 from crepatrain.training.ema import WeightAverage
@@ -164,7 +165,7 @@ def training_stage(plan: Plan, bucket: Bucket, *, fake: bool = True) -> Stage:
 
 @contextlib.contextmanager
 def _accounted(plan: Plan, *, fake: bool) -> Iterator[StorageAccount]:
-    """An active account, over fake tensors; a step that can't run on these is reported as such.
+    """An active account under the casts of CUDA, over fake tensors; a step that can't run on these is reported as such.
 
     Raises:
         UserError: it can't run on fake tensors.
@@ -172,7 +173,7 @@ def _accounted(plan: Plan, *, fake: bool) -> Iterator[StorageAccount]:
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
     account = StorageAccount()
     try:
-        with mode, account:
+        with cuda_autocast_lists(), mode, account:
             yield account
     except _NOT_WITHOUT_VALUES as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -198,6 +199,7 @@ class _KnownStates:
 
     def step(self, _found_inf: Tensor) -> None:
         self._states = self._states or empty_states(self._optimizer, self.parameters)
+        _held_in_step = empty_temporaries(self._optimizer, self.parameters)
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -239,6 +241,7 @@ class TrainingStep:
             assert parameter.grad is not None
             account.give(parameter.grad, "gradients")
 
+        self._average = None
         if config.optim.use_ema:
             with account.of("EMA"):
                 self._average = WeightAverage(trainable_parameters(transformer), config.optim.ema_decay)
@@ -268,6 +271,12 @@ class TrainingStep:
             with account.of("optimizer"):
                 clip_gradients(optimizer.parameters, config.optim.max_grad_norm)
                 optimizer.step(torch.zeros((), device=self._device))
+        if self._average is not None:
+            with account.of("EMA"):
+                self._average.update()
+        with account.of("save"), torch.no_grad():  # which takes the weights to the host one by one
+            for parameter in trainable_parameters(transformer):
+                parameter.float().clone()
 
     def sample(self, account: StorageAccount, vae: nn.Module) -> None:
         """One denoising step, and the video of its first sample."""

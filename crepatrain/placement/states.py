@@ -65,3 +65,13 @@ def empty_states(optimizer: str, parameters: Sequence[Tensor]) -> list[Tensor]:
         for state in states_of(optimizer, parameter).values()
         if not state.on_host
     ]
+
+
+# How many fp32 copies of one parameter a step makes and drops: those that loop over parameters work out an update of each.
+_TEMPORARIES: Mapping[str, int] = {"adamw": 0, "adamw8bit": 0, "adafactor": 2, "prodigy": 2}
+
+
+def empty_temporaries(optimizer: str, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """What an optimizer holds in the course of a step at most, beside its states; without values."""
+    largest = max(parameters, key=Tensor.numel)
+    return [torch.empty(largest.shape, device=largest.device) for _ in range(_TEMPORARIES[optimizer])]

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from crepatrain.config.plan import Plan
 from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
 from crepatrain.memory.estimate import estimate_memory, largest_bucket
 from crepatrain.memory.stages import GIB, training_stage
 from crepatrain.placement.placing import free_memory
 from crepatrain.placement.precision import autocast
-from crepatrain.placement.states import empty_states
+from crepatrain.placement.states import empty_states, empty_temporaries
 from crepatrain.preparing.context import Context
 from crepatrain.running.session import Run
 from crepatrain.training import build
@@ -29,14 +28,42 @@ def rehearse(run: Run, buckets: Sequence[Bucket]) -> None:
     plan = run.context.plan
     largest = largest_bucket(plan, buckets)
     run.context.screen.say(f"rehearsing a step on the largest clips, {largest}")
-    devices = [run.context.device] if run.context.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=_random_devices(run)):
             _step(run, largest)
     except torch.OutOfMemoryError:
         _give_back(run)
-        raise _does_not_fit(plan, largest) from None
+        raise _does_not_fit(run, largest) from None
     _give_back(run)
+    if run.config.validation.validation_prompts:
+        _rehearse_decoding(run)
+
+
+def _random_devices(run: Run) -> list[torch.device]:
+    return [run.context.device] if run.context.device.type == "cuda" else []
+
+
+def _rehearse_decoding(run: Run) -> None:
+    """The decoding of a validation video, which may hold more than a step.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    plan, device, frames = run.context.plan, run.context.device, run.context.plan.size
+    latent = (1, plan.geometry.latent_channels, *plan.geometry.latent_shape(*frames))
+    run.context.screen.say("rehearsing the decoding of a validation video")
+    try:
+        vae = build.build_vae(plan, run.family, device)
+        with torch.random.fork_rng(devices=_random_devices(run)), torch.no_grad(), autocast(run.config.loop, device):
+            run.family.decode_latents(vae, torch.zeros(latent, device=device))
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"validation_prompts: out of GPU memory while a video of {frames[0]} x {frames[1]} x {frames[2]} was decoded",
+            "set vae_dtype to bfloat16, lower num_frames, height and width, or leave validation_prompts out; "
+            "nothing was trained yet",
+        ) from None
+    finally:
+        free_memory()
 
 
 def _step(run: Run, bucket: Bucket) -> None:
@@ -51,6 +78,8 @@ def _step(run: Run, bucket: Bucket) -> None:
     with autocast(config.loop, device):
         losses = training_loss(run.family, run.process, run.transformer.wrapper, run.blocks, batch, crepa, run.layersync)
     run.accelerator.backward(losses.total)
+    del losses
+    _held_in_step = [empty_temporaries(run.config.optim.optimizer, model.optimizer.parameters) for model in run.models.values()]
     del states
 
 
@@ -74,10 +103,13 @@ def _give_back(run: Run) -> None:
     free_memory()
 
 
-def _does_not_fit(plan: Plan, bucket: Bucket) -> UserError:
+def _does_not_fit(run: Run, bucket: Bucket) -> UserError:
+    """What to raise. Working it out takes a while, so what is wrong is said before."""
+    context = run.context
     what = f"out of GPU memory on the largest clips, {bucket}"
+    context.screen.note(f"{what}; nothing was trained yet")
     try:
-        estimate = estimate_memory(plan, [bucket])
+        estimate = estimate_memory(context.plan, [bucket], context.screen, what="working out what would fit", stop=context.stop)
     except UserError:  # no estimate for this model
         return UserError(what, "lower num_frames, height and width, or train_batch_size; nothing was trained yet")
     training = estimate.stages["training"]
