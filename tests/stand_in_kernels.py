@@ -30,12 +30,12 @@ def without_backward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 class _Wrong(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(query, key, value)
         return exact(query, key, value)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN001
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         parts = [part.detach().requires_grad_() for part in ctx.saved_tensors]
         with torch.enable_grad():
             query, key, value = torch.autograd.grad(exact(*parts), parts, grad)
@@ -49,11 +49,11 @@ def wrong_backward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 class _Refusing(torch.autograd.Function):
     @staticmethod
-    def forward(_ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(_ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return exact(query, key, value)
 
     @staticmethod
-    def backward(_ctx, _grad: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN001
+    def backward(_ctx, _grad: Tensor) -> tuple[Tensor, ...]:
         raise NotImplementedError("this head dimension has no backward")
 
 
@@ -65,7 +65,7 @@ def install(patch: pytest.MonkeyPatch, name: str, attention: Callable[[Tensor, T
     """Put a stand-in for flash-attn (`flash`) or FlashAttention 3 (`_flash_3`) where diffusers looks for it."""
     calls = Calls()
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None, causal: bool = False, **more: object):  # noqa: ANN202
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None, causal: bool = False, **more: object):
         assert softmax_scale is None
         assert not causal
         assert all(more[name] in (0.0, (-1, -1), False) for name in more), more

@@ -29,7 +29,9 @@ TRAINABLE_BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
         "_native_efficient": AttentionBackend(),
         "_native_math": AttentionBackend(),
         "flash": AttentionBackend(("flash_attn", "flash-attn"), half_only=True),
-        "_flash_3": AttentionBackend(("flash_attn_interface", "FlashAttention 3 (the folder hopper of flash-attention)"), half_only=True),
+        "_flash_3": AttentionBackend(
+            ("flash_attn_interface", "FlashAttention 3 (the folder hopper of flash-attention)"), half_only=True
+        ),
         "xformers": AttentionBackend(("xformers", "xformers")),
         FLEX: AttentionBackend(),
     }

@@ -1,4 +1,4 @@
-"""Does the model learn with these settings? One block, forward and backward, beside torch's own attention, before a run begins."""
+"""Does the model learn with these settings? One block, forward and backward, beside torch's own attention, before a run."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from crepatrain.config.plan import Plan
-from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.placement.placing import free_memory, set_attention

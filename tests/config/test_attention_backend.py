@@ -54,7 +54,9 @@ def test_a_kernel_for_bf16_is_refused_in_fp32(config_file, backend):
     assert problem.fix == "set mixed_precision to bf16"
 
 
-@pytest.mark.parametrize(("backend", "package"), [("flash", "flash-attn"), ("_flash_3", "FlashAttention 3"), ("xformers", "xformers")])
+@pytest.mark.parametrize(
+    ("backend", "package"), [("flash", "flash-attn"), ("_flash_3", "FlashAttention 3"), ("xformers", "xformers")]
+)
 def test_a_missing_package_is_named(config_file, monkeypatch, backend, package):
     monkeypatch.setattr(checks, "find_spec", lambda _package: None)
     [problem] = problems(config_file(attention_backend=backend, mixed_precision="bf16"))
@@ -62,7 +64,9 @@ def test_a_missing_package_is_named(config_file, monkeypatch, backend, package):
     assert problem.what.endswith("is not installed")
 
 
-@pytest.mark.parametrize("backend", ["native", "_native_cudnn", "_native_efficient", "_native_math", "flash", "_flash_3", "xformers"])
+@pytest.mark.parametrize(
+    "backend", ["native", "_native_cudnn", "_native_efficient", "_native_math", "flash", "_flash_3", "xformers"]
+)
 def test_what_can_train_is_taken(config_file, backend):
     plan = read_plan(config_file(attention_backend=backend, mixed_precision="bf16"), online=False)
     assert plan.config.loop.attention_backend == backend

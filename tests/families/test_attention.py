@@ -112,7 +112,9 @@ def small_batch(family):
     height, width = (4 * size for size in geometry.size_multiple)
     frames = geometry.temporal_stride + 1
     latent = (geometry.latent_channels, *geometry.latent_shape(frames, height, width))
-    text = {key: torch.randn(5, *shape[1:]) if len(shape) > 1 else torch.randn(shape) for key, shape in family.text_shapes().items()}
+    text = {
+        key: torch.randn(5, *shape[1:]) if len(shape) > 1 else torch.randn(shape) for key, shape in family.text_shapes().items()
+    }
     return Batch(
         latents=torch.randn(1, *latent),
         noise=torch.randn(1, *latent),

@@ -68,7 +68,10 @@ def test_the_stand_in_is_as_strict_as_flash_attention(make_plan, monkeypatch):
     attention.install(monkeypatch, "flash")
     plan = make_plan(attention_backend="flash")
     monkeypatch.setattr("crepatrain.families.attention._in_one_dtype", lambda kernel: kernel)
-    with attention.norms_in_fp32(monkeypatch), pytest.raises(UserError, match=r"one block fails \(RuntimeError: FlashAttention only"):
+    with (
+        attention.norms_in_fp32(monkeypatch),
+        pytest.raises(UserError, match=r"one block fails \(RuntimeError: FlashAttention only"),
+    ):
         trial(plan)
 
 
@@ -76,7 +79,10 @@ def test_the_stand_in_is_as_strict_as_flash_attention(make_plan, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (attention.without_backward, r"no gradient reaches .*attn1\.to_q, attn1\.to_k, attn1\.to_v.*; it would train, and not learn"),
+        (
+            attention.without_backward,
+            r"no gradient reaches .*attn1\.to_q, attn1\.to_k, attn1\.to_v.*; it would train, and not learn",
+        ),
         (attention.wrong_backward, r"gradients of .*attn1\.to_k.* are not those of torch's own attention; .* is off by \d+%"),
         (attention.refusing_backward, r"a trial of one block fails \(NotImplementedError: this head dimension has no backward\)"),
         (lambda q, k, v: attention.exact(q, k, v) * float("nan"), r"is off by nan%"),
