@@ -27,7 +27,7 @@ def set_backends(transformer: Any, choose: Callable[[str], str]) -> None:
         RuntimeError: the backend's package is not installed, or too old.
     """
     for name, module in transformer.named_modules():
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if hasattr(processor, "_attention_backend"):
             processor._attention_backend = _prepared(choose(name))
 
