@@ -35,10 +35,10 @@ class _Wrong(torch.autograd.Function):
         return exact(query, key, value)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
         parts = [part.detach().requires_grad_() for part in ctx.saved_tensors]
         with torch.enable_grad():
-            query, key, value = torch.autograd.grad(exact(*parts), parts, grad)
+            query, key, value = torch.autograd.grad(exact(*parts), parts, grad_outputs)
         return query, -key, value
 
 
@@ -53,7 +53,7 @@ class _Refusing(torch.autograd.Function):
         return exact(query, key, value)
 
     @staticmethod
-    def backward(_ctx, _grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
         raise NotImplementedError("this head dimension has no backward")
 
 
