@@ -36,6 +36,8 @@ from crepatrain.running.validation import Validation
 from crepatrain.screen import Screen, TrainingView
 from crepatrain.sharing.hub import expect_pushable
 from crepatrain.stopping import Stopped, StopSignal
+from crepatrain.training.build import build_family
+from crepatrain.training.selftest import expect_gradients
 
 _SMALLER = (
     "set gradient_checkpointing, or lower num_frames, height and width, train_batch_size or lora_rank; checkpoints are kept"
@@ -78,6 +80,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
                 if not before.validate:
                     _close(folder, start.state.step, events, screen)
                     return
+            expect_gradients(plan, build_family(plan), context.device)
             held = fill_all_caches(context, start)
         expect_one_start(start, accelerator)
         for note in folder.claim(start.state.step, start.changed):

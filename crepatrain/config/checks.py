@@ -15,6 +15,7 @@ from crepatrain.files import safetensors_header
 from crepatrain.geometry import Geometry
 from crepatrain.neighbours import reachable_maximum
 from crepatrain.specs import EncoderSpec, FamilySpec, Variant
+from crepatrain.specs.attention import FLEX, TRAINABLE_BACKENDS, refused_backend
 
 _OPTIMIZER_PACKAGES = {"adamw8bit": ("bitsandbytes", "8bit"), "prodigy": ("prodigyopt", "prodigy")}
 
@@ -111,6 +112,39 @@ def check_optimizer(config: ResolvedConfig) -> list[Problem]:
         if config.optim.lr_scheduler == "polynomial" and rate is not None and rate <= _POLYNOMIAL_END:
             what = f"{key}={rate:g}: lr_scheduler=polynomial ends at {_POLYNOMIAL_END:g}"
             problems.append(Problem(what, "use more, or another lr_scheduler", (key, "lr_scheduler")))
+    return problems
+
+
+def check_attention(config: ResolvedConfig, spec: FamilySpec, geometry: Geometry | None) -> list[Problem]:
+    """The attention backend has a backward, is installed, and has an attention of the model to compute.
+
+    Args:
+        geometry: None where the checkpoint can't be read.
+    """
+    backend, about = config.loop.attention_backend, ("attention_backend",)
+    if backend is None:
+        return []
+    what, leave = f"attention_backend={backend}", "use native, or leave it out"
+    known = TRAINABLE_BACKENDS.get(backend)
+    if known is None:
+        close = closest(backend, TRAINABLE_BACKENDS)
+        fix = f"did you mean {close}?" if close else f"use one of {', '.join(TRAINABLE_BACKENDS)}"
+        reason, fix = refused_backend(backend) or ("it is no backend that can train", fix)
+        return [Problem(f"{what}: {reason}", fix, about)]
+    if backend == "native":
+        return []
+    problems = []
+    tiled = geometry is not None and geometry.tile > 1
+    if backend == FLEX and geometry and not tiled:
+        problems.append(Problem(f"{what}: it is for models with NABLA attention, and this model has none", leave, about))
+    elif backend != FLEX and not spec.unmasked_attentions:
+        reason = f"{spec.title} has no attention that it could compute, as they are linear or have a mask"
+        problems.append(Problem(f"{what}: {reason}", leave, about))
+    if known.half_only and config.loop.mixed_precision == "no":
+        keys = ("attention_backend", "mixed_precision")
+        problems.append(Problem(f"{what}: it takes bf16 alone, and mixed_precision is no", "set mixed_precision to bf16", keys))
+    if known.package and find_spec(known.package[0]) is None:
+        problems.append(Problem(f"{what}: {known.package[1]} is not installed", f"install it, or {leave}", about))
     return problems
 
 

@@ -114,6 +114,7 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     problems += checks.check_eval(resolved.validation)
     problems += checks.check_init_adapter(resolved)
     problems += checks.check_optimizer(resolved)
+    problems += checks.check_attention(resolved, spec, geometry)
     problems += checks.check_trackers(resolved.loop)
     disagreeing = checks.check_source(config)
     problems += disagreeing

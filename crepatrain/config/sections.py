@@ -245,7 +245,8 @@ class LoopConfig(Section, frozen=True):
     attention_backend: str | None = Field(
         None,
         min_length=1,
-        description="Attention implementation by its name in diffusers, such as native, flash or sage. null: diffusers' default.",
+        description="Attention kernel by its name in diffusers: native, _native_cudnn, flash, _flash_3 or xformers. It is used "
+        "where an attention has no mask, and must have a backward. null: native.",
         json_schema_extra=IF_ALLOWED,
     )
     mixed_precision: Literal["no", "bf16"] = Field(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from crepatrain.errors import UserError
+from crepatrain.families.attention import set_backends
 from crepatrain.geometry import TokenGrid
 from crepatrain.specs.base import Checkpoint, FamilySpec, ModelShapes, Task, Variant
 from crepatrain.tensors import Batch
@@ -94,6 +95,31 @@ class Family(ABC):
         """The transformer on the meta device, for counting and planning."""
         with torch.device("meta"):
             return self.transformer_class.from_config(dict(self.checkpoint.transformer))
+
+    def shallow_transformer(self, device: torch.device) -> Any:
+        """The transformer with random weights and one block, as wide as it is, for trying that block."""
+        with device:
+            return self.transformer_class.from_config({**self.checkpoint.transformer, self.spec.depth_key: 1})
+
+    def set_attention(self, transformer: Any, backend: str | None = None) -> None:
+        """Set a backend of diffusers on the attentions that are given no mask, and torch's own on the others.
+
+        No other module of the process is touched, and no default of the process reaches this transformer.
+
+        Raises:
+            ValueError, RuntimeError: a backend that diffusers does not have, or whose package is not installed.
+        """
+        set_backends(transformer, lambda name: self.backend_of(name, backend))
+
+    def backend_of(self, attention: str, backend: str | None) -> str:
+        """What computes one attention of the transformer.
+
+        Args:
+            attention: the module's name.
+            backend: the chosen one; None: torch's own.
+        """
+        unmasked = attention.rpartition(".")[2] in self.spec.unmasked_attentions
+        return backend if backend and unmasked else "native"
 
     def load_vae(self, path: str, dtype: torch.dtype) -> Any:
         """The VAE with its weights, frozen, in eval mode."""

@@ -36,6 +36,7 @@ from crepatrain.families.base import (
     with_clean_frames,
 )
 from crepatrain.geometry import TokenGrid
+from crepatrain.specs.attention import FLEX
 from crepatrain.specs.base import ModelShapes
 from crepatrain.specs.kandinsky5_video import KANDINSKY5_VIDEO
 from crepatrain.tensors import Batch
@@ -116,8 +117,14 @@ class Kandinsky5VideoFamily(Family):
     def load_transformer(self, path: str, dtype: torch.dtype) -> Any:
         transformer = super().load_transformer(path, dtype)
         if self._nabla:
-            transformer.set_attention_backend("flex")
+            self.set_attention(transformer)
         return transformer
+
+    def backend_of(self, attention: str, backend: str | None) -> str:
+        """NABLA's masks are for flex attention alone."""
+        if self._nabla and attention.startswith(f"{self.spec.blocks}.") and attention.endswith(".self_attention"):
+            return FLEX
+        return super().backend_of(attention, backend)
 
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
         """A pipeline of the text side alone: its `encode_prompt` is the one that sampling uses."""

@@ -8,24 +8,20 @@ from torch import Tensor, nn
 
 from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
+from crepatrain.families.base import Family
 
 
 def place(config: LoopConfig, transformer: Any, blocks: nn.ModuleList, device: torch.device) -> None:
-    """Put a transformer on a device in training mode, with gradient checkpointing, attention backend and compiled blocks.
+    """Put a transformer on a device in training mode, with gradient checkpointing and compiled blocks.
 
     A transformer on the meta device gets memory there, without values.
 
     Args:
         transformer: of diffusers, adapted where an adapter is trained.
         blocks: of this transformer.
-
-    Raises:
-        UserError: an attention backend that is not installed, or that would download code.
     """
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    if config.attention_backend:
-        _set_attention_backend(transformer, config.attention_backend)
     if next(transformer.parameters()).is_meta:
         materialise(transformer, device)
     else:
@@ -36,15 +32,17 @@ def place(config: LoopConfig, transformer: Any, blocks: nn.ModuleList, device: t
             block.compile()
 
 
-def _set_attention_backend(transformer: Any, backend: str) -> None:
-    if backend.endswith("_hub"):
-        raise UserError(
-            f"attention_backend={backend}: it runs code that it downloads", "install the kernels, and use their own name"
-        )
+def set_attention(config: LoopConfig, family: Family, transformer: Any) -> None:
+    """Set the config's attention backend on the attentions of a transformer that are given no mask, and on nothing else.
+
+    Raises:
+        UserError: it is not installed, or its version is too old.
+    """
     try:
-        transformer.set_attention_backend(backend)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"attention_backend={backend}: {error}", "use native, or leave it out") from error
+        family.set_attention(transformer, config.attention_backend)
+    except (ValueError, RuntimeError) as error:
+        what = f"attention_backend={config.attention_backend}: {error}"
+        raise UserError(what, "use native, or leave it out", ("attention_backend",)) from error
 
 
 def materialise(module: nn.Module, device: torch.device | str = "cpu") -> None:

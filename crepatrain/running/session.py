@@ -18,7 +18,7 @@ from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.data.loader import MicroBatches, StepSampler, TrainingSet
 from crepatrain.data.readers import read_batches
 from crepatrain.families.base import Family
-from crepatrain.placement.placing import place
+from crepatrain.placement.placing import place, set_attention
 from crepatrain.placement.processes import wrap
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.precompute import Caches
@@ -142,6 +142,7 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
     if start.adapter:
         copy_into_adapter(transformer, start.adapter)
         screen.say(f"starting from the adapter {config.lora.init_adapter}")
+    set_attention(config.loop, family, transformer)
     place(config.loop, transformer, family.blocks(transformer), context.device)
     if config.loop.compile:
         screen.note(

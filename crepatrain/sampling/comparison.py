@@ -76,7 +76,7 @@ def open_pipeline(model: TrainedModel) -> Any:
     pipeline = kind.from_pretrained(_base_folder(model), torch_dtype=dtype, **parts)
     pipeline.set_progress_bar_config(disable=True)
     if family.geometry.tile > 1:
-        getattr(pipeline, family.variant.transformer).set_attention_backend("flex")
+        family.set_attention(getattr(pipeline, family.variant.transformer))
     second = {"load_into_transformer_2": True} if family.variant.expert == "low" else {}
     for label, path in model.adapters.items():
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=_adapter_name(label), **second)

@@ -281,6 +281,9 @@ class FamilySpec:
         lora_targets: names of the Linear layers that LoRA adapts by default, matched at the end of a module's name.
         linears: every Linear layer that a block may have, by its name inside the block.
         blocks: attribute of the transformer that holds its blocks.
+        depth_key: of the transformer's config: how many blocks it has.
+        unmasked_attentions: names of the attention modules that are given no mask, at the end of a module's name; a kernel of
+            `attention_backend` is set on these alone. Empty: it has none.
         text_length: tokens of a caption at most, of a variant that has no number of its own.
         text_parameters: of the released models' text encoders together.
         text_is_padded: whether captions of several lengths fit into one batch.
@@ -302,6 +305,8 @@ class FamilySpec:
     lora_targets: tuple[str, ...]
     linears: tuple[str, ...]
     blocks: str
+    depth_key: str
+    unmasked_attentions: tuple[str, ...]
     text_length: int
     text_parameters: int
     text_is_padded: bool

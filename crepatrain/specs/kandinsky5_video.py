@@ -116,6 +116,8 @@ KANDINSKY5_VIDEO = FamilySpec(
         "visual_modulation.out_layer",
     ),
     blocks="visual_transformer_blocks",
+    depth_key="num_visual_blocks",
+    unmasked_attentions=("self_attention", "cross_attention"),
     text_length=512,
     text_parameters=8_415_227_136,
     text_is_padded=False,

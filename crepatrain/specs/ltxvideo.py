@@ -151,6 +151,8 @@ LTXVIDEO = FamilySpec(
         "ff.net.2",
     ),
     blocks="transformer_blocks",
+    depth_key="num_layers",
+    unmasked_attentions=("attn1",),
     text_length=128,
     text_parameters=4_762_310_656,
     text_is_padded=True,

@@ -147,6 +147,8 @@ WAN = FamilySpec(
         "ffn.net.2",
     ),
     blocks="blocks",
+    depth_key="num_layers",
+    unmasked_attentions=("attn1", "attn2"),
     text_length=512,
     text_parameters=5_680_910_336,
     text_is_padded=True,

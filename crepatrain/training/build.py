@@ -214,7 +214,11 @@ def load_transformer(plan: Plan, family: Family) -> Any:
 
 def empty_transformer(plan: Plan, family: Family) -> Any:
     """The transformer on the meta device, in the data types that `load_transformer` gives."""
-    transformer = family.empty_transformer()
+    return in_weights_dtype(plan, family.empty_transformer())
+
+
+def in_weights_dtype(plan: Plan, transformer: Any) -> Any:
+    """A transformer that was not loaded, in the data types that `load_transformer` gives."""
     keep = tuple(transformer._keep_in_fp32_modules or ())
     dtype = weights_dtype(plan.config)
     for name, parameter in transformer.named_parameters():

@@ -5,7 +5,7 @@ import torch
 
 from crepatrain.config.plan import read_plan
 from crepatrain.errors import UserError
-from crepatrain.placement.placing import materialise, place
+from crepatrain.placement.placing import materialise, place, set_attention
 from crepatrain.specs import FAMILIES
 from crepatrain.training import build
 
@@ -41,7 +41,7 @@ def test_an_attention_backend_that_can_not_be_had_is_refused(config_file, backen
     transformer = build.empty_transformer(plan, family)
     config = plan.config.changed(attention_backend=backend).loop
     with pytest.raises(UserError, match=f"attention_backend={backend}"):
-        place(config, transformer, family.blocks(transformer), CPU)
+        set_attention(config, family, transformer)
 
 
 def test_materialise_reaches_plain_attributes_and_keeps_ties():
