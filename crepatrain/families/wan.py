@@ -36,6 +36,7 @@ from crepatrain.families.base import (
     token_timesteps,
     with_clean_frames,
 )
+from crepatrain.families.reading import read_transformers
 from crepatrain.specs.base import ModelShapes
 from crepatrain.specs.wan import WAN
 from crepatrain.tensors import Batch
@@ -127,18 +128,18 @@ class WanFamily(Family):
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
         """A pipeline of the text side alone: its `encode_prompt` is the one that sampling uses."""
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
-        encoder = UMT5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, use_safetensors=True)
+        encoder = read_transformers(UMT5EncoderModel, path, "text_encoder", dtype)
         nothing: dict[str, Any] = {"vae": None, "scheduler": None}
-        return WanPipeline(tokenizer=tokenizer, text_encoder=encoder.requires_grad_(False), **nothing)
+        return WanPipeline(tokenizer=tokenizer, text_encoder=encoder, **nothing)
 
     def load_image_encoder(self, path: str, dtype: torch.dtype) -> Any:
         """Of Wan 2.1, a pipeline of the image side alone."""
         if not self.variant.folders("image_encoder"):
             return None
         processor = CLIPImageProcessor.from_pretrained(path, subfolder="image_processor")
-        encoder = CLIPVisionModel.from_pretrained(path, subfolder="image_encoder", dtype=dtype, use_safetensors=True)
+        encoder = read_transformers(CLIPVisionModel, path, "image_encoder", dtype)
         nothing: dict[str, Any] = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
-        return WanImageToVideoPipeline(image_processor=processor, image_encoder=encoder.requires_grad_(False), **nothing)
+        return WanImageToVideoPipeline(image_processor=processor, image_encoder=encoder, **nothing)
 
     def caption_text(self, caption: str) -> str:
         return prompt_clean(caption)
