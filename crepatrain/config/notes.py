@@ -117,8 +117,6 @@ def warnings(config: ResolvedConfig, written: RunConfig, geometry: Geometry, gri
         grid: at the config's size.
     """
     messages = []
-    if geometry.tile > 1 and not config.loop.compile:
-        messages.append("compile: without it the attention over tiles (NABLA) holds every score in memory; set it to true")
     messages += _without_effect(config, written)
     messages += _joined_words(config)
     if config.optim.lr_scheduler != "constant":

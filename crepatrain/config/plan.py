@@ -126,6 +126,7 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
         problems += checks.check_encoder_size(resolved.crepa, encoder)
     if geometry:
         problems += checks.check_size(resolved.data, geometry)
+        problems += checks.check_tiles(resolved.loop, geometry)
         problems += checks.check_images(resolved.data, variant, geometry)
         problems += checks.check_blocks(resolved, geometry.depth, source_known=not disagreeing)
         problems += checks.check_targets(resolved, spec, geometry.depth)

@@ -58,7 +58,7 @@ def candidates(model: TrainedModel, strengths: Sequence[float]) -> list[Candidat
     ]
 
 
-def open_pipeline(model: TrainedModel) -> Any:
+def open_pipeline(model: TrainedModel, device: torch.device) -> Any:
     """The family's pipeline with the trained weights loaded; where there is a GPU, its parts are moved there one at a time.
 
     Raises:
@@ -67,7 +67,7 @@ def open_pipeline(model: TrainedModel) -> Any:
     family = model.family
     if family.variant.sampling.impossible:
         raise UserError(f"{model.base}: {family.variant.sampling.impossible}", "sample with another base")
-    cuda = torch.cuda.is_available()
+    cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     parts = {}
     if model.transformer:
@@ -75,14 +75,23 @@ def open_pipeline(model: TrainedModel) -> Any:
     kind = getattr(diffusers, family.pipeline)
     pipeline = kind.from_pretrained(_base_folder(model), torch_dtype=dtype, **parts)
     pipeline.set_progress_bar_config(disable=True)
-    if family.geometry.tile > 1:
-        getattr(pipeline, family.variant.transformer).set_attention_backend("flex")
+    _set_tiled_attention(family, getattr(pipeline, family.variant.transformer), device)
     second = {"load_into_transformer_2": True} if family.variant.expert == "low" else {}
     for label, path in model.adapters.items():
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=_adapter_name(label), **second)
     if cuda:
         pipeline.enable_model_cpu_offload()
     return pipeline
+
+
+def _set_tiled_attention(family: Family, transformer: Any, device: torch.device) -> None:
+    """Let attention over tiles (NABLA) skip what its mask leaves out, which it does on a GPU only once it is compiled."""
+    if family.geometry.tile == 1:
+        return
+    transformer.set_attention_backend("flex")
+    if device.type == "cuda":
+        for block in family.blocks(transformer):
+            block.compile()
 
 
 def sample_candidate(
@@ -120,6 +129,7 @@ def _weights_of(pipeline: Any, model: TrainedModel, candidate: Candidate) -> Ite
         yield
     else:
         own = model.family.load_transformer(str(_base_folder(model)), trained.dtype)
+        _set_tiled_attention(model.family, own, pipeline._execution_device)
         _exchange_transformer(pipeline, model, own)
         try:
             yield
@@ -129,7 +139,7 @@ def _weights_of(pipeline: Any, model: TrainedModel, candidate: Candidate) -> Ite
 
 def _exchange_transformer(pipeline: Any, model: TrainedModel, transformer: Any) -> None:
     """Put another transformer into the pipeline, and under its offloading."""
-    offloaded = torch.cuda.is_available()
+    offloaded = pipeline._execution_device.type == "cuda"
     if offloaded:
         pipeline.remove_all_hooks()
     setattr(pipeline, model.family.variant.transformer, transformer)
