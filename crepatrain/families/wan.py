@@ -194,7 +194,7 @@ class WanFamily(Family):
         if self._per_token:
             mask = noisy_frames(batch)
             # Where no frame is given all tokens have the same timestep, and as many copies of it as the pipeline makes would each
-            # go through the time embedding and stay in memory: 1.5 GiB of 5B's 27280 tokens.
+            # go through the time embedding and stay in memory: about 1 GiB of 5B's 27280 tokens.
             if mask is not None:
                 noisy = with_clean_frames(noisy, mask, batch)
                 timestep = token_timesteps(timestep, mask, batch.grid)

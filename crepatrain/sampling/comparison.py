@@ -75,7 +75,7 @@ def open_pipeline(model: TrainedModel, device: torch.device) -> Any:
     kind = getattr(diffusers, family.pipeline)
     pipeline = kind.from_pretrained(_base_folder(model), torch_dtype=dtype, **parts)
     pipeline.set_progress_bar_config(disable=True)
-    _set_tiled_attention(family, getattr(pipeline, family.variant.transformer), device)
+    _set_tiled_attention(family, getattr(pipeline, family.variant.transformer), compiled=cuda)
     second = {"load_into_transformer_2": True} if family.variant.expert == "low" else {}
     for label, path in model.adapters.items():
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=_adapter_name(label), **second)
@@ -84,12 +84,12 @@ def open_pipeline(model: TrainedModel, device: torch.device) -> Any:
     return pipeline
 
 
-def _set_tiled_attention(family: Family, transformer: Any, device: torch.device) -> None:
-    """Let attention over tiles (NABLA) skip what its mask leaves out, which it does on a GPU only once it is compiled."""
+def _set_tiled_attention(family: Family, transformer: Any, *, compiled: bool) -> None:
+    """Let attention over tiles (NABLA) skip what its mask leaves out, which it does only once it is compiled, as on every GPU."""
     if family.geometry.tile == 1:
         return
     transformer.set_attention_backend("flex")
-    if device.type == "cuda":
+    if compiled:
         for block in family.blocks(transformer):
             block.compile()
 
@@ -129,7 +129,7 @@ def _weights_of(pipeline: Any, model: TrainedModel, candidate: Candidate) -> Ite
         yield
     else:
         own = model.family.load_transformer(str(_base_folder(model)), trained.dtype)
-        _set_tiled_attention(model.family, own, pipeline._execution_device)
+        _set_tiled_attention(model.family, own, compiled=_is_offloaded(pipeline))
         _exchange_transformer(pipeline, model, own)
         try:
             yield
@@ -139,12 +139,16 @@ def _weights_of(pipeline: Any, model: TrainedModel, candidate: Candidate) -> Ite
 
 def _exchange_transformer(pipeline: Any, model: TrainedModel, transformer: Any) -> None:
     """Put another transformer into the pipeline, and under its offloading."""
-    offloaded = pipeline._execution_device.type == "cuda"
+    offloaded = _is_offloaded(pipeline)
     if offloaded:
         pipeline.remove_all_hooks()
     setattr(pipeline, model.family.variant.transformer, transformer)
     if offloaded:
         pipeline.enable_model_cpu_offload()
+
+
+def _is_offloaded(pipeline: Any) -> bool:
+    return bool(getattr(pipeline, "_all_hooks", ()))
 
 
 def _base_folder(model: TrainedModel) -> Path:
