@@ -19,9 +19,9 @@ from crepatrain.data.encode import as_jpeg
 from crepatrain.data.loader import Draw
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
+from crepatrain.placement.devices import open_device
 from crepatrain.placement.placing import place
 from crepatrain.placement.precision import autocast
-from crepatrain.placement.devices import open_device
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.precompute import filled_caches
 from crepatrain.preparing.preflight import read_dataset

@@ -21,10 +21,10 @@ from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.outputs import expect_writable, is_run
+from crepatrain.placement.devices import open_device
 from crepatrain.records.layout import BESIDE_BASE, RunLayout, checkpoints, step_of
 from crepatrain.records.opening import adapter_name, config_of
 from crepatrain.records.whole import expect_whole_transformer
-from crepatrain.placement.devices import open_device
 from crepatrain.sampling.comparison import TrainedModel, candidates, open_pipeline, sample_candidate
 from crepatrain.sampling.pipeline import first_frame
 from crepatrain.screen import Screen

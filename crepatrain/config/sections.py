@@ -151,7 +151,9 @@ class DiffusionConfig(Section, frozen=True):
         le=100,
         description="Shift of the noise levels. Only where timestep_sampling is shifted. null: the checkpoint's own.",
     )
-    vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision in which the VAE encodes the clips, and decodes a run's videos.")
+    vae_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Precision in which the VAE encodes the clips, and decodes a run's videos."
+    )
 
 
 class OptimConfig(Section, frozen=True):

@@ -35,8 +35,8 @@ from crepatrain.families.base import (
     noisy_frames,
     with_clean_frames,
 )
-from crepatrain.geometry import TokenGrid
 from crepatrain.families.reading import read_transformers
+from crepatrain.geometry import TokenGrid
 from crepatrain.specs.base import ModelShapes
 from crepatrain.specs.kandinsky5_video import KANDINSKY5_VIDEO
 from crepatrain.tensors import Batch

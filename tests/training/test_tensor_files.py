@@ -22,7 +22,9 @@ def test_every_data_type_is_read_back_bit_by_bit(tmp_path: Path, dtype: torch.dt
     for name, value in tensors.items():
         assert found[name].dtype == value.dtype
         assert found[name].shape == value.shape
-        assert found[name].contiguous().view(-1).view(torch.uint8).tolist() == value.contiguous().view(-1).view(torch.uint8).tolist()
+        assert (
+            found[name].contiguous().view(-1).view(torch.uint8).tolist() == value.contiguous().view(-1).view(torch.uint8).tolist()
+        )
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
