@@ -47,7 +47,7 @@ def read_transformers(kind: Any, path: str, part: str, dtype: torch.dtype) -> An
 
 
 def _cast_shards(folder: Path, dtype: torch.dtype) -> Mapping[str, _Stored]:
-    """The tensors of weights that lie in several files and have another data type; empty where there is one file, or nothing to cast."""
+    """The tensors of weights in several files that have another data type; empty where there is one file, or nothing to cast."""
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
     if index is None:
         return {}

@@ -57,7 +57,7 @@ def _set_allocator(screen: Screen) -> None:
 
 
 def keep_compiled(cache_dir: Path) -> None:
-    """Let torch.compile keep what it makes where the other caches are, so that the next start finds it; the user's own place stays.
+    """Let torch.compile keep what it makes beside the other caches, for the next start; a place that the user has set stays.
 
     Called before anything is compiled.
     """

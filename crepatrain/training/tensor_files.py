@@ -1,4 +1,4 @@
-"""Safetensors files, written tensor by tensor: of what is kept no copy is made on the GPU, and one tensor at a time on the host."""
+"""Safetensors files, written tensor by tensor: nothing is copied on the GPU, and one tensor at a time to the host."""
 
 import json
 from collections.abc import Callable, Mapping
