@@ -59,8 +59,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
     # The first process fills the caches while the others wait for it, however long that takes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     device = open_device(screen)
-    if plan.config.loop.compile:
-        keep_compiled(Path(plan.config.data.cache_dir))
+    keep_compiled(Path(plan.config.data.cache_dir))
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu", kwargs_handlers=[patience])
     if plan.config.hub.push_to_hub:
         expect_pushable(plan.config)

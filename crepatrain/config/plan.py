@@ -135,7 +135,7 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
         keys = tuple(sorted(without))
         raise UserError.of(problems or [Problem(f"{', '.join(keys)}: not usable", "correct it", keys)])
     grid = geometry.token_grid(*resolved.data.size)
-    messages = (*pipeline_notes(spec, checkpoint, variant, resolved.model.task), *warnings(resolved, config, geometry, grid))
+    messages = (*pipeline_notes(spec, checkpoint, variant, resolved.model.task), *warnings(resolved, config, grid))
     return Plan(resolved, spec, checkpoint, variant, geometry, grid, encoder, messages)
 
 

@@ -163,8 +163,8 @@ class OptimConfig(Section, frozen=True):
 
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = Field(
         "adamw",
-        description="Optimizer of the trained weights and of CREPA's projector. With adamw and adafactor no step waits for the GPU; "
-        "with adamw8bit each waits once, and with prodigy several times.",
+        description="Optimizer of the trained weights and of CREPA's projector. With adamw and adafactor no step waits for the "
+        "GPU; with adamw8bit each waits once, and with prodigy several times.",
     )
     learning_rate: float = Field(
         1e-4, gt=0, le=10, description="Peak learning rate. Use 1.0 with prodigy.", json_schema_extra=IF_ALLOWED

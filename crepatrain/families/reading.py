@@ -1,7 +1,7 @@
 """Reading models of diffusers and transformers from local folders: the host holds their weights, and two files of them at most.
 
 Where weights keep their data type, the libraries map the files into memory, and nothing is read twice. Where they are cast, a map
-of every file would stay beside what was cast until the last one is read: twice the checkpoint in fp32, and three times that in bf16.
+of every file would stay beside what was cast until the last one is read.
 """
 
 import json
