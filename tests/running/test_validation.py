@@ -158,7 +158,7 @@ def test_videos_are_decoded_in_vae_dtype_whatever_the_training_computes_in(confi
 
     monkeypatch.setattr(validation.build, "build_vae", watched)
     changes = {"mixed_precision": "bf16", "vae_dtype": str(dtype).removeprefix("torch."), "max_train_steps": 1}
-    changes |= {"validation_prompts": ["a square"], "validation_sampling_steps": 1, "crepa_enabled": False}
+    changes |= {"validation_prompts": ["a square"], "validation_sampling_steps": 2, "crepa_enabled": False}
     fit(read_plan(config_file(**changes, output_dir=str(tmp_path / "run"))), Screen(quiet=True))
     assert (tmp_path / "run" / "samples" / "step-000001.mp4").is_file()
     assert seen == {dtype}
