@@ -251,7 +251,7 @@ def expect_same_adapter(path: Path, family: Family, transformer: nn.Module, weig
         if pair is None or pair.down is None or pair.up is None:
             continue
         x = torch.randn(down.shape[1], 3, generator=generator)
-        expected = scale * (up.float().cpu() @ (down.float().cpu() @ x))
+        expected = scale * (up.cpu().float() @ (down.cpu().float() @ x))
         found = pair.up.float() @ (pair.down.float() @ x)
         if (found - expected).norm() > _TOLERANCE[pair.up.dtype] * expected.norm():
             name = str(pair.up.dtype).removeprefix("torch.")

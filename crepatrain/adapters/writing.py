@@ -1,5 +1,6 @@
 """Writing the result of a run: adapter files that every program reads, or a whole transformer."""
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -21,7 +22,11 @@ from crepatrain.placement.precision import compute_dtype
 from crepatrain.records.opening import adapter_name
 from crepatrain.records.runfolder import RunFolder
 from crepatrain.training.checkpoint import replace_file
-from crepatrain.training.lora import baked_adapter, live_adapter
+from crepatrain.training.lora import live_adapter
+from crepatrain.training.tensor_files import write_tensors
+
+_SHARD = "diffusion_pytorch_model{suffix}.safetensors"
+_SHARD_SIZE = "5GB"
 
 
 def write_result(
@@ -76,10 +81,15 @@ def write_adapter(
         UserError: the disk is full, or a program would not read the file that was written as this adapter.
     """
     tensors: dict[str, Tensor] = {}
-    for module, (lora_a, lora_b) in baked_adapter(transformer, weights).items():
+    scales: dict[str, float] = {}
+    for module, (lora_a, lora_b, scale) in live_adapter(transformer, weights=weights).items():
         name = family.export_name(module)
-        tensors[f"{name}.lora_A.weight"] = lora_a.to(dtype)
-        tensors[f"{name}.lora_B.weight"] = lora_b.to(dtype)
+        tensors[f"{name}.lora_A.weight"] = lora_a
+        tensors[f"{name}.lora_B.weight"] = lora_b
+        scales[f"{name}.lora_B.weight"] = scale
+
+    def bake(name: str, tensor: Tensor) -> Tensor:
+        return tensor.float() * scales[name] if name in scales else tensor
 
     def check(aside: Path) -> None:
         try:
@@ -89,9 +99,9 @@ def write_adapter(
             raise UserError.of([*error.problems, Problem(f"{paths[-1]} was not written", fix)]) from error
 
     first, *others = paths
-    replace_file(first, tensors, metadata, check)
+    replace_file(first, tensors, metadata, check, dtype=dtype, change=bake)
     for path in others:
-        replace_file(path, tensors, metadata)
+        replace_file(path, tensors, metadata, dtype=dtype, change=bake)
 
 
 def write_single_file(path: Path, family: Family, transformer: nn.Module, names: Mapping[str, str], dtype: torch.dtype) -> None:
@@ -104,7 +114,7 @@ def write_single_file(path: Path, family: Family, transformer: nn.Module, names:
         UserError: the disk is full or can't be written to.
     """
     state = transformer.state_dict()
-    tensors = {names[name]: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    tensors = {names[name]: tensor for name, tensor in state.items()}
     assert len(tensors) == len(state)
 
     def check(aside: Path) -> None:
@@ -112,7 +122,7 @@ def write_single_file(path: Path, family: Family, transformer: nn.Module, names:
             found = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - it is no dict
         assert found == {key: list(tensor.shape) for key, tensor in tensors.items()}
 
-    replace_file(path, tensors, {"format": "pt", **family.original_metadata()}, check)
+    replace_file(path, tensors, {"format": "pt", **family.original_metadata()}, check, dtype=dtype)
 
 
 def write_transformer(folder: Path, transformer: Any, dtype: torch.dtype, *, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -132,14 +142,7 @@ def write_transformer(folder: Path, transformer: Any, dtype: torch.dtype, *, wei
             shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
         transformer.save_config(aside)
-        state = {name: tensor.detach().to("cpu", dtype) for name, tensor in (weights or transformer.state_dict()).items()}
-        save_torch_state_dict(
-            state,
-            aside,
-            filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
-            max_shard_size="5GB",
-            metadata={"format": "pt", LISTED_KEY: str(MANIFEST_FORMAT)},
-        )
+        _write_shards(aside, weights or transformer.state_dict(), dtype)
         write_manifest(aside)
         for file in aside.iterdir():
             share(file)
@@ -152,3 +155,17 @@ def write_transformer(folder: Path, transformer: Any, dtype: torch.dtype, *, wei
         raise UserError(
             f"{folder} can't be written ({error})", "free disk space, or fix its permissions; checkpoints are untouched"
         ) from error
+
+
+def _write_shards(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write a transformer's weights in one file, or in several with an index, by the names that diffusers looks for."""
+    # Only sizes matter to the split: the tensors stay where they are until each is written.
+    sizes = {name: torch.empty_like(tensor, dtype=dtype, device="meta") for name, tensor in weights.items()}
+    split = split_torch_state_dict_into_shards(sizes, filename_pattern=_SHARD, max_shard_size=_SHARD_SIZE)
+    metadata = {"format": "pt", LISTED_KEY: str(MANIFEST_FORMAT)}
+    for file, names in split.filename_to_tensors.items():
+        write_tensors(folder / file, {name: weights[name] for name in names}, metadata, dtype=dtype)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / f"{_SHARD.format(suffix='')}.index.json").write_text(text, encoding="utf-8")

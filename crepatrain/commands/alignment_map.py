@@ -19,6 +19,7 @@ from crepatrain.data.encode import as_jpeg
 from crepatrain.data.loader import Draw
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
+from crepatrain.placement.devices import open_device
 from crepatrain.placement.placing import place
 from crepatrain.placement.precision import autocast
 from crepatrain.preparing.context import Context
@@ -55,7 +56,7 @@ def write_alignment_map(root: Path, screen: Screen) -> None:
     if not found:
         raise UserError(f"{root}: it has no checkpoint yet", "wait for the first one, or leave out --map")
     expect_whole(found[-1])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = open_device(screen)
     with StopSignal() as stop:
         context = Context(plan, screen, device, stop)
         dataset = read_dataset(context)

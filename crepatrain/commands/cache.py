@@ -1,8 +1,7 @@
 """The caches of a plan's clips, filled ahead of training."""
 
-import torch
-
 from crepatrain.config.plan import Plan
+from crepatrain.placement.devices import open_device
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.precompute import filled_caches
 from crepatrain.preparing.preflight import read_datasets
@@ -17,7 +16,7 @@ def cache(plan: Plan, screen: Screen) -> None:
         UserError: a model or a clip that can't be read, or a full disk or GPU.
         Stopped: a signal came; every entry written so far stays.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = open_device(screen)
     with StopSignal() as stop:
         context = Context(plan, screen, device, stop)
         for dataset in filter(None, read_datasets(context)):

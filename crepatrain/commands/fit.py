@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
 from crepatrain.labels import LABELS
+from crepatrain.placement.devices import keep_compiled, open_device
 from crepatrain.placement.processes import expect_all_processes
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.preflight import dataset_facts
@@ -58,7 +60,9 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
     """
     # The first process fills the caches while the others wait for it, however long that takes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
+    device = open_device(screen)
+    keep_compiled(Path(plan.config.data.cache_dir))
+    accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu", kwargs_handlers=[patience])
     if plan.config.hub.push_to_hub:
         expect_pushable(plan.config)
     expect_all_processes()

@@ -21,6 +21,7 @@ from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import Family
 from crepatrain.outputs import expect_writable, is_run
+from crepatrain.placement.devices import open_device
 from crepatrain.records.layout import BESIDE_BASE, RunLayout, checkpoints, step_of
 from crepatrain.records.opening import adapter_name, config_of
 from crepatrain.records.whole import expect_whole_transformer
@@ -84,6 +85,7 @@ def sample(target: Path, options: SampleOptions, screen: Screen) -> None:
     Raises:
         UserError: no such run or adapter, or something that the model can't make.
     """
+    device = open_device(screen)
     source = _open_run(target, options, screen) if target.is_dir() else _open_adapter(target, options)
     model, family = source.model, source.model.family
     settings = _settings(source, options, screen)
@@ -94,7 +96,7 @@ def sample(target: Path, options: SampleOptions, screen: Screen) -> None:
     arguments = family.pipeline_arguments(settings) | texts | _image(family, options, settings)
     path = _output(options.output or _new_name(source.folder, f"sample-{options.seed}"))
     screen.say(f"loading {model.base}")
-    pipeline = open_pipeline(model)
+    pipeline = open_pipeline(model, device)
     compared = candidates(model, options.strengths)
     with screen.progress("denoising", settings["steps"] * len(compared)) as advance:
         videos = [(str(one), sample_candidate(pipeline, model, one, arguments, options.seed, advance)) for one in compared]

@@ -309,6 +309,14 @@ def check_size(data: ResolvedData, geometry: Geometry) -> list[Problem]:
     return problems
 
 
+def check_tiles(config: LoopConfig, geometry: Geometry) -> list[Problem]:
+    """Attention over tiles is compiled: eager, it computes and holds every score, also those that its mask leaves out."""
+    if geometry.tile == 1 or config.compile:
+        return []
+    what = "compile=false: the checkpoint's attention over tiles (NABLA) would hold the scores of all pairs of tokens in memory"
+    return [Problem(what, "set compile to true", ("compile",))]
+
+
 def check_blocks(config: ResolvedConfig, depth: int, *, source_known: bool = True) -> list[Problem]:
     """Blocks exist, and a teacher block is deeper than its student's.
 

@@ -8,7 +8,7 @@ from crepatrain.config.fields import Section
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.config.run_config import KEYS, RunConfig
 from crepatrain.config.sections import LoraConfig
-from crepatrain.geometry import Geometry, TokenGrid
+from crepatrain.geometry import TokenGrid
 from crepatrain.specs import Checkpoint, FamilySpec, Task, Variant
 
 
@@ -109,7 +109,7 @@ def pipeline_notes(spec: FamilySpec, checkpoint: Checkpoint, variant: Variant, t
     return [f"the checkpoint's model_index.json names {named}, which is unknown here: it is trained on what {ours} feeds it"]
 
 
-def warnings(config: ResolvedConfig, written: RunConfig, geometry: Geometry, grid: TokenGrid) -> list[str]:
+def warnings(config: ResolvedConfig, written: RunConfig, grid: TokenGrid) -> list[str]:
     """What has no effect, or another one than written.
 
     Args:
@@ -117,8 +117,6 @@ def warnings(config: ResolvedConfig, written: RunConfig, geometry: Geometry, gri
         grid: at the config's size.
     """
     messages = []
-    if geometry.tile > 1 and not config.loop.compile:
-        messages.append("compile: without it the attention over tiles (NABLA) holds every score in memory; set it to true")
     messages += _without_effect(config, written)
     messages += _joined_words(config)
     if config.optim.lr_scheduler != "constant":

@@ -127,6 +127,7 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
         problems += checks.check_encoder_size(resolved.crepa, encoder)
     if geometry:
         problems += checks.check_size(resolved.data, geometry)
+        problems += checks.check_tiles(resolved.loop, geometry)
         problems += checks.check_images(resolved.data, variant, geometry)
         problems += checks.check_blocks(resolved, geometry.depth, source_known=not disagreeing)
         problems += checks.check_targets(resolved, spec, geometry.depth)
@@ -135,7 +136,7 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
         keys = tuple(sorted(without))
         raise UserError.of(problems or [Problem(f"{', '.join(keys)}: not usable", "correct it", keys)])
     grid = geometry.token_grid(*resolved.data.size)
-    messages = (*pipeline_notes(spec, checkpoint, variant, resolved.model.task), *warnings(resolved, config, geometry, grid))
+    messages = (*pipeline_notes(spec, checkpoint, variant, resolved.model.task), *warnings(resolved, config, grid))
     return Plan(resolved, spec, checkpoint, variant, geometry, grid, encoder, messages)
 
 

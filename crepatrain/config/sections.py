@@ -151,7 +151,9 @@ class DiffusionConfig(Section, frozen=True):
         le=100,
         description="Shift of the noise levels. Only where timestep_sampling is shifted. null: the checkpoint's own.",
     )
-    vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision in which the VAE encodes the clips.")
+    vae_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Precision in which the VAE encodes the clips, and decodes a run's videos."
+    )
 
 
 class OptimConfig(Section, frozen=True):
@@ -160,7 +162,9 @@ class OptimConfig(Section, frozen=True):
     model_config = ConfigDict(title="Optimizer")
 
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = Field(
-        "adamw", description="Optimizer of the trained weights and of CREPA's projector."
+        "adamw",
+        description="Optimizer of the trained weights and of CREPA's projector. With adamw and adafactor no step waits for the "
+        "GPU; with adamw8bit each waits once, and with prodigy several times.",
     )
     learning_rate: float = Field(
         1e-4, gt=0, le=10, description="Peak learning rate. Use 1.0 with prodigy.", json_schema_extra=IF_ALLOWED

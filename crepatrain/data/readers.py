@@ -5,6 +5,7 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Collection, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -54,6 +55,20 @@ def read_batches(dataset: TrainingSet, draws: MicroBatches, *, workers: int, pin
         ) from error
     finally:
         _end(iterator, set(multiprocessing.active_children()) - others)
+
+
+def read_ahead(batches: Iterator[Batch], *, pin_memory: bool) -> Iterator[Batch]:
+    """The batches, each read, and pinned, by a thread while the one before is worked on."""
+
+    def read() -> Batch | None:
+        batch = next(batches, None)
+        return batch.pin_memory() if batch and pin_memory else batch
+
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(read)
+        while batch := following.result():
+            following = reader.submit(read)
+            yield batch
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from crepatrain.errors import UserError
 from crepatrain.families.attention import set_backends
+from crepatrain.families.reading import read_diffusers
 from crepatrain.geometry import TokenGrid
 from crepatrain.specs.base import Checkpoint, FamilySpec, ModelShapes, Task, Variant
 from crepatrain.tensors import Batch
@@ -87,9 +88,7 @@ class Family(ABC):
 
     def load_transformer(self, path: str, dtype: torch.dtype) -> Any:
         """The transformer of a local pipeline folder with its weights, in eval mode."""
-        return self.transformer_class.from_pretrained(
-            path, subfolder=self.variant.transformer, torch_dtype=dtype, use_safetensors=True
-        )
+        return read_diffusers(self.transformer_class, path, self.variant.transformer, dtype)
 
     def empty_transformer(self) -> Any:
         """The transformer on the meta device, for counting and planning."""
@@ -123,8 +122,7 @@ class Family(ABC):
 
     def load_vae(self, path: str, dtype: torch.dtype) -> Any:
         """The VAE with its weights, frozen, in eval mode."""
-        vae = self.vae_class.from_pretrained(path, subfolder=self.variant.vae, torch_dtype=dtype, use_safetensors=True)
-        return vae.requires_grad_(False)
+        return read_diffusers(self.vae_class, path, self.variant.vae, dtype).requires_grad_(False)
 
     def empty_vae(self) -> Any:
         """The VAE on the meta device."""

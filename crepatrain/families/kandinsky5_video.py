@@ -35,6 +35,7 @@ from crepatrain.families.base import (
     noisy_frames,
     with_clean_frames,
 )
+from crepatrain.families.reading import read_transformers
 from crepatrain.geometry import TokenGrid
 from crepatrain.specs.attention import FLEX
 from crepatrain.specs.base import ModelShapes
@@ -128,16 +129,14 @@ class Kandinsky5VideoFamily(Family):
 
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
         """A pipeline of the text side alone: its `encode_prompt` is the one that sampling uses."""
-        qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, subfolder="text_encoder", dtype=dtype, use_safetensors=True
-        )
-        clip = CLIPTextModel.from_pretrained(path, subfolder="text_encoder_2", dtype=dtype, use_safetensors=True)
+        qwen = read_transformers(Qwen2_5_VLForConditionalGeneration, path, "text_encoder", dtype)
+        clip = read_transformers(CLIPTextModel, path, "text_encoder_2", dtype)
         return _pipeline(
             # The whole processor would need torchvision for images, and captions hold none.
             tokenizer=AutoTokenizer.from_pretrained(path, subfolder="tokenizer"),
-            text_encoder=qwen.requires_grad_(False),
+            text_encoder=qwen,
             tokenizer_2=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer_2"),
-            text_encoder_2=clip.requires_grad_(False),
+            text_encoder_2=clip,
         )
 
     def count_tokens(self, path: str, captions: Sequence[str]) -> list[int]:

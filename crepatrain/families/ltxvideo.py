@@ -30,6 +30,7 @@ from crepatrain.families.base import (
     token_timesteps,
     with_clean_frames,
 )
+from crepatrain.families.reading import read_transformers
 from crepatrain.specs.base import ModelShapes
 from crepatrain.specs.ltxvideo import CONDITION_PIPELINE, LTXVIDEO
 from crepatrain.tensors import Batch
@@ -91,10 +92,10 @@ class LtxVideoFamily(Family):
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
         """A pipeline of the text side alone: its `encode_prompt` is the one that sampling uses."""
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
-        encoder = T5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, use_safetensors=True)
+        encoder = read_transformers(T5EncoderModel, path, "text_encoder", dtype)
         nothing: dict[str, Any] = {"vae": None, "scheduler": None, "transformer": None}
         kind = LTXConditionPipeline if self.conditions else LTXPipeline
-        return kind(tokenizer=tokenizer, text_encoder=encoder.requires_grad_(False), **nothing)
+        return kind(tokenizer=tokenizer, text_encoder=encoder, **nothing)
 
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         embeds, mask, _, _ = text_encoder.encode_prompt(

@@ -29,6 +29,7 @@ from crepatrain.families.base import (
     rows_mask,
     with_clean_frames,
 )
+from crepatrain.families.reading import read_transformers
 from crepatrain.specs.base import ModelShapes
 from crepatrain.specs.sanavideo import SANAVIDEO
 from crepatrain.tensors import Batch
@@ -89,9 +90,9 @@ class SanaVideoFamily(Family):
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
         """A pipeline of the text side alone: its `encode_prompt` is the one that sampling uses."""
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
-        encoder = Gemma2Model.from_pretrained(path, subfolder="text_encoder", dtype=dtype, use_safetensors=True)
+        encoder = read_transformers(Gemma2Model, path, "text_encoder", dtype)
         nothing: dict[str, Any] = {"vae": None, "scheduler": None, "transformer": None}
-        return SanaVideoPipeline(tokenizer=tokenizer, text_encoder=encoder.requires_grad_(False), **nothing)
+        return SanaVideoPipeline(tokenizer=tokenizer, text_encoder=encoder, **nothing)
 
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Captions after the pipeline's instruction; the empty one without it, as sampling uses it as a negative prompt."""

@@ -36,6 +36,7 @@ from crepatrain.families.base import (
     token_timesteps,
     with_clean_frames,
 )
+from crepatrain.families.reading import read_transformers
 from crepatrain.specs.base import ModelShapes
 from crepatrain.specs.wan import WAN
 from crepatrain.tensors import Batch
@@ -127,18 +128,18 @@ class WanFamily(Family):
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
         """A pipeline of the text side alone: its `encode_prompt` is the one that sampling uses."""
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
-        encoder = UMT5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, use_safetensors=True)
+        encoder = read_transformers(UMT5EncoderModel, path, "text_encoder", dtype)
         nothing: dict[str, Any] = {"vae": None, "scheduler": None}
-        return WanPipeline(tokenizer=tokenizer, text_encoder=encoder.requires_grad_(False), **nothing)
+        return WanPipeline(tokenizer=tokenizer, text_encoder=encoder, **nothing)
 
     def load_image_encoder(self, path: str, dtype: torch.dtype) -> Any:
         """Of Wan 2.1, a pipeline of the image side alone."""
         if not self.variant.folders("image_encoder"):
             return None
         processor = CLIPImageProcessor.from_pretrained(path, subfolder="image_processor")
-        encoder = CLIPVisionModel.from_pretrained(path, subfolder="image_encoder", dtype=dtype, use_safetensors=True)
+        encoder = read_transformers(CLIPVisionModel, path, "image_encoder", dtype)
         nothing: dict[str, Any] = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
-        return WanImageToVideoPipeline(image_processor=processor, image_encoder=encoder.requires_grad_(False), **nothing)
+        return WanImageToVideoPipeline(image_processor=processor, image_encoder=encoder, **nothing)
 
     def caption_text(self, caption: str) -> str:
         return prompt_clean(caption)
@@ -184,7 +185,7 @@ class WanFamily(Family):
 
     @property
     def _per_token(self) -> bool:
-        """Whether every token has a timestep of its own, as in TI2V."""
+        """Whether a token may have a timestep of its own, as in TI2V."""
         return bool(self.checkpoint.model_index.get("expand_timesteps"))
 
     def denoise(self, transformer: nn.Module, noisy: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
@@ -192,11 +193,11 @@ class WanFamily(Family):
         image_embeds = None
         if self._per_token:
             mask = noisy_frames(batch)
-            if mask is None:  # every token has its timestep here, also where all are alike
-                mask = noisy.new_ones(1, 1, 1, 1, 1)
-            else:
+            # Where no frame is given all tokens have the same timestep, and as many copies of it as the pipeline makes would each
+            # go through the time embedding and stay in memory: about 1 GiB of 5B's 27280 tokens.
+            if mask is not None:
                 noisy = with_clean_frames(noisy, mask, batch)
-            timestep = token_timesteps(timestep, mask, batch.grid)
+                timestep = token_timesteps(timestep, mask, batch.grid)
         elif self.task == "i2v":
             noisy, image_embeds = self._with_image(noisy, batch)
         return transformer(

@@ -1,6 +1,10 @@
 """The data types of a run: of weights, of what is computed with them, and of encoders."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.config.sections import LoopConfig
@@ -24,3 +28,13 @@ def encoding_dtype(device: torch.device) -> torch.dtype:
 def autocast(config: LoopConfig, device: torch.device) -> torch.autocast:
     """The precision of a step's forward."""
     return torch.autocast(device.type, dtype=compute_dtype(config), enabled=config.mixed_precision != "no")
+
+
+def in_own_dtype(method: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
+    """A method that computes in a model's own data type, whatever autocast it is called in."""
+
+    def call(first: Tensor, *args: Any, **more: Any) -> Any:
+        with torch.autocast(device.type, enabled=False):
+            return method(first.to(dtype), *args, **more)
+
+    return call

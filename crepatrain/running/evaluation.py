@@ -8,6 +8,7 @@ import torch
 
 from crepatrain.data.buckets import Window
 from crepatrain.data.loader import Draw, TrainingSet, keyed_generator
+from crepatrain.data.readers import read_ahead
 from crepatrain.errors import DivergedError
 from crepatrain.placement.precision import autocast
 from crepatrain.preparing.precompute import Caches
@@ -91,18 +92,21 @@ class Evaluation:
         if run.projector is not None and run.teacher is not None:
             crepa = build.crepa_term(config.crepa, run.projector, run.teacher, 0.0)
         losses, scores = [], []
-        for batch in self._batches():
-            with autocast(config.loop, device):
-                found = training_loss(run.family, run.process, run.transformer.module, run.blocks, batch.to(device), crepa)
-            losses.append(found.diffusion)
-            run.folder.beat(run.state.step)
-            if found.crepa:
-                scores.append(found.crepa.alignment)
+        for read in read_ahead(self._batches(), pin_memory=device.type == "cuda"):
+            window = read.to(device)
+            for sigma in self._sigmas:
+                batch = replace(window, sigma=torch.full_like(window.sigma, sigma))
+                with autocast(config.loop, device):
+                    found = training_loss(run.family, run.process, run.transformer.module, run.blocks, batch, crepa)
+                losses.append(found.diffusion)
+                run.folder.beat(run.state.step)
+                if found.crepa:
+                    scores.append(found.crepa.alignment)
         table = torch.cat(losses).float().cpu().unflatten(0, (-1, len(_SHARES)))
         return table, torch.cat(scores).float().cpu() if scores else torch.empty(0)
 
     def _batches(self) -> Iterator[Batch]:
-        """Each window at each noise level, always with the same noise.
+        """Each window, always with the same noise, which is that of all noise levels.
 
         The noise depends on eval_seed and on what the window shows alone: not on the seed or the noise levels of the training,
         nor on what else is held out.
@@ -111,6 +115,4 @@ class Evaluation:
         for index, window in enumerate(self.windows):
             batch = self.samples.read([Draw(index, step=0, slot=index)])
             generator = keyed_generator("held out", seed, window.clip.digest, *window.frames)
-            noise = torch.randn(batch.latents.shape, generator=generator)
-            for sigma in self._sigmas:
-                yield replace(batch, noise=noise, sigma=torch.full_like(batch.sigma, sigma))
+            yield replace(batch, noise=torch.randn(batch.latents.shape, generator=generator))

@@ -24,7 +24,7 @@ from crepatrain.training.lora import is_adapted, trained_state
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """All of a checkpoint, whole: as `write_checkpoint` takes it."""
+    """All of a checkpoint, whole: as `write_checkpoint` takes it. What a device holds is copied as it is written."""
 
     tensors: Mapping[str, Mapping[str, Tensor]]
     trees: Mapping[str, Any]
@@ -47,9 +47,7 @@ def gather(run: Run) -> Gathered:
     for name, model in run.models.items():
         tensors[weights_file(name, adapted=is_adapted(model.module))] = trained_state(model.module)
         if model.average:
-            with model.average.in_place():
-                average = {key: tensor.clone() for key, tensor in trained_state(model.module).items()}
-            tensors[average_file(name)] = average
+            tensors[average_file(name)] = model.average.of(trained_state(model.module))
     return Gathered(
         tensors,
         trees={optimizer_file(name): model.optimizer.state_dict() for name, model in run.models.items()},

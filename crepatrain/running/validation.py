@@ -17,7 +17,7 @@ from crepatrain.config.sections import ValidationConfig
 from crepatrain.data.encode import grid_video, write_video
 from crepatrain.errors import UserError
 from crepatrain.placement.placing import free_memory
-from crepatrain.placement.precision import autocast
+from crepatrain.placement.precision import autocast, in_own_dtype
 from crepatrain.preparing.precompute import Caches
 from crepatrain.records.events import VideosMade
 from crepatrain.records.runfolder import RunFolder
@@ -121,6 +121,8 @@ class Validation:
         """The family's pipeline around the transformer in training; prompts come encoded, so it needs no text encoder."""
         plan, device, family = self.run.context.plan, self.run.context.device, self.run.family
         folder, vae = build.model_folder(plan), build.build_vae(plan, family, device)
+        for method in ("encode", "decode"):
+            setattr(vae, method, in_own_dtype(getattr(vae, method), vae.dtype, device))
         return training_pipeline(family, folder, self.run.transformer.module, vae, plan.variant.text_parts, device)
 
     def _text(self, prompt: str) -> dict[str, Tensor]:

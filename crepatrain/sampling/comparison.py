@@ -58,7 +58,7 @@ def candidates(model: TrainedModel, strengths: Sequence[float]) -> list[Candidat
     ]
 
 
-def open_pipeline(model: TrainedModel) -> Any:
+def open_pipeline(model: TrainedModel, device: torch.device) -> Any:
     """The family's pipeline with the trained weights loaded; where there is a GPU, its parts are moved there one at a time.
 
     Raises:
@@ -67,7 +67,7 @@ def open_pipeline(model: TrainedModel) -> Any:
     family = model.family
     if family.variant.sampling.impossible:
         raise UserError(f"{model.base}: {family.variant.sampling.impossible}", "sample with another base")
-    cuda = torch.cuda.is_available()
+    cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     parts = {}
     if model.transformer:
@@ -75,14 +75,23 @@ def open_pipeline(model: TrainedModel) -> Any:
     kind = getattr(diffusers, family.pipeline)
     pipeline = kind.from_pretrained(_base_folder(model), torch_dtype=dtype, **parts)
     pipeline.set_progress_bar_config(disable=True)
-    if family.geometry.tile > 1:
-        family.set_attention(getattr(pipeline, family.variant.transformer))
+    _set_tiled_attention(family, getattr(pipeline, family.variant.transformer), compiled=cuda)
     second = {"load_into_transformer_2": True} if family.variant.expert == "low" else {}
     for label, path in model.adapters.items():
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=_adapter_name(label), **second)
     if cuda:
         pipeline.enable_model_cpu_offload()
     return pipeline
+
+
+def _set_tiled_attention(family: Family, transformer: Any, *, compiled: bool) -> None:
+    """Let attention over tiles (NABLA) skip what its mask leaves out, which it does only once it is compiled, as on every GPU."""
+    if family.geometry.tile == 1:
+        return
+    family.set_attention(transformer)
+    if compiled:
+        for block in family.blocks(transformer):
+            block.compile()
 
 
 def sample_candidate(
@@ -120,6 +129,7 @@ def _weights_of(pipeline: Any, model: TrainedModel, candidate: Candidate) -> Ite
         yield
     else:
         own = model.family.load_transformer(str(_base_folder(model)), trained.dtype)
+        _set_tiled_attention(model.family, own, compiled=_is_offloaded(pipeline))
         _exchange_transformer(pipeline, model, own)
         try:
             yield
@@ -129,12 +139,16 @@ def _weights_of(pipeline: Any, model: TrainedModel, candidate: Candidate) -> Ite
 
 def _exchange_transformer(pipeline: Any, model: TrainedModel, transformer: Any) -> None:
     """Put another transformer into the pipeline, and under its offloading."""
-    offloaded = torch.cuda.is_available()
+    offloaded = _is_offloaded(pipeline)
     if offloaded:
         pipeline.remove_all_hooks()
     setattr(pipeline, model.family.variant.transformer, transformer)
     if offloaded:
         pipeline.enable_model_cpu_offload()
+
+
+def _is_offloaded(pipeline: Any) -> bool:
+    return bool(getattr(pipeline, "_all_hooks", ()))
 
 
 def _base_folder(model: TrainedModel) -> Path:

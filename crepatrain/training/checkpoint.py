@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from crepatrain.errors import UserError
 from crepatrain.files import flush, unfinished_name, written_aside
 from crepatrain.integrity import LISTED_KEY, MANIFEST_FORMAT, Damaged, expect_listed, seal, unsealed, write_manifest
+from crepatrain.training.tensor_files import write_tensors
 
 # The files of a checkpoint, without the ends of their names.
 STATE_FILE = "state"
@@ -142,11 +144,18 @@ def read_plain(folder: Path, name: str) -> Any:
 
 
 def replace_file(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], check: Callable[[Path], None] = lambda _: None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    check: Callable[[Path], None] = lambda _: None,
+    *,
+    dtype: torch.dtype | None = None,
+    change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Write a safetensors file aside, with its digest in its header, and rename it.
 
     Args:
+        dtype, change: as `write_tensors` takes them.
         check: called with the file aside; what it raises leaves `path` as it was.
 
     Raises:
@@ -154,7 +163,7 @@ def replace_file(
     """
     try:
         with written_aside(path) as aside:
-            save_file(dict(tensors), aside, metadata=unsealed(metadata))
+            write_tensors(aside, tensors, unsealed(metadata), dtype=dtype, change=change)
             seal(aside)
             check(aside)
     except (OSError, SafetensorError) as error:
@@ -175,8 +184,7 @@ def replace_json(path: Path, content: Any) -> None:
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(plain, path, metadata={LISTED_KEY: str(MANIFEST_FORMAT)})
+    write_tensors(path, tensors, {LISTED_KEY: str(MANIFEST_FORMAT)})
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from crepatrain.placement.states import State, states_of
+from crepatrain.training.adafactor import Adafactor
 from crepatrain.training.checkpoint import (
     FINGERPRINT_FILE,
     STATE_FILE,
@@ -186,7 +187,7 @@ def _check_groups(path: Path, groups: list[Any], optimizer: Optimizer) -> None:
 
 def _states(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, State]:
     """What an optimizer of torch keeps for a parameter; empty for the optimizers of other packages."""
-    names = {torch.optim.AdamW: "adamw", torch.optim.Adafactor: "adafactor"}
+    names = {torch.optim.AdamW: "adamw", Adafactor: "adafactor"}
     name = names.get(type(optimizer))
     return states_of(name, parameter) if name else {}
 

@@ -154,7 +154,7 @@ def baked_adapter(transformer: nn.Module, weights: Mapping[str, Tensor] | None =
         weights: what `trained_state` gave, in place of what the transformer holds now.
     """
     return {
-        name: (down.float().cpu().contiguous(), (up.float() * scale).cpu().contiguous())
+        name: (down.cpu().float().contiguous(), (up.cpu().float() * scale).contiguous())
         for name, (down, up, scale) in live_adapter(transformer, weights=weights).items()
     }
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from crepatrain.config.sections import OptimConfig
+from crepatrain.training.adafactor import Adafactor
 from crepatrain.training.lora import trainable_parameters
 
 
@@ -18,11 +19,13 @@ def build_optimizer(config: OptimConfig, parameters: Sequence[nn.Parameter], lea
     """The config's optimizer over some parameters.
 
     AdamW is the fused one: it reads `found_inf` on the device and then leaves the weights alone, so the host reads nothing first.
+    Adafactor does the same. Of the other packages' optimizers the host waits for the device: once in a step before bitsandbytes'
+    AdamW, and before and several times within Prodigy, which reads its own estimate of the learning rate.
     """
     betas = (config.adam_beta1, config.adam_beta2)
     decay, epsilon = config.adam_weight_decay, config.adam_epsilon
     if config.optimizer == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=decay)
+        return Adafactor(parameters, lr=learning_rate, weight_decay=decay)
     if config.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports] - the 8bit extra; make_plan has checked that it is installed
 

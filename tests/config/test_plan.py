@@ -253,7 +253,7 @@ def test_ltx_takes_8k_plus_1_frames_and_multiples_of_32(plan, problems, tiny):
 
 
 def test_nabla_attention_takes_multiples_of_128(plan, problems, tiny):
-    of, dense = tiny("kandinsky5_video", "tiny-nabla"), tiny("kandinsky5_video")
+    of, dense = tiny("kandinsky5_video", "tiny-nabla") | {"compile": True}, tiny("kandinsky5_video")
     assert plan(**of, height=128, width=256).grid.patches == 8 * 16
     assert plan(**of, height=128, width=256, num_frames=1).grid.t == 1
     [height, width] = problems(**of, height=144, width=64)
@@ -263,6 +263,16 @@ def test_nabla_attention_takes_multiples_of_128(plan, problems, tiny):
     assert plan(**dense, height=144, width=64).grid.patches == 9 * 4
     [problem] = problems(**dense, height=136)
     assert "multiples of 16" in problem.what
+
+
+def test_nabla_attention_is_compiled(plan, problems, tiny):
+    of = tiny("kandinsky5_video", "tiny-nabla") | {"height": 128, "width": 128}
+    [problem] = problems(**of)
+    assert "compile=false" in problem.what
+    assert "NABLA" in problem.what
+    assert problem.fix == "set compile to true"
+    assert plan(**of, compile=True).config.loop.compile
+    assert not plan(**tiny("kandinsky5_video")).config.loop.compile, "dense attention needs it not"
 
 
 def test_ti2v_takes_multiples_of_32(plan, problems, tiny):

@@ -482,6 +482,8 @@ def fed(transformer, run):
 
 def assert_fed_alike(ours, theirs, name=""):
     if isinstance(theirs, torch.Tensor):
+        if "timestep" in name and ours.ndim == 1 and theirs.ndim == 2 and (theirs == theirs[:, :1]).all():
+            theirs = theirs[:, 0]  # one timestep stands for as many equal ones as there are tokens
         assert ours.shape == theirs.shape, name
         torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-6, atol=2e-6, msg=lambda text: f"{name}: {text}")
     elif isinstance(theirs, dict):

@@ -206,7 +206,7 @@ def test_json_is_all_that_is_printed(plan_of, tmp_path, monkeypatch, capsys):
 
 
 def test_a_model_without_an_estimate_has_an_exit_code(plan_of, tmp_path, monkeypatch, capsys):
-    plan_of("kandinsky5_video", "tiny-nabla", height=128, width=128)
+    plan_of("kandinsky5_video", "tiny-nabla", height=128, width=128, compile=True)
     assert run(monkeypatch, "dry-run", tmp_path / "config.json", "--fits", 24) == 2
     assert "no estimate" in capsys.readouterr().err
 

@@ -95,7 +95,7 @@ def test_parts_weigh_what_they_weigh(plan_of):
 
 
 def test_nabla_has_no_estimate_and_says_so(plan_of):
-    plan = plan_of("kandinsky5_video", "tiny-nabla", height=128, width=128)
+    plan = plan_of("kandinsky5_video", "tiny-nabla", height=128, width=128, compile=True)
     with pytest.raises(UserError, match=r"no estimate for .*tiny-nabla: its step does not run"):
         stages.training_stage(plan, bucket_of(plan))
 

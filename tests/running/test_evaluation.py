@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from runs import Write, last_checkpoint, lines, train
 from crepatrain.commands.fit import fit
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
+from crepatrain.data.readers import read_ahead
 from crepatrain.errors import DivergedError, UserError
 
 
@@ -163,3 +165,37 @@ def test_a_run_of_an_earlier_version_that_held_out_other_clips_is_refused_in_pla
 def test_a_run_of_an_earlier_version_that_held_out_the_same_clips_goes_on(config_file):
     as_earlier_version(train(config_file, max_train_steps=1, eval_share=0.3))
     assert len(continued(config_file, max_train_steps=2, eval_share=0.3)) == 1
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_held_out_batches_are_read_and_pinned_while_the_one_before_is_measured(pin: bool):
+    read = [threading.Event() for _ in range(3)]
+
+    class Numbered:
+        def __init__(self, number: int) -> None:
+            self.number, self.pinned = number, False
+
+        def pin_memory(self) -> "Numbered":
+            self.pinned = True
+            return self
+
+    def batches():
+        for number, event in enumerate(read):
+            event.set()
+            yield Numbered(number)
+
+    found = []
+    for batch in read_ahead(batches(), pin_memory=pin):  # type: ignore[arg-type]
+        if batch.number < 2:
+            assert read[batch.number + 1].wait(10), "the next one is read before this one is done with"
+        found.append((batch.number, batch.pinned))
+    assert found == [(number, pin) for number in range(3)]
+
+
+def test_what_fails_while_a_batch_is_read_ahead_arrives():
+    def batches():
+        raise UserError("a clip is gone", "put it back")
+        yield
+
+    with pytest.raises(UserError, match="a clip is gone"):
+        list(read_ahead(batches(), pin_memory=False))

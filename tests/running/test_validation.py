@@ -143,3 +143,22 @@ def test_memory_is_given_back_after_a_validation(trained, tmp_path):
     assert all(not models for models, _ in seen.values())
     before, after = seen[3][1], seen[5][1]  # of the third step the optimizer's state is there, and its videos are not yet made
     assert abs(after - before) < 0.01 * before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_videos_are_decoded_in_vae_dtype_whatever_the_training_computes_in(config_file, tmp_path, monkeypatch, dtype):
+    seen, made = set(), validation.build.build_vae
+
+    def watched(*args):
+        vae = made(*args)
+        for part in vae.modules():
+            if isinstance(part, torch.nn.Conv3d):
+                part.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+        return vae
+
+    monkeypatch.setattr(validation.build, "build_vae", watched)
+    changes = {"mixed_precision": "bf16", "vae_dtype": str(dtype).removeprefix("torch."), "max_train_steps": 1}
+    changes |= {"validation_prompts": ["a square"], "validation_sampling_steps": 2, "crepa_enabled": False}
+    fit(read_plan(config_file(**changes, output_dir=str(tmp_path / "run"))), Screen(quiet=True))
+    assert (tmp_path / "run" / "samples" / "step-000001.mp4").is_file()
+    assert seen == {dtype}

@@ -9,7 +9,7 @@ from PIL import Image
 
 from crepatrain.errors import UserError
 from crepatrain.families import family_class, get_family
-from crepatrain.sampling.comparison import TrainedModel, open_pipeline
+from crepatrain.sampling.comparison import TrainedModel, _set_tiled_attention, open_pipeline
 from crepatrain.sampling.pipeline import call, training_pipeline
 from crepatrain.tensors import Batch
 
@@ -80,4 +80,16 @@ def test_a_base_that_diffusers_can_not_sample_is_refused(tiny_checkpoint):
     family = get_family("ltxvideo", dynamic.checkpoint)
     model = TrainedModel(family, str(tiny_checkpoint("ltxvideo", "tiny-0.9.5")), None, {}, None)
     with pytest.raises(UserError, match=r"use_dynamic_shifting, with which LTXConditionPipeline can't sample\n.*another base"):
-        open_pipeline(model)
+        open_pipeline(model, CPU)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("size", ["tiny", "tiny-nabla"])
+def test_attention_over_tiles_is_compiled_where_it_is_sampled_on_a_gpu(monkeypatch, size: str, compiled: bool):
+    family = tiny_family("kandinsky5_video", size)
+    transformer = family.empty_transformer()
+    # diffusers would set it for the whole process, and with it for the tests that follow.
+    monkeypatch.setattr(type(transformer), "set_attention_backend", lambda *_: None)
+    _set_tiled_attention(family, transformer, compiled=compiled)
+    found = {block._compiled_call_impl is not None for block in family.blocks(transformer)}
+    assert found == {compiled and size == "tiny-nabla"}

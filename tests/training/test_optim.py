@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from crepatrain.config.sections import OptimConfig
+from crepatrain.training.adafactor import Adafactor
 from crepatrain.training.optim import build_lr_scheduler, build_optimizer, clip_gradients
 
 SCHEDULES = get_args(OptimConfig.model_fields["lr_scheduler"].annotation)
@@ -54,7 +55,7 @@ def test_the_shapes_of_the_schedules():
     assert all(later < earlier for earlier, later in itertools.pairwise(polynomial))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("adafactor", torch.optim.Adafactor)])
+@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("adafactor", Adafactor)])
 def test_optimizers_build_and_move_the_weights(name: str, kind: type[torch.optim.Optimizer]):
     trained = parameters()
     before = [parameter.detach().clone() for parameter in trained]
@@ -123,3 +124,58 @@ def test_the_norm_is_on_the_device_of_the_weights(max_norm: float):
     """Without gradients too: the norms of both optimizers are stacked."""
     weights = [nn.Parameter(torch.empty(3, 4, device="meta"))]
     assert clip_gradients(weights, max_norm).device.type == "meta"
+
+
+def of_all_shapes() -> list[nn.Parameter]:
+    torch.manual_seed(1)
+    return [nn.Parameter(torch.randn(shape)) for shape in ((8, 16), (5,), (2, 3, 4), (1, 7), ())]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adafactor_follows_torchs_own(decay: float):
+    ours, theirs = of_all_shapes(), of_all_shapes()
+    optimizers = [Adafactor(ours, lr=0.01, weight_decay=decay), torch.optim.Adafactor(theirs, lr=0.01, weight_decay=decay)]
+    optimizers[0].found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    for step in range(30):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one) * 10.0 ** (step % 3 - 1)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        states = [optimizer.state[p] for optimizer, p in zip(optimizers, (one, other), strict=True)]
+        assert states[0].keys() == states[1].keys()
+        for name, state in states[0].items():
+            torch.testing.assert_close(state, states[1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "reads"), [(Adafactor, False), (torch.optim.Adafactor, True)])
+def test_adafactor_reads_nothing_of_the_device(kind: type[torch.optim.Optimizer], reads: bool):
+    """What is on the meta device can't be read."""
+    trained = [nn.Parameter(torch.empty(shape, device="meta")) for shape in ((8, 16), (5,))]
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer = kind(trained, lr=0.01)  # type: ignore[call-arg]
+    if reads:
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            optimizer.step()
+    else:
+        optimizer.found_inf = torch.zeros((), device="meta")  # type: ignore[attr-defined]
+        optimizer.step()
+
+
+def test_adafactor_leaves_weights_and_states_alone_where_a_number_is_not_finite():
+    trained = of_all_shapes()
+    optimizer = Adafactor(trained, lr=0.01, weight_decay=0.1)
+    for bad in (0.0, 1.0):
+        for parameter in trained:
+            parameter.grad = torch.full_like(parameter, math.nan if bad else 1.0)
+        before = [parameter.detach().clone() for parameter in trained]
+        states = [{name: tensor.clone() for name, tensor in optimizer.state[parameter].items()} for parameter in trained]
+        optimizer.found_inf = torch.tensor(bad)  # type: ignore[attr-defined]
+        optimizer.step()
+        same = [torch.equal(parameter, old) for parameter, old in zip(trained, before, strict=True)]
+        assert all(same) if bad else not any(same)
+    for parameter, old in zip(trained, states, strict=True):
+        assert all(torch.equal(optimizer.state[parameter][name], tensor) for name, tensor in old.items() if name != "step")
