@@ -173,7 +173,7 @@ def test_an_exported_adapter_says_how_it_was_trained(fake_run):
         "crepatrain.scale": "baked",
     }
     assert found.items() >= expected.items()
-    assert found.keys() - expected.keys() == {"modelspec.date", "crepatrain.version", "crepatrain.recipe"}
+    assert found.keys() - expected.keys() == {"modelspec.date", "crepatrain.version", "crepatrain.recipe", "crepatrain.digest"}
     recipe = json.loads(found["crepatrain.recipe"])
     assert recipe["base"] == {"repo": "wan-tiny", "revision": None, "sha256": "digest of transformer"}
     assert (recipe["rank"], recipe["alpha_trained"], recipe["rslora"], recipe["scale_baked"]) == (4, 10.0, True, True)

@@ -15,6 +15,7 @@ from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.data.readers import read_ahead
 from crepatrain.errors import DivergedError, UserError
+from crepatrain.integrity import write_manifest
 
 
 def test_held_out_losses_that_are_not_finite_end_the_run_as_such(trained, tmp_path):
@@ -111,6 +112,7 @@ def as_earlier_version(run: Path, **changes: Any) -> None:
     file = last_checkpoint(run) / "fingerprint.json"
     fingerprint = json.loads(file.read_text(encoding="utf-8")) | changes
     file.write_text(json.dumps({k: v for k, v in fingerprint.items() if k != "held_out"}), encoding="utf-8")
+    write_manifest(file.parent)
 
 
 class Listening(Screen):
