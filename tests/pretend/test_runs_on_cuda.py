@@ -28,7 +28,6 @@ ROOM = 1 << 15
 LARGER = {"num_frames": 9, "height": 128, "width": 192}
 # A limit of the device's memory does not depend on what other tests have left in the cache.
 NOTHING_ELSE: dict[str, Any] = {
-    "use_ema": False,
     "eval_share": ...,
     "validation_prompts": ...,
     "validation_steps": ...,
@@ -86,7 +85,7 @@ def test_a_whole_run(config_file, on_cuda, tmp_path):
 
 @pytest.mark.slow
 def test_a_whole_run_that_once_is_out_of_memory(config_file, on_cuda, tmp_path):
-    whole_run(on_cuda, config_file(cache_dir=str(tmp_path / "cache"), **WHOLE | {"use_ema": False}), short=True)
+    whole_run(on_cuda, config_file(cache_dir=str(tmp_path / "cache"), **WHOLE), short=True)
 
 
 @pytest.mark.slow
