@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from crepatrain.placement.states import State, states_of
-from crepatrain.training.adafactor import Adafactor
 from crepatrain.training.checkpoint import (
     FINGERPRINT_FILE,
     STATE_FILE,
@@ -187,8 +186,8 @@ def _check_groups(path: Path, groups: list[Any], optimizer: Optimizer) -> None:
 
 def _states(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, State]:
     """What an optimizer of torch keeps for a parameter; empty for the optimizers of other packages."""
-    names = {torch.optim.AdamW: "adamw", Adafactor: "adafactor"}
-    name = names.get(type(optimizer))
+    names = {torch.optim.AdamW: "adamw", torch.optim.Adafactor: "adafactor"}
+    name = next((name for kind, name in names.items() if isinstance(optimizer, kind)), None)
     return states_of(name, parameter) if name else {}
 
 

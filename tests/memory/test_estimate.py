@@ -38,6 +38,7 @@ def estimated(plan, buckets, **changes):
     return vram.estimate_memory(plan, buckets, Screen(quiet=True), what="estimating", **changes)
 
 
+@pytest.mark.slow
 def test_an_estimate_of_everything(plan_of):
     plan = plan_of(train_batch_size=2, gradient_checkpointing=False)
     estimate = estimated(plan, [Bucket(5, 64, 96), bucket_of(plan), Bucket(9, 64, 64)], everything=True)

@@ -308,7 +308,9 @@ def test_a_checkpoint_that_holds_something_else_is_reported(config_file: Write):
         file = last / f"{name}.json"
         good = file.read_text()
         file.write_text(content)
-        with pytest.raises(UserError, match=r"step-000002.* can't be read .*\n.*remove this checkpoint folder"):
+        with pytest.raises(
+            UserError, match=r"step-000002 is damaged: the content of .*\n.*take the newest that is whole.*step-000001"
+        ):
             train(config_file, max_train_steps=3, checkpointing_steps=1)
         file.write_text(good)
     shutil.rmtree(last)

@@ -53,7 +53,8 @@ def test_a_reader_that_is_killed(config_file: Write, tmp_path: Path, readers: in
     assert done == lines(run)[-1]["step"]
 
 
-@pytest.mark.parametrize("readers", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("readers", [0, 2, 8])
 def test_an_error_that_nobody_expected(config_file: Write, tmp_path: Path, readers: int):
     config = config_file(**EVERYTHING, dataloader_num_workers=readers)
     command = Command(config, tmp_path / "log", "assertion 3")
@@ -65,7 +66,8 @@ def test_an_error_that_nobody_expected(config_file: Write, tmp_path: Path, reade
     expect_same_run(tmp_path / "run", train(config_file, output_dir=str(tmp_path / "whole"), **EVERYTHING))
 
 
-@pytest.mark.parametrize("name", ["figures.jsonl", *(pytest.param(name, marks=pytest.mark.slow) for name in FILES)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["figures.jsonl", *FILES])
 def test_a_disk_that_is_full_for_one_file(config_file: Write, tmp_path: Path, name: str):
     """One message that names the file; the same command goes on to the same end."""
     changes: dict[str, Any] = {**EVERYTHING, "dataloader_num_workers": 2}

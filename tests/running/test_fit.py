@@ -82,7 +82,7 @@ def test_self_similarity_rises(finished: Path):
 
 def test_the_folder_is_laid_out_as_designed(finished: Path):
     files = ["config.json", "dataset.json", "metrics.jsonl", ADAPTER, "report.html", "status.json"]
-    assert names(finished) == sorted([".lock", "adapters", "checkpoints", "tensorboard", *files])
+    assert names(finished) == sorted([".lock", "adapters", "checkpoints", "clip-lists", "tensorboard", *files])
     assert names(finished / "checkpoints") == ["step-000005", "step-000010", "step-000012"]
     assert names(finished / "adapters") == [f"squares-{step:06d}.safetensors" for step in (5, 10, 12)]
     inside = names(finished / "checkpoints" / "step-000012")

@@ -77,6 +77,7 @@ def test_a_run_goes_on_with_another_number_of_processes(config_file: Write, tmp_
     expect_same_columns(lines(whole), lines(parts), "step", "loss", "diffusion_loss", "crepa_alignment_score", "grad_norm")
 
 
+@pytest.mark.slow
 def test_two_processes_look_at_and_continue_a_run_as_one_does(config_file: Write, tmp_path: Path):
     """Averaged weights, held-out clips, videos, checkpoints, and a second command that goes on from these."""
     held_out = tmp_path / "held-out"

@@ -16,7 +16,8 @@ from runs import Write, run_cli, start, status, wait_until
 
 from crepatrain.records.layout import checkpoints
 
-FOREVER = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "dataloader_num_workers": 1}
+# Far longer than a test waits, and yet no process is left for ever by a test that fails.
+FOREVER = {"max_train_steps": 8_000, "checkpointing_steps": 100_000, "dataloader_num_workers": 1}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
