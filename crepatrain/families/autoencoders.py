@@ -14,6 +14,8 @@ TINY_WAN_VAE = {
     "temperal_downsample": [False, True, True],
 }
 
+_STATISTICS = "_crepatrain_latent_statistics"
+
 
 def encode_wan(vae: Any, pixels: Tensor) -> Tensor:
     """Pixels [B, 3, F, H, W] -> (z - mean) / std with the config's mean and std, fp32."""
@@ -28,8 +30,12 @@ def decode_wan(vae: Any, latents: Tensor) -> Tensor:
 
 
 def _config_statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the latents, [1, C, 1, 1, 1] each, fp32."""
-    mean, std = torch.tensor([vae.config["latents_mean"], vae.config["latents_std"]]).to(device, non_blocking=True)
+    """Mean and deviation of the latents, [1, C, 1, 1, 1] each, fp32; kept with the VAE, as a copy in every step is waited for."""
+    kept = getattr(vae, _STATISTICS, None)
+    if kept is None or kept.device != device:
+        kept = torch.tensor([vae.config["latents_mean"], vae.config["latents_std"]]).to(device)
+        setattr(vae, _STATISTICS, kept)
+    mean, std = kept
     return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
 

@@ -26,6 +26,7 @@ def place(config: LoopConfig, transformer: Any, blocks: nn.ModuleList, device: t
         materialise(transformer, device)
     else:
         transformer.to(device)
+        _move_plain_tensors(transformer, device)
     transformer.train()
     if config.compile:  # block by block: they share one graph, and a second bucket makes it dynamic rather than one more
         for block in blocks:
@@ -43,6 +44,14 @@ def set_attention(config: LoopConfig, family: Family, transformer: Any) -> None:
     except (ValueError, RuntimeError) as error:
         what = f"attention_backend={config.attention_backend}: {error}"
         raise UserError(what, "use native, or leave it out", ("attention_backend",)) from error
+
+
+def _move_plain_tensors(module: nn.Module, device: torch.device) -> None:
+    """Move tensors that are plain attributes, which `.to` leaves: each forward would copy them anew, and wait for the copy."""
+    for part in module.modules():
+        for name, tensor in list(vars(part).items()):
+            if isinstance(tensor, Tensor) and tensor.device != device:
+                setattr(part, name, tensor.to(device))
 
 
 def materialise(module: nn.Module, device: torch.device | str = "cpu") -> None:

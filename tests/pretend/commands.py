@@ -38,6 +38,7 @@ class Watcher:
             case StepBegins(run):
                 gc.collect()
                 step = {"step": run.state.step, "live": self._device.live, "held": held(run), "logged": False}
+                step["teacher"] = None if run.teacher is None else type(run.teacher).__name__
                 self.steps.append(step)
                 self._limit(run.state.step, launched=False)
                 self._device.seen.clear()
@@ -68,6 +69,9 @@ def held(run: "Run") -> int:
     tensors: list[Tensor] = [run.diverged]
     for model in run.models.values():
         tensors += [*model.module.parameters(), *model.module.buffers()]
+        tensors += [
+            value for part in model.module.modules() for value in vars(part).values() if hasattr(value, "untyped_storage")
+        ]
         for state in model.optimizer.optimizer.state.values():
             tensors += [value for value in state.values() if hasattr(value, "untyped_storage")]
         if model.average:
