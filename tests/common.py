@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from crepatrain.console import Screen
+
 if TYPE_CHECKING:
     from crepatrain.config.plan import Plan
     from crepatrain.families.base import Family
     from crepatrain.preparing.context import Context
-    from crepatrain.screen import Screen
     from crepatrain.specs import Variant
 
 # Of the run that the fixture `trained` makes.
@@ -47,9 +48,19 @@ def tiny_variants() -> "list[tuple[str, str, Variant]]":
     return list(found.values())
 
 
-def context_of(plan: "Plan", screen: "Screen | None" = None, device: str = "cpu") -> "Context":
+class Listening(Screen):
+    """A quiet screen that keeps its notes."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def context_of(plan: "Plan", screen: Screen | None = None, device: str = "cpu") -> "Context":
     """What a command works with, on a quiet screen."""
-    from crepatrain.console import Screen
     from crepatrain.preparing.context import Context
     from crepatrain.stopping import StopSignal
 

@@ -223,8 +223,8 @@ class TrainingStep:
         """Give everything memory, the optimizers' states too, which the first step of a run leaves behind."""
         self._device = device
         config, transformer = self._plan.config, self._trained["transformer"]
-        # Kernels and compiled graphs have no place for tensors without values.
-        plain = config.loop.model_copy(update={"attention_backend": None, "compile": False})
+        # Compiled graphs have no place for tensors without values; a run's attention backend is set apart from `place`.
+        plain = config.loop.model_copy(update={"compile": False})
         with account.of("transformer"):
             place(plain, transformer, self._family.blocks(transformer), device)
         for owner, module in {**self._trained, **self._of_teacher}.items():

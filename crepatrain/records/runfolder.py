@@ -17,7 +17,7 @@ from crepatrain.leftovers import remove
 from crepatrain.records.clip_lists import as_plain
 from crepatrain.records.continuing import Continuation, find_continuation
 from crepatrain.records.layout import REPLACED, RunLayout, checkpoints, set_aside_name, step_of
-from crepatrain.records.reading import raw_lines, read_lines, read_run, step_of_change, step_of_line
+from crepatrain.records.reading import raw_lines, read_lines, read_status, step_of_change, step_of_line
 from crepatrain.records.signs import is_given_back, keep_from_children, signs_of_life
 from crepatrain.training.checkpoint import replace_json
 
@@ -207,7 +207,7 @@ class RunFolder(RunLayout):
     def fail(self, reason: str) -> None:
         """Write down that a run of several processes has failed, whichever of them is left to do it."""
         if self._claimed:
-            now = read_run(self.root).status
+            now = read_status(self.root)
             replace_json(self.status_file, {**now, "status": "failed", "reason": reason, **signs_of_life()})
 
     def describe(self, dataset: Mapping[str, Any], samples: str = "", clips: Sequence[Mapping[str, str]] = ()) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import context_of, render_clip, render_image, tiny_family, tiny_variants
+from common import Listening, context_of, render_clip, render_image, tiny_family, tiny_variants
 
 from crepatrain.commands.fit import fit
 from crepatrain.config.plan import Plan, read_plan
@@ -28,17 +28,6 @@ from crepatrain.preparing.preflight import (
 )
 from crepatrain.specs import FAMILIES
 from crepatrain.training import build
-
-
-class Listening(Screen):
-    """A quiet screen that keeps its notes."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from common import render_clip
+from common import Listening, render_clip
 from runs import Write, last_checkpoint, lines, train
 
 from crepatrain.commands.fit import fit
@@ -113,17 +113,6 @@ def as_earlier_version(run: Path, **changes: Any) -> None:
     fingerprint = json.loads(file.read_text(encoding="utf-8")) | changes
     file.write_text(json.dumps({k: v for k, v in fingerprint.items() if k != "held_out"}), encoding="utf-8")
     write_manifest(file.parent)
-
-
-class Listening(Screen):
-    """A quiet screen that keeps its notes."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def continued(config_file: Write, **changes: Any) -> list[str]:
