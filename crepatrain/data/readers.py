@@ -57,7 +57,7 @@ def read_batches(dataset: TrainingSet, draws: MicroBatches, *, workers: int, pin
         _end(iterator, set(multiprocessing.active_children()) - others)
 
 
-def read_ahead(batches: Iterator[Batch], *, pin_memory: bool) -> Iterator[Batch]:
+def batches_ahead(batches: Iterator[Batch], *, pin_memory: bool) -> Iterator[Batch]:
     """The batches, each read, and pinned, by a thread while the one before is worked on."""
 
     def read() -> Batch | None:

@@ -1,5 +1,6 @@
 """Work that may never end, such as reading from a network folder that is gone, done where it can be left behind."""
 
+import atexit
 import itertools
 import threading
 import time
@@ -14,6 +15,8 @@ Beat = Callable[[], None]
 # Seconds without a sign of life. A slow disk gives a frame, or a piece of a file, far more often.
 PATIENCE = 120.0
 _LOOK = 0.5
+# Seconds that the end of the process waits for work in the middle of a step of torch's, which the interpreter's end would abort.
+_LAST_PATIENCE = 4.0
 
 
 class GivenUp(Exception):
@@ -38,6 +41,7 @@ class Watched(Generic[Result]):
         self._ended = threading.Event()
         self._result: Result | None = None
         self._error: BaseException | None = None
+        _running.add(self)
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
@@ -48,6 +52,7 @@ class Watched(Generic[Result]):
         except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
             self._error = error
         finally:
+            _running.discard(self)
             self._ended.set()
 
     def _beat(self) -> None:
@@ -75,6 +80,24 @@ class Watched(Generic[Result]):
     def abandon(self) -> None:
         """Let it end at its next sign of life."""
         self._abandoned = True
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long for its end, whatever its result."""
+        self._ended.wait(seconds)
+
+
+_running: set[Watched] = set()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that comes back from C++ after the interpreter's end aborts the process; one in a system call harms nobody."""
+    until = time.monotonic() + _LAST_PATIENCE
+    left = list(_running)
+    for watched in left:
+        watched.abandon()
+    for watched in left:
+        watched.wait(max(0.0, until - time.monotonic()))
 
 
 def read_ahead(

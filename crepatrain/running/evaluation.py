@@ -8,7 +8,7 @@ import torch
 
 from crepatrain.data.buckets import Window
 from crepatrain.data.loader import Draw, TrainingSet, keyed_generator
-from crepatrain.data.readers import read_ahead
+from crepatrain.data.readers import batches_ahead
 from crepatrain.errors import DivergedError
 from crepatrain.placement.precision import autocast
 from crepatrain.preparing.precompute import Caches
@@ -92,7 +92,7 @@ class Evaluation:
         if run.projector is not None and run.teacher is not None:
             crepa = build.crepa_term(config.crepa, run.projector, run.teacher, 0.0)
         losses, scores = [], []
-        for read in read_ahead(self._batches(), pin_memory=device.type == "cuda"):
+        for read in batches_ahead(self._batches(), pin_memory=device.type == "cuda"):
             window = read.to(device)
             for sigma in self._sigmas:
                 batch = replace(window, sigma=torch.full_like(window.sigma, sigma))

@@ -1,5 +1,8 @@
 """Work that may never end is left behind; work that shows signs of life is waited for."""
 
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 
@@ -98,3 +101,29 @@ def test_what_was_begun_ahead_ends_when_nobody_asks_any_more():
             break
         time.sleep(0.01)
     assert sorted(ended) == [0, 1, 2]
+
+
+def test_the_process_ends_well_while_torch_works():
+    script = """
+        import threading
+        import torch
+        from crepatrain.data.watched import Watched
+
+        begun = threading.Event()
+
+        def work(beat):
+            while True:
+                for _ in range(50):
+                    torch.nn.functional.interpolate(torch.rand(1, 3, 256, 256), size=(99, 99), mode="bicubic", antialias=True)
+                beat()
+                begun.set()
+
+        for _ in range(3):
+            Watched(work)
+        begun.wait()
+        raise SystemExit(3)
+        """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], check=False, capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stderr) == (3, "")
