@@ -13,7 +13,7 @@ from runs import Write, last_checkpoint, lines, train
 from crepatrain.commands.fit import fit
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
-from crepatrain.data.readers import read_ahead
+from crepatrain.data.readers import batches_ahead
 from crepatrain.errors import DivergedError, UserError
 from crepatrain.integrity import write_manifest
 
@@ -176,7 +176,7 @@ def test_held_out_batches_are_read_and_pinned_while_the_one_before_is_measured(p
             yield Numbered(number)
 
     found = []
-    for batch in read_ahead(batches(), pin_memory=pin):  # type: ignore[arg-type]
+    for batch in batches_ahead(batches(), pin_memory=pin):  # type: ignore[arg-type]
         if batch.number < 2:
             assert read[batch.number + 1].wait(10), "the next one is read before this one is done with"
         found.append((batch.number, batch.pinned))
@@ -189,4 +189,4 @@ def test_what_fails_while_a_batch_is_read_ahead_arrives():
         yield
 
     with pytest.raises(UserError, match="a clip is gone"):
-        list(read_ahead(batches(), pin_memory=False))
+        list(batches_ahead(batches(), pin_memory=False))
