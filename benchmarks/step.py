@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from crepatrain.config.sections import OptimConfig
+from crepatrain.config.sections import LoopConfig, OptimConfig
+from crepatrain.placement.checkpointing import checkpoint_blocks
 from crepatrain.placement.placing import materialise
 from crepatrain.tensors import Batch
 from crepatrain.training.diffusion import FlowMatching
@@ -26,6 +27,8 @@ from crepatrain.training.step import training_loss
 class Launches(TorchDispatchMode):
     """Counts operators that compute or copy, and the bytes that they read and write; views and allocations launch nothing."""
 
+    # A tensor without values is asked for its device by an operator of its own.
+    _NOTHING = ("prim::device",)
     _ALLOCATE = ("empty", "new_empty", "detach", "_to_copy_meta", "lift_fresh")
 
     def __init__(self) -> None:
@@ -36,6 +39,8 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         returns = func._schema.returns
+        if func._schema.name in self._NOTHING:
+            return made
         is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
         if not is_view and not func._schema.name.removeprefix("aten::").startswith(self._ALLOCATE):
             self.count += 1
@@ -60,6 +65,12 @@ def ours(transformer: Any, batch: Batch) -> Callable[[], None]:
         optimizer.step(found)
 
     return step
+
+
+def attention_kept(transformer: Any, batch: Batch) -> Callable[[], None]:
+    """Ours with `gradient_checkpointing: selective`."""
+    checkpoint_blocks(LoopConfig(output_dir="unused", gradient_checkpointing="selective"), transformer)
+    return ours(transformer, batch)
 
 
 def bare(transformer: Any, batch: Batch) -> Callable[[], None]:
@@ -88,7 +99,7 @@ def bare(transformer: Any, batch: Batch) -> Callable[[], None]:
 def count(size: str, frames: int) -> list[dict[str, Any]]:
     config, (_, height, width) = SIZES[size]
     rows: list[dict[str, Any]] = []
-    for name, make in (("bare", bare), ("crepatrain", ours)):
+    for name, make in (("bare", bare), ("crepatrain", ours), ("crepatrain, attention kept", attention_kept)):
         transformer = build_transformer(config, torch.device("meta"), torch.bfloat16)
         with FakeTensorMode(allow_non_fake_inputs=True):
             materialise(transformer, "cpu")

@@ -238,9 +238,11 @@ class LoopConfig(Section, frozen=True):
     )
     train_batch_size: int = Field(1, ge=1, le=1024, description="Number of clips in one forward pass on one device.")
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Number of forward passes in one optimizer step.")
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: bool | Literal["selective"] = Field(
         True,
-        description="Recompute the blocks in the backward pass: much less memory, a third more time.",
+        description="Compute the blocks again in the backward pass: much less memory, a third more time. selective: keep what "
+        "attention gives and compute the rest again: less time than true where clips are long, for one tensor of the size of the "
+        "hidden states more for every attention.",
         json_schema_extra=IF_ALLOWED,
     )
     compile: bool = Field(

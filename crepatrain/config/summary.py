@@ -8,6 +8,8 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.config.sections import LoopConfig, OptimConfig
 
+_CHECKPOINTING = {True: "on", "selective": "on, attention kept", False: "off"}
+
 
 def summarize(plan: Plan) -> list[tuple[str, str]]:
     """What will happen, as (topic, words)."""
@@ -22,7 +24,7 @@ def summarize(plan: Plan) -> list[tuple[str, str]]:
         ("tokens", f"{grid} = {grid.tokens} a clip, in {geometry.depth} blocks of width {geometry.width}"),
         ("steps", _steps(config.loop)),
         ("optimizer", _optimizer(config.optim)),
-        ("precision", f"{_precision(config)}; gradient checkpointing {'on' if config.loop.gradient_checkpointing else 'off'}"),
+        ("precision", f"{_precision(config)}; gradient checkpointing {_CHECKPOINTING[config.loop.gradient_checkpointing]}"),
     ]
     if config.crepa.crepa_enabled:
         rows += _crepa(plan)

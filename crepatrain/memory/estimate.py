@@ -167,8 +167,8 @@ def _crepa_variants(plan: Plan, *, everything: bool) -> dict[str, ResolvedConfig
 def remedies_of(plan: Plan, bucket: Bucket, *, everything: bool = False) -> dict[str, tuple[ResolvedConfig, Bucket]]:
     """Configs and buckets whose training may need less memory, by the change that they are."""
     config, found = plan.config, {}
-    if not config.loop.gradient_checkpointing:
-        found["gradient_checkpointing: true"] = (config.changed(gradient_checkpointing=True), bucket)
+    for less in {False: ("selective", True), "selective": (True,), True: ()}[config.loop.gradient_checkpointing]:
+        found[f"gradient_checkpointing: {str(less).lower()}"] = (config.changed(gradient_checkpointing=less), bucket)
     if config.loop.train_batch_size > 1:
         half = config.loop.train_batch_size // 2
         found[f"train_batch_size: {half}"] = (config.changed(train_batch_size=half), bucket)

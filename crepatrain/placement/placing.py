@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
+from crepatrain.placement.checkpointing import checkpoint_blocks
 
 
 def place(config: LoopConfig, transformer: Any, blocks: nn.ModuleList, device: torch.device) -> None:
@@ -20,8 +21,7 @@ def place(config: LoopConfig, transformer: Any, blocks: nn.ModuleList, device: t
         transformer: of diffusers, adapted where an adapter is trained.
         blocks: of this transformer.
     """
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    checkpoint_blocks(config, transformer)
     if next(transformer.parameters()).is_meta:
         materialise(transformer, device)
     else:

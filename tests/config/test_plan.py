@@ -265,6 +265,12 @@ def test_nabla_attention_takes_multiples_of_128(plan, problems, tiny):
     assert "multiples of 16" in problem.what
 
 
+def test_attention_in_a_compiled_block_can_not_be_kept(problems):
+    [problem] = problems(gradient_checkpointing="selective", compile=True)
+    assert "attentions inside a compiled block" in problem.what
+    assert problem.keys == ("gradient_checkpointing", "compile")
+
+
 def test_nabla_attention_is_compiled(plan, problems, tiny):
     of = tiny("kandinsky5_video", "tiny-nabla") | {"height": 128, "width": 128}
     [problem] = problems(**of)

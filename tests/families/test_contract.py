@@ -27,10 +27,12 @@ from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.teachers import CachedTeacher
 from crepatrain.commands.fit import fit
 from crepatrain.config.plan import read_plan
+from crepatrain.config.sections import LoopConfig
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
 from crepatrain.families import family_class, get_family
 from crepatrain.families.random import write_random_pipeline
+from crepatrain.placement.checkpointing import checkpoint_blocks
 from crepatrain.sampling.pipeline import training_pipeline
 from crepatrain.specs import FAMILIES
 from crepatrain.tensors import Batch, PatchFeatures
@@ -668,13 +670,13 @@ def live_adapter(case, targets="default", rank=4, alpha=10.0, rslora=False):
 @pytest.mark.parametrize("case", **named(sparing(TRAINABLE)))
 def test_captured_states_carry_gradient_with_and_without_checkpointing(case):
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, "selective"):
         live, _ = live_adapter(case)
         for parameter in trainable_parameters(live):
             torch.manual_seed(parameter.numel())
             parameter.data.normal_(std=0.1)
-        if checkpointing:
-            live.enable_gradient_checkpointing()
+        config = LoopConfig(output_dir="unused", gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
+        checkpoint_blocks(config, live)
         live.train()
         term, blocks = align_term(case), case.family.blocks(live)
         losses = training_loss(case.family, FlowMatching("uniform"), live, blocks, with_teacher(case, make_batch(case)), term)
@@ -683,11 +685,12 @@ def test_captured_states_carry_gradient_with_and_without_checkpointing(case):
         early = [g for name, g in gradients[-1].items() if ".1." in name and g is not None]
         assert early
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in term.crepa.parameters() if p.ndim > 1)
-    plain, recomputed = gradients
-    assert plain.keys() == recomputed.keys()
+    plain, recomputed, attention_kept = gradients
+    assert plain.keys() == recomputed.keys() == attention_kept.keys()
     for name, gradient in plain.items():
         assert gradient is not None, name
         assert torch.equal(gradient, recomputed[name]), name
+        assert torch.equal(gradient, attention_kept[name]), name
     assert max(gradient.abs().max() for gradient in plain.values()) > 0
 
 

@@ -1,10 +1,16 @@
 """A stage of a run on tensors without values: what it holds is what it holds with them."""
 
+from typing import Any
+
 import pytest
+import torch
 from plans import bucket_of, plans
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crepatrain.errors import UserError
 from crepatrain.memory import stages
+from crepatrain.memory.account import StorageAccount
 from crepatrain.specs import FAMILIES
 from crepatrain.training import build
 
@@ -19,6 +25,7 @@ CONFIGS = [
     {"mixed_precision": "bf16", "gradient_checkpointing": False, "train_batch_size": 2},
     {"model_type": "full", "gradient_accumulation_steps": 2, "use_ema": True},
     {"crepa_enabled": False},
+    {"mixed_precision": "bf16", "gradient_checkpointing": "selective"},
 ]
 
 
@@ -38,6 +45,35 @@ def test_the_account_without_values_is_the_real_one_to_the_byte(plan_of, family,
     assert fake == real
     assert fake.op
     assert {"transformer", "activations", "optimizer", "batch"} <= fake.by_owner.keys()
+
+
+class Attentions(TorchDispatchMode):
+    """Counts the forward passes of attention kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "scaled_dot_product" in str(func) and "backward" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", [pytest.param(name, marks=[pytest.mark.slow] * (name != "wan")) for name in FAMILIES])
+def test_attention_that_is_kept_is_computed_once(plan_of, family):
+    counts, peaks = {}, {}
+    for how in (False, True, "selective"):
+        plan = plan_of(family, gradient_checkpointing=how, crepa_enabled=False)
+        step, account, seen = stages.TrainingStep(plan, bucket_of(plan)), StorageAccount(), Attentions()
+        with FakeTensorMode(allow_non_fake_inputs=True), seen, account:
+            step.place(account)
+            account.begin()
+            step.run(account)
+            peaks[how] = account.on(torch.device("cpu")).peak
+        counts[how] = seen.count
+    assert counts["selective"] == counts[False] > 0
+    assert counts[True] > 1.9 * counts[False]  # what follows a block's last saved tensor is not computed again
+    assert peaks[True] < peaks["selective"] < peaks[False]
 
 
 def test_other_optimizers_hold_less(plan_of, monkeypatch):
