@@ -241,8 +241,8 @@ class LoopConfig(Section, frozen=True):
     gradient_checkpointing: bool | Literal["selective"] = Field(
         True,
         description="Compute the blocks again in the backward pass: much less memory, a third more time. selective: keep what "
-        "attention gives and compute the rest again: less time than true where clips are long, for one tensor of the size of the "
-        "hidden states more for every attention.",
+        "attention among a clip's tokens gives and compute the rest again: less time than true where clips are long, for one "
+        "tensor of the size of the hidden states more for every block.",
         json_schema_extra=IF_ALLOWED,
     )
     compile: bool = Field(

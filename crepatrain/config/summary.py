@@ -8,7 +8,7 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.config.sections import LoopConfig, OptimConfig
 
-_CHECKPOINTING = {True: "on", "selective": "on, attention kept", False: "off"}
+_CHECKPOINTING = {True: "on", "selective": "on, self-attention kept", False: "off"}
 
 
 def summarize(plan: Plan) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of the blocks: all of a block computed again in the backward pass, or all but its attentions."""
+"""Gradient checkpointing of the blocks: all of a block computed again in the backward pass, or all but its self-attention."""
 
 import functools
 from typing import Any
@@ -21,9 +21,15 @@ def _all_but_attention(block: Any, *inputs: Any) -> Any:
     return checkpoint(block.__call__, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def _keep_attention(_context: SelectiveCheckpointContext, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    """Keep what an attention kernel gives: its output, as large as the hidden states, and a number for every token and head."""
-    return CheckpointPolicy.MUST_SAVE if _is_attention(str(operator)) else CheckpointPolicy.PREFER_RECOMPUTE
+def _keep_attention(_context: SelectiveCheckpointContext, operator: Any, *arguments: Any, **_: Any) -> CheckpointPolicy:
+    """Keep what attention among a clip's tokens gives: most of the work, for a tensor as large as the hidden states.
+
+    Attention to a caption's few tokens would take the same memory, and is little work.
+    """
+    if not _is_attention(str(operator)):
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    query, key = arguments[:2]
+    return CheckpointPolicy.MUST_SAVE if 2 * key.numel() >= query.numel() else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @functools.cache
