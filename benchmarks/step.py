@@ -23,7 +23,6 @@ from crepatrain.training.lora import trainable_parameters
 from crepatrain.training.optim import build_scheduled_optimizer, clip_gradients
 from crepatrain.training.step import training_loss
 
-
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # torch has the formula for the attention kernels of CUDA alone.
 _FORMULAS: dict[Any, Any] = {

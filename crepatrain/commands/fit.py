@@ -78,7 +78,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
         resume = folder.inspect()
         with accelerator.main_process_first():
             start = prepare_start(context, accelerator.num_processes, resume)
-            before = due_before(plan.config, folder, start)  # decided before any process can do it
+            before = due_before(plan, folder, start)  # decided before any process can do it
             if start.complete:
                 screen.say(f"this run is complete: {start.state.step} steps. {_further(plan.config.loop)} to continue it")
                 if not before.validate:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,7 +123,7 @@ class RunFolder(RunLayout):
         moved = [_set_aside(path) for path in aside]
         moved += [_copy_aside(log) for log in logs if back and log.is_file()]  # the lines of the steps that are given up
         for log in (self.metrics, self.figures):
-            _remove_lines_after(log, step)
+            _keep_lines(log, lambda at: 0 < step >= at)
         self.mark_best()
         if not moved:
             return []
@@ -181,14 +181,19 @@ class RunFolder(RunLayout):
         if self.writes:
             _append(self.root, self.metrics, [line])
 
-    def log_figures(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Append what was measured of validation videos.
+    def log_figures(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write down what was measured of the validation videos of a step, in place of what a kill has left of it.
 
         Raises:
             UserError: the disk is full or can't be written to.
         """
         if self.writes:
-            _append(self.root, self.figures, lines)
+            _keep_lines(self.figures, lambda at: at != step)
+            _append(self.root, self.figures, [{"step": step, **line} for line in lines])
+
+    def figures_at(self, step: int) -> int:
+        """How many videos of a step were measured."""
+        return sum(step_of_line(line) == step for line in raw_lines(self.figures))
 
     def status(self, status: Literal["running", "completed", "stopped", "failed"], step: int, reason: str = "") -> None:
         """Write down where the run stands."""
@@ -280,11 +285,11 @@ def _copy_aside(log: Path) -> Path:
     return kept
 
 
-def _remove_lines_after(log: Path, step: int) -> None:
-    """Drop the lines of a log that will be written again, and those that can't be read."""
+def _keep_lines(log: Path, keeps: Callable[[int], bool]) -> None:
+    """Drop the lines of a log that will be written again, by their step, and those that can't be read."""
     lines = raw_lines(log)
     steps = [step_of_line(line) for line in lines]
-    kept = [line for line, at in zip(lines, steps, strict=True) if step > 0 and at is not None and at <= step]
+    kept = [line for line, at in zip(lines, steps, strict=True) if at is not None and keeps(at)]
     if len(kept) == len(lines):
         return
     try:

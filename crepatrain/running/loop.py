@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.plan import Plan
 from crepatrain.data.loader import keyed_generator
 from crepatrain.errors import DivergedError, UserError
 from crepatrain.placement.placing import free_memory
@@ -176,10 +176,10 @@ def due(run: Run, *, stopping: bool) -> Due:
     )
 
 
-def due_before(config: ResolvedConfig, folder: RunFolder, start: RunStart) -> Due:
+def due_before(plan: Plan, folder: RunFolder, start: RunStart) -> Due:
     """What is due before the next optimizer step: the base, or videos that a kill after the last checkpoint has cost."""
     step = start.state.step
-    return Due(evaluate=step == 0, validate=Validation.owed(config.validation, folder, step, start.total))
+    return Due(evaluate=step == 0, validate=Validation.owed(plan, folder, step, start.total))
 
 
 def _do(run: Run, wanted: Due, validation: Validation, evaluation: Evaluation | None) -> bool:

@@ -42,9 +42,17 @@ class Validation:
         return config.validation_prompts is not None and (step >= total or step % config.validation_steps == 0)
 
     @classmethod
-    def owed(cls, config: ValidationConfig, folder: RunFolder, step: int, total: int) -> bool:
-        """Whether videos are due before a run goes on: the base's, or those that a kill behind a checkpoint has cost."""
-        return cls.wanted(config, step, total) and (step == 0 or not folder.video(step).is_file())
+    def owed(cls, plan: Plan, folder: RunFolder, step: int, total: int) -> bool:
+        """Whether videos are due before a run goes on: the base's, or those that a kill behind a checkpoint has cost.
+
+        Also where it has only cost what is measured of them.
+        """
+        config = plan.config.validation
+        if not cls.wanted(config, step, total):
+            return False
+        videos = len(config.validation_prompts or ())
+        unmeasured = plan.encoder is not None and folder.figures_at(step) < videos
+        return step == 0 or unmeasured or not folder.video(step).is_file()
 
     def validate(self) -> bool:
         """A grid of all prompts in RUN/samples, and a line of figures for each.
@@ -140,8 +148,8 @@ class Validation:
         lines = []
         for prompt, video in videos.items():
             frames = torch.from_numpy(video).permute(0, 3, 1, 2)
-            lines.append({"step": self.run.state.step, "prompt": prompt} | steadiness(encoder, frames.to(device), plan))
-        self.run.folder.log_figures(lines)
+            lines.append({"prompt": prompt} | steadiness(encoder, frames.to(device), plan))
+        self.run.folder.log_figures(self.run.state.step, lines)
         del encoder
         free_memory()
 

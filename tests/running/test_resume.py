@@ -214,6 +214,21 @@ def test_a_mistake_before_the_first_step_does_not_claim_the_folder(config_file: 
     assert status(folder)["status"] == "completed"
 
 
+@pytest.mark.parametrize("left", ["", '{"step": 4, "promp'])
+def test_figures_that_a_kill_has_cost_are_measured_again(trained, tmp_path, left):
+    """The videos of the last step were written, their figures not, or not all."""
+    root = tmp_path / "run"
+    shutil.copytree(trained, root)
+    figures = root / "samples" / "figures.jsonl"
+    expected = figures.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["step"] for line in expected[-2:]] == [4, 4]
+    figures.write_text("".join(expected[:-2]) + (expected[-2] + left if left else ""))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads((root / "config.json").read_text()) | {"output_dir": str(root)}), encoding="utf-8")
+    fit(read_plan(path), Screen(quiet=True))
+    assert figures.read_text().splitlines(keepends=True) == expected
+
+
 def test_a_resume_from_an_earlier_step_forgets_what_came_later(trained, tmp_path):
     """Lines, figures, videos and adapters of abandoned steps don't mix with those that take their place."""
     root = tmp_path / "run"
