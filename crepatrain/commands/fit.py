@@ -18,6 +18,7 @@ from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
 from crepatrain.labels import LABELS
 from crepatrain.placement.devices import keep_compiled, open_device
+from crepatrain.placement.placing import within_memory
 from crepatrain.placement.processes import expect_all_processes
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.preflight import dataset_facts
@@ -31,7 +32,7 @@ from crepatrain.running.companions import Companions, Loss
 from crepatrain.running.evaluation import Evaluation
 from crepatrain.running.growth import GrowthNotes
 from crepatrain.running.loop import due_before, train
-from crepatrain.running.rehearsal import compare_memory, rehearse
+from crepatrain.running.rehearsal import SMALLER, compare_memory, rehearse
 from crepatrain.running.session import Run, build_run
 from crepatrain.running.start import RunStart, expect_one_start, fill_all_caches, prepare_start
 from crepatrain.running.validation import Validation
@@ -40,10 +41,6 @@ from crepatrain.sharing.hub import expect_pushable
 from crepatrain.stopping import Stopped, StopSignal
 from crepatrain.training.build import build_family
 from crepatrain.training.selftest import expect_gradients
-
-_SMALLER = (
-    "set gradient_checkpointing, or lower num_frames, height and width, train_batch_size or lora_rank; checkpoints are kept"
-)
 
 
 def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Sequence[Subscriber] = ()) -> None:
@@ -95,7 +92,8 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
         with _status(folder, start, events), tracking(folder, first) as trackers:
             for tracker in trackers:
                 events.subscribe(tracker)
-            run = build_run(context, accelerator, folder, events, start)
+            with within_memory("while the model was loaded", SMALLER):
+                run = build_run(context, accelerator, folder, events, start)
             if not run.several:  # several leave together, from within the loop
                 stop.check("before its first step")
             if context.device.type == "cuda" or rehearsed:
@@ -179,7 +177,7 @@ def _status(folder: RunFolder, start: RunStart, events: Events) -> Iterator[None
         except Exception as another:  # noqa: BLE001 - whatever a subscriber does, the cause is what the user has to know
             error.add_note(f"and a subscriber failed at the end of the run: {another!r}")
         if isinstance(error, torch.OutOfMemoryError):
-            raise UserError(f"out of GPU memory at step {state.step + 1}", _SMALLER) from error
+            raise UserError(f"out of GPU memory at step {state.step + 1}", SMALLER) from error
         raise
     try:
         folder.status("completed", state.step)

@@ -1,6 +1,8 @@
 """Placing an adapted transformer on its device. Optimizers come after it, as a parameter may be another one once it is placed."""
 
+import contextlib
 import gc
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -80,3 +82,19 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def within_memory(work: str, fix: str) -> Iterator[None]:
+    """Tell a user what did not fit, and what to do about it.
+
+    Args:
+        work: what is done inside, as "while a video was made".
+
+    Raises:
+        UserError: the device is out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of GPU memory {work}", fix) from error

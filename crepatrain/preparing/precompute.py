@@ -20,7 +20,7 @@ from crepatrain.data.loader import Sample
 from crepatrain.data.watched import PATIENCE, Beat, GivenUp, Watched, read_ahead
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
-from crepatrain.placement.placing import free_memory
+from crepatrain.placement.placing import free_memory, within_memory
 from crepatrain.placement.precision import encoding_dtype
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.entries import Entry, EntryForms, missing_entries
@@ -131,14 +131,12 @@ def fill_caches(context: Context, caches: Caches) -> None:
         Stopped: a signal came; every entry written so far stays.
     """
     missing = missing_entries(context, caches.store, _entries(context.plan, caches))
-    try:
+    with within_memory(
+        "while filling the caches; what was written is kept",
+        "lower crepa_encoder_frames_batch_size, set vae_dtype to bfloat16, or run `crepatrain cache` on a larger GPU",
+    ):
         _fill_text(context, caches, missing)
         _fill_video(context, caches, missing)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "out of GPU memory while filling the caches; what was written is kept",
-            "lower crepa_encoder_frames_batch_size, set vae_dtype to bfloat16, or run `crepatrain cache` on a larger GPU",
-        ) from error
 
 
 def filled_caches(context: Context, dataset: Dataset, *, teacher: bool) -> Caches:

@@ -27,6 +27,7 @@ from crepatrain.records.runfolder import RunFolder
 from crepatrain.running.divergence import draws_of, keep_batches
 from crepatrain.running.evaluation import Evaluation
 from crepatrain.running.events import BatchReady, StepBegins, StepLaunched
+from crepatrain.running.rehearsal import SMALLER
 from crepatrain.running.saving import save
 from crepatrain.running.session import Run
 from crepatrain.running.start import RunStart
@@ -195,7 +196,8 @@ def _do(run: Run, wanted: Due, validation: Validation, evaluation: Evaluation | 
             _give_back(run, error)
             if run.state.step > run.saved and not run.several:
                 save(run)
-            raise
+            what = "out of GPU memory while the held-out clips were measured"
+            raise UserError(what, f"{SMALLER}; or train without eval_data and eval_share") from error
     if wanted.checkpoint:
         save(run)
     if not wanted.validate:

@@ -18,6 +18,9 @@ from crepatrain.running.session import Run
 from crepatrain.training import build
 from crepatrain.training.step import training_loss
 
+SMALLER = "set gradient_checkpointing, or lower num_frames, height and width, train_batch_size or lora_rank; checkpoints are kept"
+"""What a user can do where a step does not fit."""
+
 
 def rehearse(run: Run, buckets: Sequence[Bucket]) -> None:
     """One forward and backward on the largest clips. No weight, no optimizer and no random number of the run is touched.

@@ -137,7 +137,7 @@ def test_out_of_memory_at_every_stage(config_file, on_cuda, tmp_path):
     def run(name: str, *options: str, **limits: Any) -> dict[str, Any]:
         return {"arguments": ["fit", str(short), "--output_dir", str(tmp_path / name), *options], **limits}
 
-    caching, measured, loading, rehearsal, evaluation, validation = on_cuda(
+    caching, measured, loading, rehearsal, evaluation, validation, saving = on_cuda(
         [
             run("caching", limit=1 << 18),
             run("measured", "--max_train_steps", "1"),
@@ -152,22 +152,25 @@ def test_out_of_memory_at_every_stage(config_file, on_cuda, tmp_path):
                 "2",
                 tighten={"step": 3, "launched": True, "room": ROOM},
             ),
+            run("saving", "--use_ema", "true", tighten={"step": 3, "launched": True, "room": 0}),
         ]
     )
     expect_ended(measured)
     expected = {
         "out of GPU memory while filling the caches": caching,
-        "out of GPU memory at step 1": loading,
+        "out of GPU memory while the model was loaded": loading,
         "out of GPU memory on the largest clips": rehearsal,
     }
     for message, done in expected.items():
         expect_ended(done, 2)
         assert message in done["said"]
     for done, saved, message in (
-        (evaluation, 2, "out of GPU memory"),
+        (evaluation, 2, "out of GPU memory while the held-out clips were measured"),
         (validation, 4, "validation_prompts: out of GPU memory while a video was made"),
     ):
         expect_ended(done, 2)
         assert message in done["said"]
         name = "evaluation" if done is evaluation else "validation"
         assert (tmp_path / name / "checkpoints" / f"step-{saved:06}").is_dir(), name
+    expect_ended(saving)  # whole and on the disk, without a byte of the device's
+    assert (tmp_path / "saving" / "checkpoints" / "step-000004").is_dir()
