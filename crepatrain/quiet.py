@@ -18,3 +18,10 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # of Kandinsky's norms, in bf16
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters in one sample are meant
+    warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without")  # nothing is merged in training
+    for library in (
+        "torchao",
+        "bitsandbytes",
+        "torch.utils._pytree",
+    ):  # which of their kernels this machine can't load, and has no need of
+        logging.getLogger(library).setLevel(logging.ERROR)

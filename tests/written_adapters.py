@@ -55,7 +55,7 @@ class FakeRun:
 
     def checkpoint(self, step, *, keep=True):
         torch.manual_seed(step)
-        transformer = build.load_transformer(self.plan, self.family)
+        transformer = build.load_transformer(self.plan, self.family, torch.device("cpu"))
         build.adapt(self.plan, self.family, transformer)
         if self.plan.config.model.model_type == "lora":
             randomised(transformer, std=0.1 * step)

@@ -186,7 +186,9 @@ class Model:
         for name, module in transformer.named_modules():
             if ".lora_" not in name and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 groups = getattr(module, "groups", 1)
-                self.layers[name.removesuffix(".base_layer")] = Layer(tuple(module.weight.shape), groups > 1)
+                linear = isinstance(module, nn.Linear)  # whose weight may be packed
+                shape = (module.out_features, module.in_features) if linear else tuple(module.weight.shape)
+                self.layers[name.removesuffix(".base_layer")] = Layer(shape, groups > 1)
         named_alike = {layer: layer for layer in self.layers}
         self.original = {family.original_name(layer): layer for layer in self.layers} if family.spec.comfyui else named_alike
         self.kohya = {name.replace(".", "_"): layer for name, layer in self.original.items()}

@@ -102,7 +102,7 @@ def recipe(
             "timestep_sampling": config.diffusion.timestep_sampling,
             "t_range": list(family.variant.sigmas),
             "base_dtype": "bfloat16" if config.loop.mixed_precision == "bf16" else "float32",
-            "quant": None,
+            "quant": None if config.loop.base_quantization == "none" else config.loop.base_quantization,
             "resolutions": [[height, width]],
             "aspect_buckets": config.data.aspect_buckets,
             "frames": frames,

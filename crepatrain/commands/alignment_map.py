@@ -90,7 +90,7 @@ class _Probe:
     @classmethod
     def load(cls, plan: Plan, checkpoint: Path, device: torch.device) -> "_Probe":
         family = build.build_family(plan)
-        transformer, crepa = build.load_transformer(plan, family), build.build_crepa(plan).to(device)
+        transformer, crepa = build.load_transformer(plan, family, device), build.build_crepa(plan).to(device)
         build.adapt(plan, family, transformer)
         place(plan.config.loop, transformer, family.blocks(transformer), device)
         restore_modules(checkpoint, transformer, crepa, average=plan.config.optim.use_ema)  # the average is the run's result

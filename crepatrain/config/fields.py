@@ -4,7 +4,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from crepatrain.specs import FAMILIES
@@ -26,6 +26,9 @@ def _possible_path(text: str) -> str:
         raise PydanticCustomError("impossible_path", "no system has such a path")
     return expanded
 
+
+Quantization = Annotated[Literal["none", "int8", "fp8", "nf4"], BeforeValidator(lambda value: "none" if value is None else value)]
+"""How the frozen base is kept."""
 
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_possible_path)]
 

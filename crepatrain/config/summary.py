@@ -59,9 +59,13 @@ def _trained(config: ResolvedConfig) -> str:
 
 
 def _precision(config: ResolvedConfig) -> str:
+    how = config.loop.base_quantization
+    quantized = "" if how == "none" else f", frozen blocks in {how}"
     if config.loop.mixed_precision == "no":
-        return "fp32"
-    return "bf16 arithmetic, fp32 weights" if config.model.model_type == "full" else "bf16, adapter and projector fp32"
+        return f"fp32{quantized}"
+    if config.model.model_type == "full":
+        return "bf16 arithmetic, fp32 weights"
+    return f"bf16, adapter and projector fp32{quantized}"
 
 
 def _crepa(plan: Plan) -> list[tuple[str, str]]:

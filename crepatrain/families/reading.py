@@ -18,6 +18,27 @@ from crepatrain.files import safetensors_header
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
+class StoredTensors:
+    """The tensors of a model of diffusers, which stay in their files until they are read, one by one.
+
+    Attributes:
+        folder: of the files, in one or in several.
+    """
+
+    def __init__(self, path: str, part: str) -> None:
+        self.folder = Path(path) / part
+        whole = self.folder / "diffusion_pytorch_model.safetensors"
+        self._places = _shards(self.folder) or dict.fromkeys(safetensors_header(whole) or {}, whole)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor on the CPU; nothing of its file stays mapped."""
+        with safe_open(self._places[name], framework="pt") as file:
+            return file.get_tensor(name).to(dtype, copy=True)
+
+
 class _Stored:
     """A tensor that stays in its file until transformers takes it, by the index `...`; nothing of the file stays mapped."""
 
@@ -48,12 +69,17 @@ def read_transformers(kind: Any, path: str, part: str, dtype: torch.dtype) -> An
 
 def _cast_shards(folder: Path, dtype: torch.dtype) -> Mapping[str, _Stored]:
     """The tensors of weights in several files that have another data type; empty where there is one file, or nothing to cast."""
-    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
-    if index is None:
-        return {}
-    places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    headers = [safetensors_header(folder / file) or {} for file in sorted(set(places.values()))]
+    places = _shards(folder)
+    headers = [safetensors_header(file) or {} for file in sorted(set(places.values()))]
     stored = {tensor["dtype"] for header in headers for name, tensor in header.items() if name != "__metadata__"}
     if stored <= {_DTYPES.get(dtype)}:
         return {}
-    return {name: _Stored(folder / file, name) for name, file in places.items()}
+    return {name: _Stored(file, name) for name, file in places.items()}
+
+
+def _shards(folder: Path) -> dict[str, Path]:
+    """The file of each tensor, where there are several files."""
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    if index is None:
+        return {}
+    return {name: folder / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 # CUDA's caching allocator gives memory in multiples of it.
@@ -66,6 +66,8 @@ class StorageAccount(TorchDispatchMode):
         self._held: dict[int, tuple[DeviceAccount, int, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a quantised tensor: its own operators come one by one
         out = func(*args, **(kwargs or {}))
         if func is _DEVICE:  # two of three calls on fake tensors, and no tensor
             return out
@@ -78,6 +80,10 @@ class StorageAccount(TorchDispatchMode):
         return out
 
     def _see(self, tensor: Tensor) -> None:
+        if is_traceable_wrapper_subclass(tensor):
+            for name in tensor.__tensor_flatten__()[0]:
+                self._see(getattr(tensor, name))
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._held or tensor.device.type == "meta":

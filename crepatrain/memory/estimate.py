@@ -169,6 +169,9 @@ def remedies_of(plan: Plan, bucket: Bucket, *, everything: bool = False) -> dict
     config, found = plan.config, {}
     for less in {False: ("selective", True), "selective": (True,), True: ()}[config.loop.gradient_checkpointing]:
         found[f"gradient_checkpointing: {str(less).lower()}"] = (config.changed(gradient_checkpointing=less), bucket)
+    if config.model.model_type == "lora" and config.loop.base_quantization == "none":
+        changes = {"base_quantization": "int8"} | ({} if config.loop.gradient_checkpointing else {"gradient_checkpointing": True})
+        found[", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())] = (config.changed(**changes), bucket)
     if config.loop.train_batch_size > 1:
         half = config.loop.train_batch_size // 2
         found[f"train_batch_size: {half}"] = (config.changed(train_batch_size=half), bucket)

@@ -1,12 +1,15 @@
 """Placing an adapted transformer on its device. Optimizers come after it, as a parameter may be another one once it is placed."""
 
 import contextlib
+import ctypes
 import gc
+import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
@@ -65,7 +68,7 @@ def materialise(module: nn.Module, device: torch.device | str = "cpu") -> None:
 
     def filled(tensor: Tensor) -> Tensor:
         if id(tensor) not in known:
-            new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            new = _empty_like(tensor, device)
             parameter = isinstance(tensor, nn.Parameter)
             known[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if parameter else new
         return known[id(tensor)]
@@ -77,11 +80,27 @@ def materialise(module: nn.Module, device: torch.device | str = "cpu") -> None:
                     tensors[name] = filled(tensor)
 
 
+def _empty_like(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor without values; of one that consists of several, as a quantised one does, each of them."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    names, settings = tensor.__tensor_flatten__()
+    parts = {name: _empty_like(getattr(tensor, name), device) for name in names}
+    return type(tensor).__tensor_unflatten__(parts, settings, tensor.shape, tensor.stride())
+
+
 def free_memory() -> None:
     """Give back what the last stage held."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def trim_host_memory() -> None:
+    """Give pages that are free inside the C library's heap back to the system; it keeps many where sizes alternate."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # of glibc alone
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

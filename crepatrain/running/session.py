@@ -137,7 +137,7 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
     family = build.build_family(plan)
     process = build.build_process(plan)
     torch.manual_seed(config.loop.seed)
-    transformer = build.load_transformer(plan, family)
+    transformer = build.load_transformer(plan, family, context.device)
     build.adapt(plan, family, transformer)
     if start.adapter:
         copy_into_adapter(transformer, start.adapter)

@@ -20,6 +20,7 @@ from crepatrain.errors import UserError
 from crepatrain.families import get_family
 from crepatrain.families.base import CutCaption, Family
 from crepatrain.placement.precision import encoding_dtype, weights_dtype
+from crepatrain.placement.quantizing import load_quantized, quantize_blocks
 from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.loading import loading
 from crepatrain.training.lora import add_configured_lora, leave_casts_to_autocast
@@ -201,20 +202,27 @@ def build_layersync(config: ResolvedLayerSync) -> LayerSyncTerm | None:
     return LayerSyncTerm(config.student_block, config.teacher_block, config.layersync_lambda)
 
 
-def load_transformer(plan: Plan, family: Family) -> Any:
+def load_transformer(plan: Plan, family: Family, device: torch.device) -> Any:
     """The transformer with its weights on the CPU: to be adapted, then placed, and only then given an optimizer.
+
+    Layers that are quantised are on the device already, which does it sooner, and needs no more memory for it than a layer.
 
     Raises:
         UserError: the checkpoint can't be reached, or a file of it is damaged.
     """
     folder = model_folder(plan)
+    dtype, how = weights_dtype(plan.config), plan.config.loop.base_quantization
     with loading(folder, (plan.variant.transformer,)):
-        return family.load_transformer(str(folder), weights_dtype(plan.config))
+        if how != "none":
+            return load_quantized(family, str(folder), dtype, how, device)
+        return family.load_transformer(str(folder), dtype)
 
 
 def empty_transformer(plan: Plan, family: Family) -> Any:
     """The transformer on the meta device, in the data types that `load_transformer` gives."""
-    return in_weights_dtype(plan, family.empty_transformer())
+    transformer = in_weights_dtype(plan, family.empty_transformer())
+    quantize_blocks(family, transformer, plan.config.loop.base_quantization)
+    return transformer
 
 
 def in_weights_dtype(plan: Plan, transformer: Any) -> Any:

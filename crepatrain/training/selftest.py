@@ -1,4 +1,4 @@
-"""Does the model learn with these settings? One block, forward and backward, beside torch's own attention, before a run."""
+"""Does the model learn with these settings? One block, forward and backward, beside the same one without them, before a run."""
 
 import math
 from collections.abc import Mapping
@@ -12,18 +12,22 @@ from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.placement.placing import free_memory, set_attention
 from crepatrain.placement.precision import autocast
+from crepatrain.placement.quantizing import quantize_blocks
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 
 # How far a gradient may be from the one of torch's own attention, by the data type that is computed in.
 _ALLOWED = {torch.bfloat16: 0.05, torch.float32: 0.01}
+# How far the gradients of a block's inputs may be from those of a base that is not quantised: at random weights about twice
+# what they are at the text's, and a tenth of what torchao's dynamic quantisation of activations leaves.
+_ALLOWED_OF_BASE: Mapping[str, float] = {"int8": 0.03, "fp8": 0.12, "nf4": 0.4}
 _PADDING = 7  # tokens that a caption lacks, so that a mask hides something
 _TOKEN_FRAMES = 3
 _TILES, _TOKENS = 2, 8  # along the height and the width: of a model with tiles, and of any other
 
 
 def expect_gradients(plan: Plan, family: Family, device: torch.device) -> None:
-    """Try the attention backend and the compiler of a config on one block with random weights; nothing where neither is set.
+    """Try a config's attention backend, compiler and quantised base on one block with random weights; nothing where none is set.
 
     No random number of the process is touched.
 
@@ -32,7 +36,8 @@ def expect_gradients(plan: Plan, family: Family, device: torch.device) -> None:
     """
     loop = plan.config.loop
     backend = loop.attention_backend if loop.attention_backend != "native" else None
-    if not (backend or loop.compile):
+    how = loop.base_quantization
+    if not (backend or loop.compile or how != "none"):
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -49,6 +54,12 @@ def expect_gradients(plan: Plan, family: Family, device: torch.device) -> None:
             if loop.compile:
                 block.compile()
                 _compare("compile", "compile=true", "set compile to false", trial, expected)
+            if how != "none":
+                quantize_blocks(family, transformer, how)
+                of_inputs = {name: value for name, value in expected.items() if name.startswith("its ")}
+                allowed = _ALLOWED_OF_BASE[how] + (trial.allowed if backend or loop.compile else 0)
+                about = ("base_quantization", f"base_quantization={how}", "use none, or int8")
+                _compare(*about, trial, of_inputs, allowed=allowed)
         finally:
             if loop.compile:
                 torch.compiler.reset()  # the run's own shapes are compiled as if these had never been
@@ -111,7 +122,10 @@ class _Trial:
         return leaf
 
 
-def _compare(key: str, setting: str, fix: str, trial: _Trial, expected: Mapping[str, Tensor]) -> None:
+def _compare(
+    key: str, setting: str, fix: str, trial: _Trial, expected: Mapping[str, Tensor], allowed: float | None = None
+) -> None:
+    allowed = trial.allowed if allowed is None else allowed
     try:
         found = trial.gradients()
     except torch.OutOfMemoryError:
@@ -125,12 +139,12 @@ def _compare(key: str, setting: str, fix: str, trial: _Trial, expected: Mapping[
         what = f"{setting}: in a trial of one block no gradient reaches {', '.join(lost)}; it would train, and not learn"
         raise UserError(what, fix, (key,))
     errors = {name: float((found[name] - value).norm() / value.norm()) for name, value in learns.items()}
-    wrong = {name: error for name, error in errors.items() if not error <= trial.allowed}
+    wrong = {name: error for name, error in errors.items() if not error <= allowed}
     if wrong:
         worst = max(wrong, key=lambda name: math.inf if math.isnan(wrong[name]) else wrong[name])
         raise UserError(
-            f"{setting}: in a trial of one block the gradients of {', '.join(wrong)} are not those of torch's own attention; "
-            f"{worst} is off by {wrong[worst]:.0%} ({trial.allowed:.0%} is allowed)",
+            f"{setting}: in a trial of one block the gradients of {', '.join(wrong)} are not those without it; "
+            f"{worst} is off by {wrong[worst]:.0%} ({allowed:.0%} is allowed)",
             fix,
             (key,),
         )

@@ -26,6 +26,9 @@ CONFIGS = [
     {"model_type": "full", "gradient_accumulation_steps": 2, "use_ema": True},
     {"crepa_enabled": False},
     {"mixed_precision": "bf16", "gradient_checkpointing": "selective"},
+    {"mixed_precision": "bf16", "base_quantization": "int8"},
+    {"mixed_precision": "bf16", "base_quantization": "fp8"},
+    {"mixed_precision": "bf16", "base_quantization": "nf4"},
 ]
 
 

@@ -461,7 +461,7 @@ def test_the_map_holds_the_cosine_of_every_patch(request, tmp_path, monkeypatch:
     # The second clip once more, step by step.
     plan = read_plan(copied / "config.json", ["--output_dir", str(copied)])
     family = build.build_family(plan)
-    transformer = build.load_transformer(plan, family)
+    transformer = build.load_transformer(plan, family, torch.device("cpu"))
     build.adapt(plan, family, transformer)
     transformer.eval()
     checkpoint = copied / "checkpoints" / f"step-{WHOLE:06d}"
