@@ -1,5 +1,6 @@
 """The commands of `crepatrain`. Thin: each reads its arguments, makes a plan and calls what does the work."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -177,6 +178,26 @@ def status(run: Annotated[Path, typer.Argument(help="Folder of a run (its output
     from crepatrain.commands.status import status as command
 
     command(run, _screen)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 7860,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to listen on, for other machines. A token is printed then. Default: this machine alone."),
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder in which runs are shown and made.")] = Path("outputs"),
+    data: Annotated[
+        list[Path], typer.Option(help="Folder of clips, local models and configs. May be given several times.")
+    ] = [Path("clips")],  # noqa: B006 - typer only reads it
+) -> None:
+    """Open a page in the browser: write a config, start runs, and watch them. Needs the extra ui."""
+    if importlib.util.find_spec("nicegui") is None:
+        raise UserError("the page needs the package nicegui, which is not installed", 'run pip install -e ".[ui]"')
+    from crepatrain.web.server import serve
+
+    serve(port, host, runs, data, _screen)
 
 
 @app.command()
