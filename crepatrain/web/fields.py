@@ -1,6 +1,7 @@
 """From the schema of a config to the fields of a form: labels, choices, defaults, and what a text in a field means."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,12 +25,10 @@ _SPELLED = {
     "adam": "Adam",
     "wan": "Wan",
     "dtype": "data type",
-    "num": "number of",
-    "max": "largest",
+    "lambda": "weight",
     "dir": "folder",
     "eval": "held-out",
     "fps": "frames per second",
-    "pretrained": "pretrained",
 }
 # Stands for null among the choices of a field.
 UNSET = "null"
@@ -126,18 +125,17 @@ def _as_labels(values: Sequence[str]) -> dict[Any, str]:
 def _range(branch: Mapping[str, Any]) -> str:
     low, above = branch.get("minimum"), branch.get("exclusiveMinimum")
     high, below = branch.get("maximum"), branch.get("exclusiveMaximum")
-    parts = [
-        f"{words} {value:g}"
-        for words, value in (("from", low), ("above", above), ("to", high), ("below", below))
-        if value is not None
-    ]
-    return " ".join(parts)
+    begin = f"{low:g}" if low is not None else f"above {above:g}" if above is not None else ""
+    end = f"{high:.10g}" if high is not None else f"below {below:.10g}" if below is not None else ""
+    if begin and end:
+        return f"{begin} to {end}"
+    return begin if above is not None else begin and f"{begin} or more"
 
 
 def _label(key: str) -> str:
     """The words of a key, as a heading has them."""
-    words = [_SPELLED.get(word, word) for word in key.removeprefix("crepa_").split("_")]
-    text = " ".join(words)
+    text = " ".join(_SPELLED.get(word, word) for word in key.removeprefix("crepa_").split("_"))
+    text = re.sub("^num ", "number of ", text)
     return text[0].upper() + text[1:]
 
 

@@ -64,7 +64,7 @@ class Form:
             else:
                 self._text(known)
             self._problems[key] = ui.label().classes("problem").props("role=alert")
-            ui.label(known.description + (f" Possible: {known.range}." if known.range else "")).classes("help")
+            ui.label(known.description + (f" Range: {known.range}." if known.range else "")).classes("help")
             ui.label(key).classes("key")
 
     def _value(self, known: Field) -> Any:
@@ -122,8 +122,9 @@ class Form:
         """Put every problem beside its field, and what a key left out means into its field."""
         for key, label in self._problems.items():
             found = self.checked.of(key)
-            label.set_text(words_of(found))
-            label.classes(add="todo", remove="") if _only_missing(key, self.checked) else label.classes(remove="todo")
+            missing = bool(found) and all(problem.what == f"{key} is missing" for problem in found)
+            label.set_text("Required." if missing else words_of(found))
+            label.classes(add="todo" if missing else "", remove="" if missing else "todo")
             label.set_visibility(bool(found))
         for key, field in self._inputs.items():
             meant = self.checked.plan.config.value(key) if self.checked.plan else None
@@ -134,8 +135,3 @@ class Form:
         for step, link in self._links.items():
             wrong = any(self.checked.of(key) for key in step.keys)
             link.classes(add="open" if wrong else "", remove="" if wrong else "open")
-
-
-def _only_missing(key: str, checked: Checked) -> bool:
-    """Whether nothing is wrong with a key but that it is not chosen yet."""
-    return all(problem.what == f"{key} is missing" for problem in checked.of(key))
