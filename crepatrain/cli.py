@@ -189,15 +189,18 @@ def ui(
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder in which runs are shown and made.")] = Path("outputs"),
     data: Annotated[
-        list[Path], typer.Option(help="Folder of clips, local models and configs. May be given several times.")
-    ] = [Path("clips")],  # noqa: B006 - typer only reads it
+        list[Path] | None,
+        typer.Option(
+            help="Folder of clips, local models and configs. May be given several times. Default: clips.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Open a page in the browser: write a config, start runs, and watch them. Needs the extra ui."""
     if importlib.util.find_spec("nicegui") is None:
         raise UserError("the page needs the package nicegui, which is not installed", 'run pip install -e ".[ui]"')
     from crepatrain.web.server import serve
 
-    serve(port, host, runs, data, _screen)
+    serve(port, host, runs, data or [Path("clips")], _screen)
 
 
 @app.command()

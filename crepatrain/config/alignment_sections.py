@@ -14,13 +14,23 @@ class CrepaConfig(Section, frozen=True):
 
     crepa_enabled: bool = Field(False, title="Enable CREPA", description="Train with CREPA.")
     crepa_block_index: int | None = Field(
-        None, title="CREPA Block Index", ge=0, description="Block whose hidden states are aligned, counted from 0. null: the family's default."
+        None,
+        title="CREPA Block Index",
+        ge=0,
+        description="Block whose hidden states are aligned, counted from 0. null: the family's default.",
     )
-    crepa_lambda: float = Field(0.5, title="Weight", ge=0, description="Weight of the alignment loss.", json_schema_extra=IF_ALLOWED)
+    crepa_lambda: float = Field(
+        0.5, title="Weight", ge=0, description="Weight of the alignment loss.", json_schema_extra=IF_ALLOWED
+    )
     crepa_adjacent_distance: int = Field(
-        1, title="Adjacent Distance", ge=0, description="Distance d: frame f is aligned with frames f-d and f+d too. 0: with its own features only (REPA)."
+        1,
+        title="Adjacent Distance",
+        ge=0,
+        description="Distance d: frame f is aligned with frames f-d and f+d too. 0: with its own features only (REPA).",
     )
-    crepa_adjacent_tau: float = Field(1.0, title="Temporal Decay", gt=0, description="A neighbour at distance k has the weight exp(-k / tau).")
+    crepa_adjacent_tau: float = Field(
+        1.0, title="Temporal Decay", gt=0, description="A neighbour at distance k has the weight exp(-k / tau)."
+    )
     crepa_cumulative_neighbors: bool = Field(
         False, description="Use all neighbours up to crepa_adjacent_distance rather than only those at that distance."
     )
@@ -123,4 +133,6 @@ class LayerSyncConfig(Section, frozen=True):
         ge=0,
         description="Block that is the teacher. Required with layersync_enabled; must be deeper than layersync_student_block.",
     )
-    layersync_lambda: float = Field(0.2, title="LayerSync weight", ge=0, description="Weight of the LayerSync loss.", json_schema_extra=IF_ALLOWED)
+    layersync_lambda: float = Field(
+        0.2, title="LayerSync weight", ge=0, description="Weight of the LayerSync loss.", json_schema_extra=IF_ALLOWED
+    )

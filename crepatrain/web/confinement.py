@@ -62,12 +62,19 @@ class Folders:
             for text in value if isinstance(value, list) else [value]:
                 if not isinstance(text, str) or not text or not _is_path(key, text):
                     continue
-                allowed = _is_inside(_expanded(text), self.runs) if key == "output_dir" else self.holds(_expanded(text))
+                allowed = self.name_of(_expanded(text)) is not None if key == "output_dir" else self.holds(_expanded(text))
                 if not allowed:
                     where = f"give a folder in {self.runs}" if key == "output_dir" else f"give one in {listed}"
                     fix = f"{where}, or start the page with another --{'runs' if key == 'output_dir' else 'data'}"
                     problems.append(Problem(f"{key}={text}: outside of the folders of this page", fix, (key,)))
         return problems
+
+    def name_of(self, output_dir: Path) -> str | None:
+        """A run's path below the folder of runs; None where it is not there, or would not be found there."""
+        if not _is_inside(output_dir, self.runs):
+            return None
+        parts = output_dir.resolve().relative_to(self.runs.resolve()).parts
+        return Path(*parts).as_posix() if 0 < len(parts) <= _DEPTH and not any(part.startswith(".") for part in parts) else None
 
     def run(self, name: str) -> Path:
         """The folder of a run, by its path below the folder of runs.

@@ -13,6 +13,7 @@ from crepatrain.config.load import parse, read_values
 from crepatrain.config.plan import Plan, plan_of
 from crepatrain.config.run_config import KEYS
 from crepatrain.config.summary import summarize
+from crepatrain.data.texts import is_unicode
 from crepatrain.errors import Problem, UserError
 from crepatrain.files import written_aside
 from crepatrain.geometry import TokenGrid
@@ -54,12 +55,6 @@ class Checked:
     def of(self, key: str) -> tuple[Problem, ...]:
         """The problems that stand beside a field."""
         return tuple(problem for problem in self.problems if key in problem.keys)
-
-    @property
-    def elsewhere(self) -> tuple[Problem, ...]:
-        """The problems that belong to no field."""
-        known = fields().keys()
-        return tuple(problem for problem in self.problems if known.isdisjoint(problem.keys))
 
 
 class Draft:
@@ -126,12 +121,15 @@ class Draft:
         self.replace(kept | CREPA_PRESETS[name])
 
     def _save(self) -> None:
-        with written_aside(self._file) as aside:
-            aside.write_text(self.text(), encoding="utf-8")
+        try:
+            with written_aside(self._file) as aside:
+                aside.write_text(self.text(), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{self._file} can't be written ({error})", "free disk space, or fix its permissions") from error
 
     def text(self) -> str:
         """The config file."""
-        return json.dumps(self.values, indent=2, ensure_ascii=False) + "\n"
+        return as_file(self.values)
 
     def read_text(self, text: str) -> None:
         """Begin from the text of a config file.
@@ -143,7 +141,7 @@ class Draft:
             raise UserError(f"the config has {len(text)} characters", f"use {_LONGEST_CONFIG} at most")
         file = self._folders.own / "opened.json"
         with written_aside(file) as aside:
-            aside.write_text(text, encoding="utf-8")
+            aside.write_text(text, encoding="utf-8", errors="replace")
         self.open(file)
 
     def open(self, path: Path) -> None:
@@ -160,9 +158,9 @@ class Draft:
         of_a_run = 2 * len(values) > len(KEYS)
         self.replace(off_default(values) if of_a_run else values)
 
-    def output_dir(self) -> Path | None:
-        """The folder of the run, where one is given."""
-        found = self.values.get("output_dir")
+    def path(self, key: str) -> Path | None:
+        """The file or folder that a key names, where one is given."""
+        found = self.values.get(key)
         return Path(found).expanduser() if isinstance(found, str) and found else None
 
     def check(self) -> Checked:
@@ -204,6 +202,12 @@ class Draft:
             return None
         steps = sorted({round(number * (total - 1) / _POINTS) for number in range(_POINTS + 1)})
         return steps, [schedule.weight(step) for step in steps]
+
+
+def as_file(values: Mapping[str, Any]) -> str:
+    """The text of a config file; a path's bytes that are no text stay readable to `json`."""
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    return (text if is_unicode(text) else json.dumps(values, indent=2)) + "\n"
 
 
 def _maximum(plan: Plan | None) -> float | None:

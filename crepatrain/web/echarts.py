@@ -28,10 +28,21 @@ def _palette() -> Mapping[str, str]:
 def options_of(chart: Chart) -> dict[str, Any]:
     """The options of one chart."""
     category = chart.kind in _BARS
-    x_axis = {"type": "category", "data": list(chart.categories)} if category else {"type": "value", "min": "dataMin", "max": "dataMax"}
+    x_axis = (
+        {"type": "category", "data": list(chart.categories)}
+        if category
+        else {"type": "value", "min": "dataMin", "max": "dataMax"}
+    )
     return _frame(chart.unit, list(dict.fromkeys(one.name for one in chart.series))) | {
         "xAxis": _axis() | x_axis,
-        "yAxis": _axis() | {"type": "value", "min": chart.low, "max": chart.high, "name": chart.unit, "axisLabel": {"color": _NEUTRAL, ":formatter": _SHORT}},
+        "yAxis": _axis()
+        | {
+            "type": "value",
+            "min": chart.low,
+            "max": chart.high,
+            "name": chart.unit,
+            "axisLabel": {"color": _NEUTRAL, ":formatter": _SHORT},
+        },
         "series": [_series(chart, number, one) for number, one in enumerate(chart.series)],
     }
 

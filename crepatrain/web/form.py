@@ -1,14 +1,15 @@
 """Fields on a page: each writes into the draft, and has what is wrong with it beside it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from nicegui import run, ui
 from nicegui.events import ValueChangeEventArguments
 
+from crepatrain.errors import UserError
 from crepatrain.web.drafts import Checked
 from crepatrain.web.fields import UNSET, Field, fields
-from crepatrain.web.frame import Site, heading, printable, words_of
+from crepatrain.web.frame import Site, heading, printable, tell, words_of
 from crepatrain.web.steps import Group, Step
 
 # Keys whose fields suggest the folders that the page may read.
@@ -33,7 +34,7 @@ class Form:
         self._links = links
         self._problems: dict[str, ui.label] = {}
         self._inputs: dict[str, ui.input | ui.textarea] = {}
-        self.listeners: list[Callable[[], None]] = []
+        self.listeners: list[Callable[[], Awaitable[None] | None]] = []
 
     def groups(self, groups: Sequence[Group]) -> None:
         """The fields of some groups, each under its heading."""
@@ -58,7 +59,7 @@ class Form:
         known = fields()[key]
         with ui.element("div").classes("field"):
             if known.kind == "switch":
-                ui.switch(known.label, value=self._value(known), on_change=lambda event: self._chosen(key, event))
+                ui.switch(known.label, value=self._value(known) is True, on_change=lambda event: self._chosen(key, event))
             elif known.kind in {"choice", "choices"}:
                 self._select(known)
             else:
@@ -98,25 +99,29 @@ class Form:
         self._inputs[key] = field
 
     async def _chosen(self, key: str, event: ValueChangeEventArguments[Any]) -> None:
-        self._site.draft.choose(key, None if event.value == UNSET else event.value)
-        await self._check()
+        await self._take(lambda: self._site.draft.choose(key, None if event.value == UNSET else event.value))
 
     async def _written(self, key: str) -> None:
         field, draft = self._inputs[key], self._site.draft
         if (field.value or "") == draft.shown(key):
             return
-        draft.write(key, field.value or "")
+        await self._take(lambda: draft.write(key, field.value or ""))
         field.value = printable(draft.shown(key))
-        await self._check()
 
-    async def _check(self) -> None:
+    async def _take(self, change: Callable[[], None]) -> None:
+        """Change the draft, and say what is to be said of it then."""
+        try:
+            change()
+        except UserError as error:  # a full disk: the draft is changed all the same, but not kept
+            tell(error)
         checked = await run.io_bound(self._site.draft.check)
         if checked is None:  # the server is about to end
             return
         self.checked = checked
         self.mark()
         for listener in self.listeners:
-            listener()
+            if (waited := listener()) is not None:
+                await waited
 
     def mark(self) -> None:
         """Put every problem beside its field, and what a key left out means into its field."""

@@ -9,6 +9,7 @@ from importlib.resources import files
 from nicegui import ui
 
 from crepatrain.errors import Problem, UserError
+from crepatrain.web.clips import Clips
 from crepatrain.web.confinement import Folders
 from crepatrain.web.drafts import Draft
 from crepatrain.web.processes import Processes
@@ -20,6 +21,7 @@ class Site:
     """What the pages of one server share.
 
     Attributes:
+        clips: of the draft, as they were last listed.
         dry_runs: what was printed for a config's text, the newest last.
     """
 
@@ -27,6 +29,7 @@ class Site:
     draft: Draft
     processes: Processes
     runs: Runs
+    clips: Clips = field(default_factory=lambda: Clips((), ()))
     dry_runs: dict[tuple[str, ...], str] = field(default_factory=dict)
 
 

@@ -75,7 +75,9 @@ def refusal(scope: Scope, headers: MutableMapping[str, str], *, any_host: bool) 
     if scope["type"] == "websocket":
         return "a websocket needs an Origin" if origin is None else None
     site = headers.get("sec-fetch-site", "same-origin")
-    opened = scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+    opened = (
+        scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+    )
     if site not in {"same-origin", "none"} and not opened:
         return "the request comes from another page"
     return None

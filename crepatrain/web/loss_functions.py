@@ -1,5 +1,7 @@
 """The page of CREPA and LayerSync: presets, the weight as a curve over the steps, and what the score can reach."""
 
+from functools import partial
+
 from nicegui import ui
 
 from crepatrain.web.echarts import weight_options
@@ -14,8 +16,10 @@ def loss_functions(site: Site, form: Form, step: Step) -> None:
         heading("Presets")
         with ui.element("div").classes("row"):
             for name in CREPA_PRESETS:
-                ui.button(name, on_click=lambda name=name: _take(site, name)).props("no-caps outline")
-        ui.label("A preset sets when and how much CREPA weighs; the block, the neighbours and the encoder stay as they are.").classes("help")
+                ui.button(name, on_click=partial(_take, site, name)).props("no-caps outline")
+        ui.label(
+            "A preset sets when and how much CREPA weighs; the block, the neighbours and the encoder stay as they are."
+        ).classes("help")
     for group in step.groups:
         form.groups([group])
         if "crepa_scheduler" in group.keys:
@@ -42,7 +46,9 @@ def _curve(site: Site, form: Form) -> None:
             words.set_text("CREPA is off, or a value above is not possible.")
             return
         steps, weights = found
-        length = "" if site.draft.values.get("max_train_steps") else ", for a run of 1000 steps, as the length of this one is not set"
+        length = (
+            "" if site.draft.values.get("max_train_steps") else ", for a run of 1000 steps, as the length of this one is not set"
+        )
         words.set_text(f"From {weights[0]:g} at step 0 over {max(weights):g} to {weights[-1]:g} at step {steps[-1]}{length}.")
         chart.options.clear()
         chart.options.update(weight_options(steps, weights))

@@ -19,5 +19,7 @@ def begin_from(site: Site) -> None:
 
     with ui.element("section").classes("card"):
         heading("Released models")
-        ui.select(models, label="Begin from a released model", on_change=take, with_input=True).props("outlined dense").classes("w-full")
+        ui.select(models, label="Begin from a released model", on_change=take, with_input=True).props("outlined dense").classes(
+            "w-full"
+        )
         ui.label("Its weights are downloaded when the run starts, where they are not in the cache yet.").classes("help")

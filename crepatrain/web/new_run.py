@@ -1,5 +1,6 @@
 """The pages of a new run: a form for each step, and the review that starts it."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,11 +8,12 @@ from nicegui import run, ui
 from nicegui.events import ValueChangeEventArguments
 
 from crepatrain.errors import UserError
-from crepatrain.web.frame import Site, facts, framed, heading, printable, steps_row, tell, words_of
+from crepatrain.web.data_page import clip_list
 from crepatrain.web.form import Form
+from crepatrain.web.frame import Site, facts, framed, heading, printable, steps_row, tell, words_of
 from crepatrain.web.loss_functions import loss_functions
-from crepatrain.web.processes import dry_run
 from crepatrain.web.model_page import begin_from
+from crepatrain.web.processes import dry_run
 from crepatrain.web.steps import STEPS, Step
 
 
@@ -35,6 +37,7 @@ async def step_page(site: Site, name: str) -> None:
         else:
             form.groups(step.groups)
         if step.name == "data":
+            await clip_list(site, form)
             _command(site, form, "Read the clips", "What training will use of them, and what is left out.", ())
         if step.name == "memory":
             words = "The step itself, on tensors without values: what it needs of a GPU, and which cards it fits."
@@ -62,7 +65,7 @@ def _command(site: Site, form: Form, title: str, words: str, options: tuple[str,
 
     async def begin() -> None:
         button.disable()
-        shown.set_text("reading ...")
+        show("reading ...")
         text, values = site.draft.text(), dict(site.draft.values)
         try:
             problems = site.folders.problems_of(values)
@@ -74,14 +77,19 @@ def _command(site: Site, form: Form, title: str, words: str, options: tuple[str,
             tell(error)
         finally:
             button.enable()
-            shown.set_text(known())
+            show(known())
+
+    def show(text: str) -> None:
+        shown.set_text(text)
+        shown.set_visibility(bool(text))
 
     with ui.element("section").classes("card"):
         heading(title)
         ui.label(words).classes("help")
         button = ui.button(title, on_click=begin).props("no-caps outline")
-        shown = ui.label(known()).classes("pre").props("aria-live=polite")
-    form.listeners.append(lambda: shown.set_text(known()))
+        shown = ui.label().classes("pre").props("aria-live=polite")
+    show(known())
+    form.listeners.append(lambda: show(known()))
 
 
 def _review(site: Site, form: Form) -> None:
@@ -99,23 +107,29 @@ def _review(site: Site, form: Form) -> None:
     _config_file(site)
     with ui.element("section").classes("card"):
         heading("Start")
-        target = _run_name(site)
-        if target is not None:
-            ui.label("The same in a terminal, in the folder where this page was started:").classes("help")
-            ui.label(printable(f"crepatrain fit {site.processes.config_file(site.folders.runs / target)}")).classes("pre")
+        with contextlib.suppress(UserError):
+            config = site.processes.config_file(site.folders.runs / _run_name(site))
+            ui.label("The same in a terminal, in the folder where this page was started, once the config is saved:").classes(
+                "help"
+            )
+            ui.label(printable(f"crepatrain fit {config}")).classes("pre")
         ui.label("The run is a process of its own: it goes on when this page is closed.").classes("help")
         button = ui.button("Start training", on_click=lambda: _start(site, button)).props("no-caps")
         if form.checked.problems:
             button.disable()
 
 
-def _run_name(site: Site) -> str | None:
-    """The run's path below the folder of runs; None where the draft has none there."""
-    output_dir = site.draft.output_dir()
-    if output_dir is None or site.folders.problems_of({"output_dir": str(output_dir)}):
-        return None
-    name = output_dir.resolve().relative_to(site.folders.runs.resolve()).as_posix()
-    return None if name == "." else name
+def _run_name(site: Site) -> str:
+    """The run's path below the folder of runs.
+
+    Raises:
+        UserError: the draft has none there.
+    """
+    output_dir = site.draft.path("output_dir")
+    name = None if output_dir is None else site.folders.name_of(output_dir)
+    if name is None:
+        raise UserError(f"output_dir={output_dir}: no place for a run", f"give a folder in {site.folders.runs}")
+    return name
 
 
 async def _start(site: Site, button: ui.button) -> None:
@@ -126,8 +140,6 @@ async def _start(site: Site, button: ui.button) -> None:
         if checked.problems:
             raise UserError.of(list(checked.problems))
         name = _run_name(site)
-        if name is None or any(part.startswith(".") for part in Path(name).parts):
-            raise UserError(f"output_dir={site.draft.output_dir()}: no place for a run", f"give a folder in {site.folders.runs}")
         site.processes.start(site.folders.runs / name, site.draft.values)
     except UserError as error:
         tell(error)
@@ -146,11 +158,8 @@ def _config_file(site: Site) -> None:
             ui.navigate.to("/new/review")
 
     def save() -> None:
-        name = _run_name(site)
         try:
-            if name is None:
-                raise UserError("the run has no folder yet", "give output_dir in Training")
-            path = site.processes.save(site.folders.runs / name, site.draft.values)
+            path = site.processes.save(site.folders.runs / _run_name(site), site.draft.values)
         except UserError as error:
             tell(error)
         else:
@@ -164,7 +173,9 @@ def _config_file(site: Site) -> None:
         heading("Config file")
         text = ui.textarea("Config", value=site.draft.text()).props("outlined autogrow input-class=pre").classes("w-full")
         with ui.element("div").classes("row"):
-            ui.button("Use this text", on_click=lambda: apply(lambda: site.draft.read_text(text.value or ""))).props("no-caps outline")
+            ui.button("Use this text", on_click=lambda: apply(lambda: site.draft.read_text(text.value or ""))).props(
+                "no-caps outline"
+            )
             ui.button("Save", on_click=save).props("no-caps outline")
             ui.button("Download", on_click=lambda: ui.download.content(site.draft.text(), "config.json")).props("no-caps outline")
             ui.button("Begin anew", on_click=lambda: apply(site.draft.clear)).props("no-caps flat")

@@ -1,7 +1,6 @@
-"""Commands that the page starts: each a process of its own that outlives the page, and the runs among them stopped by a signal."""
+"""Commands that the page starts, each a process of its own that outlives the page, and how a run is stopped."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from crepatrain.files import written_aside
 from crepatrain.records.layout import RunLayout
 from crepatrain.records.signs import holder_of, is_locked
 from crepatrain.web.confinement import Folders
+from crepatrain.web.drafts import as_file
 
 # Of a log, what is shown of its end.
 _TAIL_BYTES = 64 << 10
@@ -55,7 +55,7 @@ class Processes:
         """Write the config of a run; gives the file."""
         config = self.config_file(output_dir)
         with written_aside(config) as aside:
-            aside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            aside.write_text(as_file(values), encoding="utf-8")
         return config
 
     def go_on(self, output_dir: Path, max_train_steps: int | None = None) -> None:
@@ -128,7 +128,7 @@ class Processes:
         log = self._own(output_dir) / "log.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
-            self._started[_key(output_dir)] = subprocess.Popen(
+            self._started[_key(output_dir)] = subprocess.Popen(  # noqa: S603 - our own program
                 [sys.executable, "-m", "crepatrain", "fit", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -149,10 +149,10 @@ def dry_run(folders: Folders, values: Mapping[str, Any], options: Sequence[str],
     """
     config = folders.own / f"dry-run-{threading.get_ident()}.json"
     with written_aside(config) as aside:
-        aside.write_text(json.dumps(values), encoding="utf-8")
+        aside.write_text(as_file(values), encoding="utf-8")
     columns = shutil.get_terminal_size((120, 0)).columns
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 - our own program
             [sys.executable, "-m", "crepatrain", "dry-run", str(config), *options],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -159,13 +159,19 @@ class _RunView:
         self._show_charts()
         videos = self._record.videos[:_VIDEOS_SHOWN] if self._record else []
         self._changed("videos", [(step, path.name, _mark(path)) for step, path in videos], lambda: self._show_videos(videos))
-        self._changed("log", self._log, lambda: self._log_text.set_text(self._log or "It was not started from this page: its log is where it was."))
+        self._changed(
+            "log",
+            self._log,
+            lambda: self._log_text.set_text(self._log or "It was not started from this page: its log is where it was."),
+        )
         config = self._record.config if self._record else {}
-        self._changed("config", config, lambda: self._config_text.set_text(printable(json.dumps(config, indent=2, ensure_ascii=False))))
+        self._changed(
+            "config", config, lambda: self._config_text.set_text(printable(json.dumps(config, indent=2, ensure_ascii=False)))
+        )
         if self._record is None and self._log and not self._log_place.value:
             self._log_place.open()
 
-    def _changed(self, part: str, now: object, draw: Callable[[], None]) -> None:
+    def _changed(self, part: str, now: object, draw: Callable[[], object]) -> None:
         if part not in self._parts or self._parts[part] != now:
             self._parts[part] = now
             draw()
@@ -220,9 +226,10 @@ class _RunView:
 
     def _go_on(self) -> None:
         text = (self._length.value or "").strip()
+        if text and not (text.isdecimal() and 0 < int(text[:20]) < 10**12):
+            tell(UserError(f"up to step {text}: no number of steps", "write a whole number, or leave it empty"))
+            return
         try:
-            if text and not (text.isdecimal() and 0 < int(text) < 10**12):
-                raise UserError(f"up to step {text}: no number of steps", "write a whole number, or leave it empty")
             config = self._record.config if self._record else {}
             values = {key: value for key, value in config.items() if key in KEYS and key != "output_dir"}
             problems = self._site.folders.problems_of(values)

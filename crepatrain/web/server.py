@@ -86,6 +86,13 @@ def _application(folders: Folders) -> FastAPI:
             return PlainTextResponse("no such video\n", 404)
         return FileResponse(found[file], media_type="video/mp4", headers={"cache-control": "no-cache"})
 
+    @application.get("/clip")
+    def clip(number: int) -> Response:
+        shown = site.clips.clips
+        if not 0 <= number < len(shown) or not folders.holds(shown[number].path):
+            return PlainTextResponse("no such clip\n", 404)
+        return FileResponse(shown[number].path, headers={"cache-control": "no-cache", "content-security-policy": "sandbox"})
+
     @application.get("/report")
     def report(run: str) -> Response:
         try:

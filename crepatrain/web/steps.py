@@ -64,7 +64,14 @@ STEPS = (
             Group("Captions", ("caption_prefix", "caption_suffix", "caption_dropout", "missing_captions")),
             Group(
                 "More of the data",
-                ("aspect_buckets", "max_windows_per_clip", "unusable_clips", "i2v_dropout", "cache_dir", "dataloader_num_workers"),
+                (
+                    "aspect_buckets",
+                    "max_windows_per_clip",
+                    "unusable_clips",
+                    "i2v_dropout",
+                    "cache_dir",
+                    "dataloader_num_workers",
+                ),
                 folded=True,
             ),
         ),
