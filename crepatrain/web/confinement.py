@@ -1,5 +1,6 @@
 """Which folders the page may list, read and write to, whatever a config, an address or a link in a folder says."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +63,7 @@ class Folders:
             for text in value if isinstance(value, list) else [value]:
                 if not isinstance(text, str) or not text or not _is_path(key, text):
                     continue
-                allowed = self.name_of(_expanded(text)) is not None if key == "output_dir" else self.holds(_expanded(text))
+                allowed = self.name_of(expanded(text)) is not None if key == "output_dir" else self.holds(expanded(text))
                 if not allowed:
                     where = f"give a folder in {self.runs}" if key == "output_dir" else f"give one in {listed}"
                     fix = f"{where}, or start the page with another --{'runs' if key == 'output_dir' else 'data'}"
@@ -130,11 +131,7 @@ def _folders(root: Path, depth: int) -> Iterator[Path]:
     for _ in range(depth):
         following: list[Path] = []
         for folder in level:
-            try:
-                entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-            except OSError:
-                continue
-            for name in entries:
+            for name in _names_of_folders(folder):
                 if not _is_inside(folder / name, root):
                     continue
                 seen += 1
@@ -144,6 +141,17 @@ def _folders(root: Path, depth: int) -> Iterator[Path]:
                 if not _holds_run(folder / name):
                     following.append(folder / name)
         level = following
+
+
+def _names_of_folders(folder: Path) -> list[str]:
+    """What a folder holds of folders, without hidden ones; nothing of a folder that can't be listed."""
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(OSError):  # a circle of links
+                if entry.is_dir() and not entry.name.startswith("."):
+                    found.append(entry.name)
+    return sorted(found)
 
 
 def _holds_run(root: Path) -> bool:
@@ -157,7 +165,8 @@ def _is_path(key: str, text: str) -> bool:
     return text.startswith(("/", "~", ".")) or ".." in Path(text).parts or "\\" in text or os.path.lexists(text)
 
 
-def _expanded(text: str) -> Path:
+def expanded(text: str) -> Path:
+    """A path with ~ expanded, as a config's are."""
     return Path(os.path.expanduser(text))  # noqa: PTH111 - a user that does not exist is no error here
 
 

@@ -20,7 +20,7 @@ from crepatrain.geometry import TokenGrid
 from crepatrain.records.continuing import find_continuation
 from crepatrain.records.layout import RunLayout
 from crepatrain.training.schedule import build_schedule
-from crepatrain.web.confinement import Folders
+from crepatrain.web.confinement import Folders, expanded
 from crepatrain.web.fields import fields, off_default
 from crepatrain.web.steps import CREPA_PRESETS, SCHEDULE_KEYS
 
@@ -161,7 +161,7 @@ class Draft:
     def path(self, key: str) -> Path | None:
         """The file or folder that a key names, where one is given."""
         found = self.values.get(key)
-        return Path(found).expanduser() if isinstance(found, str) and found else None
+        return expanded(found) if isinstance(found, str) and found else None
 
     def check(self) -> Checked:
         """Everything that is wrong with the draft, or what a run of it would do. Reads only what the page may read."""

@@ -41,7 +41,7 @@ def options_of(chart: Chart) -> dict[str, Any]:
             "min": chart.low,
             "max": chart.high,
             "name": chart.unit,
-            "axisLabel": {"color": _NEUTRAL, ":formatter": _SHORT},
+            "axisLabel": {"color": _NEUTRAL, ":formatter": _SHORT, "showMinLabel": False, "showMaxLabel": False},
         },
         "series": [_series(chart, number, one) for number, one in enumerate(chart.series)],
     }
@@ -62,7 +62,7 @@ def weight_options(steps: Sequence[int], weights: Sequence[float]) -> dict[str, 
         "areaStyle": {"opacity": 0.12},
     }
     return _frame("", []) | {
-        "xAxis": _axis() | {"type": "value", "name": "step", "min": 0, "max": steps[-1] + 1},
+        "xAxis": _axis() | {"type": "value", "min": 0, "max": steps[-1] + 1},
         "yAxis": _axis() | {"type": "value", "min": 0},
         "series": [line],
     }

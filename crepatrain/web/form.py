@@ -25,6 +25,7 @@ class Form:
 
     Attributes:
         checked: what is said of the draft now.
+        remarks: what is to be said beside a field, by key; set before the field is made.
         listeners: called after every change, once the draft was checked.
     """
 
@@ -34,6 +35,8 @@ class Form:
         self._links = links
         self._problems: dict[str, ui.label] = {}
         self._inputs: dict[str, ui.input | ui.textarea] = {}
+        self.remarks: dict[str, Callable[[], str]] = {}
+        self._remarks: dict[str, ui.label] = {}
         self.listeners: list[Callable[[], Awaitable[None] | None]] = []
 
     def groups(self, groups: Sequence[Group]) -> None:
@@ -65,6 +68,8 @@ class Form:
             else:
                 self._text(known)
             self._problems[key] = ui.label().classes("problem").props("role=alert")
+            if key in self.remarks:
+                self._remarks[key] = ui.label().classes("remark").props("aria-live=polite")
             ui.label(known.description + (f" Range: {known.range}." if known.range else "")).classes("help")
             ui.label(key).classes("key")
 
@@ -131,6 +136,8 @@ class Form:
             label.set_text("Required." if missing else words_of(found))
             label.classes(add="todo" if missing else "", remove="" if missing else "todo")
             label.set_visibility(bool(found))
+        for key, label in self._remarks.items():
+            label.set_text(self.remarks[key]())
         for key, field in self._inputs.items():
             meant = self.checked.plan.config.value(key) if self.checked.plan else None
             known = fields()[key]

@@ -20,12 +20,11 @@ def loss_functions(site: Site, form: Form, step: Step) -> None:
         ui.label(
             "A preset sets when and how much CREPA weighs; the block, the neighbours and the encoder stay as they are."
         ).classes("help")
+    form.remarks["crepa_similarity_threshold"] = lambda: _reachable(form)
     for group in step.groups:
         form.groups([group])
         if "crepa_scheduler" in group.keys:
             _curve(site, form)
-        if "crepa_similarity_threshold" in group.keys:
-            _maximum(form)
 
 
 def _take(site: Site, name: str) -> None:
@@ -49,7 +48,7 @@ def _curve(site: Site, form: Form) -> None:
         length = (
             "" if site.draft.values.get("max_train_steps") else ", for a run of 1000 steps, as the length of this one is not set"
         )
-        words.set_text(f"From {weights[0]:g} at step 0 over {max(weights):g} to {weights[-1]:g} at step {steps[-1]}{length}.")
+        words.set_text(f"From {weights[0]:.3g} at step 0 over {max(weights):.3g} to {weights[-1]:.3g} at step {steps[-1]}{length}.")
         chart.options.clear()
         chart.options.update(weight_options(steps, weights))
         chart.update()
@@ -58,16 +57,9 @@ def _curve(site: Site, form: Form) -> None:
     form.listeners.append(draw)
 
 
-def _maximum(form: Form) -> None:
-    words = ui.label().classes("card help").props("aria-live=polite")
-
-    def tell() -> None:
-        maximum = form.checked.maximum
-        words.set_text(
-            f"The score of these clips can reach {maximum:.3f} at most: a threshold above that never turns CREPA off."
-            if maximum is not None
-            else "What the score can reach is shown here once the model and the size of the clips are known."
-        )
-
-    tell()
-    form.listeners.append(tell)
+def _reachable(form: Form) -> str:
+    """What the score can reach, which a threshold must lie below."""
+    maximum = form.checked.maximum
+    if maximum is None:
+        return "What the score can reach is shown here once the model and the size of the clips are known."
+    return f"The score of these clips can reach {maximum:.3f} at most: a threshold above that never turns CREPA off."

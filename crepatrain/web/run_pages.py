@@ -136,7 +136,8 @@ class _RunView:
         self._chart_place = ui.element("div")
         self._video_place = ui.element("div")
         with ui.expansion("Log").classes("card") as self._log_place:
-            self._log_text = ui.label().classes("pre")
+            with ui.element("div").classes("pre log"):  # its end stays in sight
+                self._log_text = ui.label()
         with ui.expansion("Config").classes("card"):
             self._config_text = ui.label().classes("pre")
 
@@ -157,7 +158,9 @@ class _RunView:
         for element in (self._report, self._again):
             element.set_visibility(self._record is not None and bool(self._record.lines))
         self._show_charts()
-        videos = self._record.videos[:_VIDEOS_SHOWN] if self._record else []
+        videos = self._record.videos if self._record else []
+        # The newest, and the base's to compare them with.
+        videos = [*videos[:_VIDEOS_SHOWN], *(one for one in videos[_VIDEOS_SHOWN:] if one[0] == 0)]
         self._changed("videos", [(step, path.name, _mark(path)) for step, path in videos], lambda: self._show_videos(videos))
         self._changed(
             "log",
@@ -188,7 +191,8 @@ class _RunView:
             self._drawn = {}
             with self._chart_place:
                 for title, charts in self._charts:
-                    heading(title)
+                    with ui.element("div").classes("part"):
+                        heading(title)
                     with ui.element("div").classes("charts"):
                         for chart in charts:
                             self._drawn[chart.key] = _chart(chart)
@@ -206,7 +210,8 @@ class _RunView:
         if not videos:
             return
         with self._video_place:
-            heading("Samples")
+            with ui.element("div").classes("part"):
+                heading("Samples")
             with ui.element("div").classes("videos"):
                 for step, path in videos:
                     source = f"/video?{urlencode({'run': self._name, 'file': path.name}, errors='surrogateescape')}"
