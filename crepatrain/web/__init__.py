@@ -1,1 +1,1 @@
-"""The page in a browser: forms from the schema of a config, runs from their folders. It starts commands and does no work itself."""
+"""The page in a browser: forms from a config's schema, runs from their folders. It starts commands and does none of their work."""

@@ -48,7 +48,9 @@ def _curve(site: Site, form: Form) -> None:
         length = (
             "" if site.draft.values.get("max_train_steps") else ", for a run of 1000 steps, as the length of this one is not set"
         )
-        words.set_text(f"From {weights[0]:.3g} at step 0 over {max(weights):.3g} to {weights[-1]:.3g} at step {steps[-1]}{length}.")
+        words.set_text(
+            f"From {weights[0]:.3g} at step 0 over {max(weights):.3g} to {weights[-1]:.3g} at step {steps[-1]}{length}."
+        )
         chart.options.clear()
         chart.options.update(weight_options(steps, weights))
         chart.update()

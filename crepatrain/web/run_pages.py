@@ -135,9 +135,9 @@ class _RunView:
             self._report = ui.link("Report", f"/report?{urlencode({'run': self._name}, errors='surrogateescape')}", new_tab=True)
         self._chart_place = ui.element("div")
         self._video_place = ui.element("div")
-        with ui.expansion("Log").classes("card") as self._log_place:
-            with ui.element("div").classes("pre log"):  # its end stays in sight
-                self._log_text = ui.label()
+        # The end of the log stays in sight.
+        with ui.expansion("Log").classes("card") as self._log_place, ui.element("div").classes("pre log"):
+            self._log_text = ui.label()
         with ui.expansion("Config").classes("card"):
             self._config_text = ui.label().classes("pre")
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -26,7 +27,7 @@ def served(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen]
         first = process.stdout.readline()
         found = re.match(r"http://\S+", first)
         assert found, first + process.stdout.read()
-        yield found.group().rstrip("/"), process
+        yield found.group().removesuffix("/"), process
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGKILL)
@@ -44,11 +45,13 @@ def opened(address: str, **context) -> Iterator:
         page = browser.new_context(**context).new_page()
         page.set_default_timeout(20_000)
         wrong, asked = [], []
+        page.on("dialog", lambda dialog: (wrong.append(f"a dialog: {dialog.message}"), dialog.dismiss()))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
         yield page
-        elsewhere = [url for url in asked if not url.startswith((address, address.replace("http", "ws"), "data:", "blob:"))]
+        own = {"", urlsplit(address).netloc}  # "": data and blob
+        elsewhere = [url for url in asked if urlsplit(url).netloc not in own]
         browser.close()
         assert wrong == []
         assert elsewhere == []

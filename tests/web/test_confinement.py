@@ -41,13 +41,15 @@ def test_every_key_that_holds_a_path_is_looked_at():
     assert found <= set(PATH_KEYS)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../outside", "a/../../outside", "/etc", "linked", "run/../../outside", "a\0b", ".ui"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../outside", "a/../../outside", "/etc", "linked", "run/../../outside", "a\0b", ".ui"]
+)
 def test_a_name_that_leads_outside_is_no_run(folders, name, tmp_path):
     write_run(tmp_path / "outside" / "run")
     (tmp_path / "outside" / "metrics.jsonl").touch()
     write_run(folders.runs / "run")
     (folders.runs / "linked").symlink_to(tmp_path / "outside")
-    with pytest.raises(UserError, match="no run|no such folder"):
+    with pytest.raises(UserError, match=r"no run|no such folder"):
         folders.run(name)
     assert folders.run_names() == ["run"]
 
@@ -82,13 +84,20 @@ def test_a_config_that_names_something_outside_has_a_problem_there(folders, key,
     assert "outside of the folders of this page" in problem.what
 
 
-@pytest.mark.parametrize(("key", "text"), [("pretrained_model_name_or_path", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"), ("crepa_encoder", "dinov2_vitg14")])
+@pytest.mark.parametrize(
+    ("key", "text"), [("pretrained_model_name_or_path", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"), ("crepa_encoder", "dinov2_vitg14")]
+)
 def test_what_is_no_path_is_none(folders, key, text):
     assert folders.problems_of({key: text}) == []
 
 
 def test_a_run_is_made_among_the_runs_alone(folders):
-    for text in (str(folders.data[0] / "run"), str(folders.runs), str(folders.runs / ".hidden"), str(folders.runs / "a" / "b" / "c")):
+    for text in (
+        str(folders.data[0] / "run"),
+        str(folders.runs),
+        str(folders.runs / ".hidden"),
+        str(folders.runs / "a" / "b" / "c"),
+    ):
         assert folders.problems_of({"output_dir": text})
     assert not folders.problems_of({"output_dir": str(folders.runs / "a" / "b")})
 

@@ -86,7 +86,9 @@ def test_what_the_score_can_reach_is_known_before_the_rest(draft):
 
 
 def test_the_drawn_weight_is_that_of_training(draft):
-    draft.replace(draft.values | {"max_train_steps": 100, "crepa_scheduler": "cosine", "crepa_warmup_steps": 10, "crepa_lambda_end": 0.1})
+    draft.replace(
+        draft.values | {"max_train_steps": 100, "crepa_scheduler": "cosine", "crepa_warmup_steps": 10, "crepa_lambda_end": 0.1}
+    )
     steps, weights = draft.weights()
     schedule = CrepaSchedule(scheduler="cosine", warmup_steps=10, lambda_end=0.1, max_train_steps=100)
     assert steps == list(range(100))

@@ -7,9 +7,12 @@ import pytest
 from crepatrain.web.gate import Gate
 
 OWN = {"host": "localhost:7860"}
+AFAR = {"host": "gpu-box:7860"}
 
 
-def answer(headers: dict[str, str], *, token: str | None = None, kind: str = "http", method: str = "GET", query: str = "", path="/"):
+def answer(
+    headers: dict[str, str], *, token: str | None = None, kind: str = "http", method: str = "GET", query: str = "", path="/"
+):
     """The status of an HTTP answer with its headers, or of a websocket whether it was let through."""
     sent = []
 
@@ -46,7 +49,9 @@ def test_another_name_for_this_machine_is_refused(host):
     assert answer({"host": host})[0] == 403
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:9999", "https://localhost.evil:7860", "file://"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://localhost:9999", "https://localhost.evil:7860", "file://"]
+)
 def test_another_pages_requests_are_refused(origin):
     assert answer(OWN | {"origin": origin}, method="POST")[0] == 403
     assert answer(OWN | {"origin": origin, "upgrade": "websocket"}, kind="websocket") is False
@@ -72,25 +77,23 @@ def test_no_page_frames_this_one():
     assert answer(OWN)[1][b"x-frame-options"] == b"DENY"
 
 
-class TestWithAToken:
-    host = {"host": "gpu-box:7860"}
+def test_with_a_token_nothing_without_it():
+    assert answer(AFAR, token="right")[0] == 403
+    assert answer(AFAR | {"cookie": "crepatrain-7860=wrong"}, token="right")[0] == 403
+    assert answer(AFAR, token="right", query="token=wrong")[0] == 403
+    websocket = AFAR | {"origin": "http://gpu-box:7860"}
+    assert answer(websocket, token="right", kind="websocket") is False
+    assert answer(websocket, token="right", kind="websocket", query="token=right") is False
 
-    def test_nothing_without_it(self):
-        assert answer(self.host, token="right")[0] == 403
-        assert answer(self.host | {"cookie": "crepatrain-7860=wrong"}, token="right")[0] == 403
-        assert answer(self.host, token="right", query="token=wrong")[0] == 403
-        websocket = self.host | {"origin": "http://gpu-box:7860"}
-        assert answer(websocket, token="right", kind="websocket") is False
-        assert answer(websocket, token="right", kind="websocket", query="token=right") is False
 
-    def test_the_printed_address_leaves_a_cookie_and_no_token(self):
-        status, headers = answer(self.host, token="right", query="token=right&a=1", path="//evil.example")
-        assert status == 303
-        assert headers[b"location"] == b"/evil.example?a=1"
-        cookie = headers[b"set-cookie"].decode()
-        assert "HttpOnly" in cookie
-        assert "SameSite" in cookie
-        shown = {"cookie": f"other=1; {cookie.split(';')[0]}"}
-        assert answer(self.host | shown, token="right")[0] == 200
-        assert answer(self.host | shown | {"origin": "http://gpu-box:7860"}, token="right", kind="websocket") is True
-        assert answer(self.host | shown | {"origin": "http://evil.example"}, token="right", kind="websocket") is False
+def test_the_printed_address_leaves_a_cookie_and_no_token():
+    status, headers = answer(AFAR, token="right", query="token=right&a=1", path="//evil.example")
+    assert status == 303
+    assert headers[b"location"] == b"/evil.example?a=1"
+    cookie = headers[b"set-cookie"].decode()
+    assert "HttpOnly" in cookie
+    assert "SameSite" in cookie
+    shown = {"cookie": f"other=1; {cookie.split(';')[0]}"}
+    assert answer(AFAR | shown, token="right")[0] == 200
+    assert answer(AFAR | shown | {"origin": "http://gpu-box:7860"}, token="right", kind="websocket") is True
+    assert answer(AFAR | shown | {"origin": "http://evil.example"}, token="right", kind="websocket") is False

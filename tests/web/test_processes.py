@@ -60,7 +60,9 @@ def test_a_status_that_names_another_process_stops_nothing(folders):
     root = write_run(folders.runs / "run")
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        (root / "status.json").write_text(json.dumps({"status": "running", "step": 1, "pid": bystander.pid, "host": os.uname().nodename}))
+        (root / "status.json").write_text(
+            json.dumps({"status": "running", "step": 1, "pid": bystander.pid, "host": os.uname().nodename})
+        )
         with pytest.raises(UserError, match="no process of this machine"):
             Processes(folders).stop(root)
         assert bystander.poll() is None
@@ -70,7 +72,10 @@ def test_a_status_that_names_another_process_stops_nothing(folders):
 
 
 def test_a_run_that_is_under_way_is_not_started(holder, folders):
-    for begin in (lambda: Processes(folders).start(folders.runs / "run", {}), lambda: Processes(folders).go_on(folders.runs / "run")):
+    for begin in (
+        lambda: Processes(folders).start(folders.runs / "run", {}),
+        lambda: Processes(folders).go_on(folders.runs / "run"),
+    ):
         with pytest.raises(UserError, match="under way in it already"):
             begin()
 

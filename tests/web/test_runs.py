@@ -42,7 +42,8 @@ def test_a_run_stands_in_the_list_with_what_status_says(runs, folders):
 
 @pytest.mark.parametrize("file", ["config.json", "status.json", "metrics.jsonl", "dataset.json", "best.json", "changes.jsonl"])
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe\0", b'{"step": "many"}\n', b'{"status": 5, "pid": -1}\n', b"[" * 100_000 + b"\n"]
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe\0", b'{"step": "many"}\n', b'{"status": 5, "pid": -1}\n', b"[" * 100_000 + b"\n"],
 )
 def test_a_damaged_run_is_one_row_and_hides_no_other(runs, folders, file, content):
     write_run(folders.runs / "damaged")
