@@ -1,12 +1,10 @@
 """The commands of `crepatrain`. Thin: each reads its arguments, makes a plan and calls what does the work."""
 
-import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,7 +16,7 @@ from crepatrain.config.run_config import RunConfig
 from crepatrain.config.summary import summarize
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
-from crepatrain.exits import EXIT_DOES_NOT_FIT, EXIT_STOPPED, exit_codes
+from crepatrain.exits import EXIT_DOES_NOT_FIT, exit_codes, stoppable
 from crepatrain.specs import FAMILIES
 from crepatrain.streams import lasting_output
 
@@ -71,7 +69,7 @@ def fit(context: typer.Context, config: ConfigFile) -> None:
         _summary(plan)
         command.fit(plan, _screen)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command(context_settings=_OPTIONS)
@@ -84,7 +82,7 @@ def cache(context: typer.Context, config: ConfigFile) -> None:
 
         command(plan, _screen)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command("validate-config", context_settings=_OPTIONS)
@@ -142,7 +140,7 @@ def dry_run(
         if fits is not None and not dryrun.fits(estimate, fits, screen):
             sys.exit(EXIT_DOES_NOT_FIT)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command()
@@ -167,7 +165,7 @@ def report(
         command(runs, output, _screen, with_map=with_map)
 
     if with_map:
-        _stoppable(work)
+        stoppable(work, _screen)
     else:
         work()
 
@@ -184,23 +182,18 @@ def status(run: Annotated[Path, typer.Argument(help="Folder of a run (its output
 def ui(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 7860,
     host: Annotated[
-        str | None,
-        typer.Option(help="Address to listen on, for other machines. A token is printed then. Default: this machine alone."),
+        str | None, typer.Option(help="Address for other machines; a token is printed.", show_default=False)
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder in which runs are shown and made.")] = Path("outputs"),
     data: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Folder of clips, local models and configs. May be given several times. Default: clips.", show_default=False
-        ),
+        typer.Option(help="Folder of clips, models or configs; may be given several times. Default: clips.", show_default=False),
     ] = None,
 ) -> None:
-    """Open a page in the browser: write a config, start runs, and watch them. Needs the extra ui."""
-    if importlib.util.find_spec("nicegui") is None:
-        raise UserError("the page needs the package nicegui, which is not installed", 'run pip install -e ".[ui]"')
-    from crepatrain.web.server import serve
+    """Open a page in the browser that writes configs, starts runs and shows them. Needs the extra ui."""
+    from crepatrain.web.opening import open_page
 
-    serve(port, host, runs, data or [Path("clips")], _screen)
+    open_page(port, host, runs, data or [Path("clips")], _screen)
 
 
 @app.command()
@@ -236,7 +229,7 @@ def export(
 
         command(run, asked_step(run, step), dtype, output, _screen, weights=weights)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command()
@@ -259,7 +252,7 @@ def merge(
         strengths = parse_numbers(strength, float, "--strength") or (1.0,) * len(adapters)
         command(base, adapters, strengths, output, dtype, _screen)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command()
@@ -280,7 +273,7 @@ def verify(
 
         command(file, base, _screen)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command()
@@ -337,7 +330,7 @@ def sample(
         )
         command.sample(target, options, _screen)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command()
@@ -372,7 +365,7 @@ def push(
 
         command(run, _screen, repo=repo, private=private, step=asked_step(run, step), dry=dry)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command("make-random")
@@ -416,18 +409,3 @@ def _summary(plan: Plan) -> None:
     _screen.rows(f"crepatrain {crepatrain.__version__}", summarize(plan))
     for warning in plan.warnings:
         _screen.note(warning)
-
-
-def _stoppable(work: Callable[[], Any]) -> None:
-    """Run what may be stopped by a signal, with the libraries' own progress bars off."""
-    # Read when torch loads: waiting CPU threads sleep sooner, which costs nothing alone, and much less on a busy machine.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    from crepatrain.quiet import quiet_libraries
-    from crepatrain.stopping import Stopped
-
-    quiet_libraries()
-    try:
-        work()
-    except Stopped as stopped:
-        _screen.say(f"stopped: {stopped}")
-        sys.exit(EXIT_STOPPED)
