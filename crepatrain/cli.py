@@ -181,9 +181,7 @@ def status(run: Annotated[Path, typer.Argument(help="Folder of a run (its output
 @app.command()
 def ui(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 7860,
-    host: Annotated[
-        str | None, typer.Option(help="Address for other machines; a token is printed.", show_default=False)
-    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address for other machines; a token is printed.", show_default=False)] = None,
     runs: Annotated[Path, typer.Option(help="Folder in which runs are shown and made.")] = Path("outputs"),
     data: Annotated[
         list[Path] | None,

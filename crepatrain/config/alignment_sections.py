@@ -88,7 +88,9 @@ class CrepaConfig(Section, frozen=True):
         description="Number of optimizer steps of the decay, counted from the end of the warm-up. 0: the rest of the run.",
         json_schema_extra=IF_ALLOWED,
     )
-    crepa_lambda_end: float = Field(0.0, ge=0, description="Weight at the end of the decay.", json_schema_extra=IF_ALLOWED)
+    crepa_lambda_end: float = Field(
+        0.0, title="Weight at the end", ge=0, description="Weight at the end of the decay.", json_schema_extra=IF_ALLOWED
+    )
     crepa_power: float = Field(
         1.0,
         gt=0,

@@ -25,7 +25,6 @@ _SPELLED = {
     "adam": "Adam",
     "wan": "Wan",
     "dtype": "data type",
-    "lambda": "weight",
     "dir": "folder",
     "eval": "held-out",
     "fps": "frames per second",

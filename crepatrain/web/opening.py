@@ -15,9 +15,7 @@ def open_page(port: int, host: str | None, runs: Path, data: Sequence[Path], scr
         UserError: the extra is not installed, the port is taken, or the folder of runs can't be made.
     """
     if importlib.util.find_spec("nicegui") is None:
-        raise UserError(
-            "the page needs nicegui, which is not installed", 'run pip install -c constraints.txt -e ".[ui]"'
-        )
+        raise UserError("the page needs nicegui, which is not installed", 'run pip install -c constraints.txt -e ".[ui]"')
     from crepatrain.web.server import serve
 
     serve(port, host, runs, data, screen)

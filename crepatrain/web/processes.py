@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from crepatrain.web.drafts import as_file
 
 # Of a log, what is shown of its end.
 _TAIL_BYTES = 64 << 10
+# Of a command whose words are waited for.
+_LONGEST_SECONDS = 3600
 
 
 class Processes:
@@ -141,29 +142,39 @@ def _key(output_dir: Path) -> Path:
     return output_dir.resolve()
 
 
-def dry_run(folders: Folders, values: Mapping[str, Any], options: Sequence[str], seconds: float = 900) -> str:
+def dry_run(folders: Folders, values: Mapping[str, Any], options: Sequence[str]) -> str:
     """What `crepatrain dry-run` prints for a config, with the problems that it finds.
 
     Raises:
-        UserError: it takes longer than so many seconds.
+        UserError: it takes too long.
     """
     config = folders.own / f"dry-run-{threading.get_ident()}.json"
     with written_aside(config) as aside:
         aside.write_text(as_file(values), encoding="utf-8")
-    columns = shutil.get_terminal_size((120, 0)).columns
     try:
-        done = subprocess.run(  # noqa: S603 - our own program
-            [sys.executable, "-m", "crepatrain", "dry-run", str(config), *options],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=seconds,
-            check=False,
-            env={**os.environ, "COLUMNS": str(columns)},
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"the dry run took more than {seconds:g} seconds", "run `crepatrain dry-run` in a terminal") from error
+        return printed_by(["dry-run", str(config), *options])
     finally:
         with contextlib.suppress(OSError):
             config.unlink()
+
+
+def printed_by(arguments: Sequence[str]) -> str:
+    """What a command prints, messages included.
+
+    Raises:
+        UserError: it takes too long.
+    """
+    try:
+        done = subprocess.run(  # noqa: S603 - our own program
+            [sys.executable, "-m", "crepatrain", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_LONGEST_SECONDS,
+            check=False,
+            env={**os.environ, "COLUMNS": "110"},
+        )
+    except subprocess.TimeoutExpired as error:
+        what = f"crepatrain {arguments[0]} took more than {_LONGEST_SECONDS} seconds"
+        raise UserError(what, "run it in a terminal") from error
     return done.stdout.decode(errors="replace")

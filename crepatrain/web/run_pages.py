@@ -9,13 +9,14 @@ from nicegui import run, ui
 
 from crepatrain.config.run_config import KEYS
 from crepatrain.errors import UserError
-from crepatrain.records.layout import RunLayout
+from crepatrain.records.layout import BESIDE_BASE, RunLayout
 from crepatrain.records.reading import RunRecord, read_lines
 from crepatrain.records.standing import standing
 from crepatrain.reporting.charts import Chart, figure_charts, sections
 from crepatrain.web.echarts import options_of
 from crepatrain.web.frame import Site, facts, framed, heading, printable, tell
 from crepatrain.web.runs import Row
+from crepatrain.web.tools import Tools
 
 # Seconds between two looks at the files; nothing is looked at while no page is open.
 _LIST_SECONDS, _RUN_SECONDS = 5.0, 2.0
@@ -37,9 +38,20 @@ async def runs_page(site: Site) -> None:
             {"name": name, "label": label, "field": name, "align": "left", "sortable": True}
             for name, label in (("name", "Run"), ("state", "State"), ("progress", "Progress"), ("numbers", "Last numbers"))
         ]
-        table = ui.table(columns=columns, rows=_plain(rows), row_key="name", pagination=25).classes("card runs w-full")
-        table.props("flat wrap-cells").add_slot("body-cell-name", _RUN_CELL)
+        table = ui.table(columns=columns, rows=_plain(rows), row_key="name", pagination=25, selection="multiple").classes(
+            "card runs w-full"
+        )
+        table.classes("card runs w-full").props("flat wrap-cells").add_slot("body-cell-name", _RUN_CELL)
         table.add_slot("body-cell-state", _STATE_CELL)
+
+        def compare() -> None:
+            if not table.selected:
+                tell(UserError("no run is chosen", "choose some in the list"))
+                return
+            chosen = urlencode([("run", row["name"]) for row in table.selected])
+            ui.navigate.to(f"/report?{chosen}", new_tab=True)
+
+        ui.button("Compare the chosen runs", on_click=compare).props("no-caps outline").set_visibility(len(rows) > 1)
         with table.add_slot("no-data"):
             ui.link("No run yet: begin a new one", "/new/model")
 
@@ -133,6 +145,7 @@ class _RunView:
             self._length = ui.input("up to step").props("dense outlined stack-label inputmode=numeric").style("width: 120px")
             self._again = ui.button("New run from this config", on_click=self._begin_from).props("no-caps flat")
             self._report = ui.link("Report", f"/report?{urlencode({'run': self._name}, errors='surrogateescape')}", new_tab=True)
+        self._tools = Tools(self._root, lambda: not self._at_work())
         self._chart_place = ui.element("div")
         self._video_place = ui.element("div")
         # The end of the log stays in sight.
@@ -157,6 +170,8 @@ class _RunView:
             element.set_visibility(self._is_known() and not at_work)
         for element in (self._report, self._again):
             element.set_visibility(self._record is not None and bool(self._record.lines))
+        has_adapter = self._record is not None and self._record.layout.result_adapter.is_file()
+        self._tools.place.set_visibility(has_adapter and not at_work)
         self._show_charts()
         videos = self._record.videos if self._record else []
         # The newest, and the base's to compare them with.
@@ -219,7 +234,8 @@ class _RunView:
                         video = ui.element("video").props("controls loop muted playsinline preload=metadata")
                         video.props["src"] = source
                         video.props["aria-label"] = printable(f"step {step}, {path.name}")
-                        ui.label("the base" if step == 0 else f"step {step}").classes("help")
+                        beside = ", beside the base" if path.name.endswith(BESIDE_BASE) else ""
+                        ui.label("the base" if step == 0 else f"step {step}{beside}").classes("help")
 
     def _stop_it(self) -> None:
         try:

@@ -6,9 +6,10 @@ import secrets
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 from nicegui import ui
 
@@ -16,6 +17,7 @@ from crepatrain.errors import UserError
 from crepatrain.records.layout import RunLayout
 from crepatrain.records.reading import with_distinct_names
 from crepatrain.reporting.page import page
+from crepatrain.reporting.report import MOST_RUNS
 from crepatrain.screen import Screen
 from crepatrain.web.confinement import Folders
 from crepatrain.web.drafts import Draft
@@ -94,9 +96,9 @@ def _application(folders: Folders) -> FastAPI:
         return FileResponse(shown[number].path, headers={"cache-control": "no-cache", "content-security-policy": "sandbox"})
 
     @application.get("/report")
-    def report(run: str) -> Response:
+    def report(run: Annotated[list[str], Query(max_length=MOST_RUNS)]) -> Response:
         try:
-            text = page(with_distinct_names([runs.read(run)]))
+            text = page(with_distinct_names([runs.read(name) for name in run]))
         except UserError as error:
             return PlainTextResponse(f"{error}\n".encode(errors="replace"), 404)
         # It needs nothing of this page, and gets nothing: a sandbox without its origin.

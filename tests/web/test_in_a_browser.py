@@ -210,3 +210,21 @@ def test_from_another_address_only_with_the_token(tmp_path: Path):
         bare = address.split("?")[0]
         with pytest.raises(HTTPError, match="403"):
             urlopen(bare)
+
+
+def test_a_run_is_sampled_and_verified_and_compared_with_another(tmp_path: Path, trained, wan, clips):
+    for name in ("first", "second"):
+        shutil.copytree(trained, tmp_path / "runs" / name)
+    roots = ("--data", str(wan), "--data", str(clips))
+    with served(tmp_path, *roots) as (address, _), opened(f"{address}/run/first") as page:
+        page.get_by_role("button", name="Verify").click()
+        page.get_by_text("pytorch_lora_weights.safetensors").last.wait_for(timeout=60_000)
+        fill(page, "Prompt", "--a square; $(moves)")
+        page.get_by_role("button", name="Sample").click()
+        page.get_by_text("step 4, beside the base").wait_for(timeout=120_000)
+        page.goto(address)
+        for box in page.get_by_role("checkbox").all()[1:3]:
+            box.click()
+        with page.expect_popup() as popup:
+            page.get_by_role("button", name="Compare the chosen runs").click()
+        popup.value.get_by_role("heading", name="first, second").wait_for()
