@@ -101,7 +101,7 @@ class Folders:
             layout.alignment_map_file,
             layout.lock_file,
         )
-        for path in (*read, *layout.all_videos()):
+        for path in (*read, *layout.all_videos(), *layout.asked_videos()):
             if path.is_symlink() and not _is_inside(path, self.runs):
                 raise UserError(f"{path}: a link to something outside of {self.runs}", "replace it by the file")
         if not _is_inside(layout.samples, self.runs):

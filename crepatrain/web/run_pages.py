@@ -9,7 +9,7 @@ from nicegui import run, ui
 
 from crepatrain.config.run_config import KEYS
 from crepatrain.errors import UserError
-from crepatrain.records.layout import BESIDE_BASE, RunLayout
+from crepatrain.records.layout import RunLayout
 from crepatrain.records.reading import RunRecord, read_lines
 from crepatrain.records.standing import standing
 from crepatrain.reporting.charts import Chart, figure_charts, sections
@@ -173,10 +173,8 @@ class _RunView:
         has_adapter = self._record is not None and self._record.layout.result_adapter.is_file()
         self._tools.place.set_visibility(has_adapter and not at_work)
         self._show_charts()
-        videos = self._record.videos if self._record else []
-        # The newest, and the base's to compare them with.
-        videos = [*videos[:_VIDEOS_SHOWN], *(one for one in videos[_VIDEOS_SHOWN:] if one[0] == 0)]
-        self._changed("videos", [(step, path.name, _mark(path)) for step, path in videos], lambda: self._show_videos(videos))
+        videos = self._videos() if self._record else []
+        self._changed("videos", [(words, _mark(path)) for words, path in videos], lambda: self._show_videos(videos))
         self._changed(
             "log",
             self._log,
@@ -220,7 +218,15 @@ class _RunView:
                     drawn.update()
         self._parts["record"] = self._record
 
-    def _show_videos(self, videos: list[tuple[int, Path]]) -> None:
+    def _videos(self) -> list[tuple[str, Path]]:
+        """What is shown under which words: what was asked for, the newest steps, and the base's to compare them with."""
+        assert self._record is not None
+        made = [(f"step {step}", path) for step, path in self._record.videos if step > 0][:_VIDEOS_SHOWN]
+        of_base = [("the base", path) for step, path in self._record.videos if step == 0]
+        asked = [(path.name, path) for path in self._record.layout.asked_videos()][:_VIDEOS_SHOWN]
+        return asked + made + of_base
+
+    def _show_videos(self, videos: list[tuple[str, Path]]) -> None:
         self._video_place.clear()
         if not videos:
             return
@@ -228,14 +234,14 @@ class _RunView:
             with ui.element("div").classes("part"):
                 heading("Samples")
             with ui.element("div").classes("videos"):
-                for step, path in videos:
-                    source = f"/video?{urlencode({'run': self._name, 'file': path.name}, errors='surrogateescape')}"
+                for words, path in videos:
+                    # The time is in the address, as a sample of the same name may be made again.
+                    known = {"run": self._name, "file": path.name, "made": _mark(path)}
                     with ui.element("figure"):
                         video = ui.element("video").props("controls loop muted playsinline preload=metadata")
-                        video.props["src"] = source
-                        video.props["aria-label"] = printable(f"step {step}, {path.name}")
-                        beside = ", beside the base" if path.name.endswith(BESIDE_BASE) else ""
-                        ui.label("the base" if step == 0 else f"step {step}{beside}").classes("help")
+                        video.props["src"] = f"/video?{urlencode(known, errors='surrogateescape')}"
+                        video.props["aria-label"] = printable(words)
+                        ui.label(printable(words)).classes("help")
 
     def _stop_it(self) -> None:
         try:

@@ -81,7 +81,8 @@ def _application(folders: Folders) -> FastAPI:
     @application.get("/video")
     def video(run: str, file: str) -> Response:
         try:
-            found = {path.name: path for path in RunLayout(folders.run(run)).all_videos()}
+            layout = RunLayout(folders.run(run))
+            found = {path.name: path for path in (*layout.all_videos(), *layout.asked_videos())}
         except UserError:
             found = {}
         if file not in found:

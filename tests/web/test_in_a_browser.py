@@ -221,7 +221,7 @@ def test_a_run_is_sampled_and_verified_and_compared_with_another(tmp_path: Path,
         page.get_by_text("pytorch_lora_weights.safetensors").last.wait_for(timeout=60_000)
         fill(page, "Prompt", "--a square; $(moves)")
         page.get_by_role("button", name="Sample").click()
-        page.get_by_text("step 4, beside the base").wait_for(timeout=120_000)
+        page.get_by_text("sample-42-beside-base.mp4", exact=True).wait_for(timeout=240_000)
         page.goto(address)
         for box in page.get_by_role("checkbox").all()[1:3]:
             box.click()
