@@ -7,10 +7,9 @@ from urllib.parse import quote, urlencode
 
 from nicegui import run, ui
 
-from crepatrain.config.run_config import KEYS
 from crepatrain.errors import UserError
 from crepatrain.records.layout import RunLayout
-from crepatrain.records.reading import RunRecord, read_lines
+from crepatrain.records.reading import RunRecord, no_run, read_lines
 from crepatrain.records.standing import standing
 from crepatrain.reporting.charts import Chart, figure_charts, sections
 from crepatrain.web.echarts import options_of
@@ -145,7 +144,7 @@ class _RunView:
             self._length = ui.input("up to step").props("dense outlined stack-label inputmode=numeric").style("width: 120px")
             self._again = ui.button("New run from this config", on_click=self._begin_from).props("no-caps flat")
             self._report = ui.link("Report", f"/report?{urlencode({'run': self._name}, errors='surrogateescape')}", new_tab=True)
-        self._tools = Tools(self._root, lambda: not self._at_work())
+        self._tools = Tools(self._root, self._expect_usable)
         self._chart_place = ui.element("div")
         self._video_place = ui.element("div")
         # The end of the log stays in sight.
@@ -244,37 +243,51 @@ class _RunView:
                         ui.label(printable(words)).classes("help")
 
     def _stop_it(self) -> None:
-        try:
-            self._site.processes.stop(self._root)
-        except UserError as error:
-            tell(error)
-        else:
-            ui.notify("The run finishes its step, saves it, and ends.")
+        if self._is_known():
+            _tried(lambda: self._site.processes.stop(self._root), "The run finishes its step, saves it, and ends.")
 
     def _go_on(self) -> None:
         text = (self._length.value or "").strip()
         if text and not (text.isdecimal() and 0 < int(text[:20]) < 10**12):
             tell(UserError(f"up to step {text}: no number of steps", "write a whole number, or leave it empty"))
             return
-        try:
-            config = self._record.config if self._record else {}
-            values = {key: value for key, value in config.items() if key in KEYS and key != "output_dir"}
-            problems = self._site.folders.problems_of(values)
-            if problems:
-                raise UserError.of(problems)
+
+        def begin() -> None:
+            self._expect_usable()
             self._site.processes.go_on(self._root, int(text) if text else None)
-        except UserError as error:
-            tell(error)
-        else:
-            ui.notify("The run goes on.")
+
+        _tried(begin, "The run goes on.")
 
     def _begin_from(self) -> None:
-        try:
-            self._site.draft.open(RunLayout(self._root).config_file)
-        except UserError as error:
-            tell(error)
-        else:
+        if self._is_known() and _tried(lambda: self._site.draft.open(RunLayout(self._root).config_file)):
             ui.navigate.to("/new/review")
+
+    def _expect_usable(self) -> None:
+        """Make sure that a command may begin in the run's folder.
+
+        Raises:
+            UserError: there is no run, one is at work in it, or its config names something outside of the page's folders.
+        """
+        if not self._is_known():
+            raise no_run(self._root)
+        if self._at_work():
+            raise UserError("the run is at work", "stop it first, or wait for its end")
+        config = self._record.config if self._record else {}
+        problems = self._site.folders.problems_of({key: value for key, value in config.items() if key != "output_dir"})
+        if problems:
+            raise UserError.of(problems)
+
+
+def _tried(action: Callable[[], None], words: str = "") -> bool:
+    """Do something, and say that it was done, or why not."""
+    try:
+        action()
+    except UserError as error:
+        tell(error)
+        return False
+    if words:
+        ui.notify(words)
+    return True
 
 
 def _chart(chart: Chart) -> ui.echart:

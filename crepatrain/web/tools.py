@@ -17,12 +17,11 @@ class Tools:
     """The commands on a run's page.
 
     Args:
-        is_free: whether no run is at work in the folder.
+        expect_usable: raises a UserError where no command may begin in the folder.
     """
 
-    def __init__(self, root: Path, is_free: Callable[[], bool]) -> None:
-        self._root = root
-        self._is_free = is_free
+    def __init__(self, root: Path, expect_usable: Callable[[], None]) -> None:
+        self._expect_usable = expect_usable
         with ui.element("section").classes("card") as self.place:
             heading("With this adapter")
             prompt = ui.input("Prompt", placeholder="a validation prompt or a caption of the run").classes("w-full")
@@ -43,8 +42,10 @@ class Tools:
 
     def _click(self, arguments: Callable[[], Sequence[str]]) -> Callable[[], Awaitable[None]]:
         async def begin() -> None:
-            if not self._is_free():
-                tell(UserError("the run is at work", "stop it first, or wait for its end"))
+            try:
+                self._expect_usable()
+            except UserError as error:
+                tell(error)
                 return
             for button in self._buttons:
                 button.disable()
