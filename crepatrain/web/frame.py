@@ -46,7 +46,6 @@ def framed(title: str, current: str) -> Iterator[None]:
         current: the address in the heading that the page belongs to.
     """
     ui.page_title(f"{title} - crepatrain")
-    ui.colors(primary="#2a78d6")
     ui.add_css(_css())
     with ui.element("header").classes("top"):
         ui.link("crepatrain", "/").classes("name")

@@ -100,7 +100,6 @@ class _RunView:
         self._log = ""
         self._drawn: dict[str, ui.echart] = {}
         self._parts: dict[str, object] = {}
-        self._steps_done = -1
 
     async def read(self) -> None:
         """Read what has changed, without holding up other pages."""
@@ -183,8 +182,8 @@ class _RunView:
         self._changed(
             "config", config, lambda: self._config_text.set_text(printable(json.dumps(config, indent=2, ensure_ascii=False)))
         )
-        if self._record is None and self._log and not self._log_place.value:
-            self._log_place.open()
+        if self._record is None and self._log:  # there is nothing else to see; who closes it then leaves it closed
+            self._changed("opened", now=True, draw=self._log_place.open)
 
     def _changed(self, part: str, now: object, draw: Callable[[], object]) -> None:
         if part not in self._parts or self._parts[part] != now:

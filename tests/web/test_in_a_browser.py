@@ -212,10 +212,23 @@ def test_from_another_address_only_with_the_token(tmp_path: Path):
             urlopen(bare)
 
 
-def test_a_run_is_sampled_and_verified_and_compared_with_another(tmp_path: Path, trained, wan, clips):
+def test_a_run_whose_config_names_something_outside_begins_no_command(tmp_path: Path, trained):
+    shutil.copytree(trained, tmp_path / "runs" / "run")
+    with served(tmp_path, "--data", "data") as (address, _), opened(f"{address}/run/run") as page:
+        refused = page.get_by_text(f"train_data={read_run(trained).config['train_data']}: outside")
+        for number, name in enumerate(("Verify", "Go on")):
+            page.get_by_role("button", name=name).click()
+            refused.nth(number).wait_for()
+    assert not (tmp_path / "runs" / ".ui" / "runs").exists()
+
+
+def test_a_run_is_sampled_and_verified_and_compared_with_another(tmp_path: Path, trained, wan, clips, tmp_path_factory):
     for name in ("first", "second"):
         shutil.copytree(trained, tmp_path / "runs" / name)
-    roots = ("--data", str(wan), "--data", str(clips))
+    # Beside model and clips, where the run's caches and held-out clips are.
+    roots = [
+        word for path in (wan, clips, tmp_path_factory.getbasetemp() / "cache", trained.parent) for word in ("--data", str(path))
+    ]
     with served(tmp_path, *roots) as (address, _), opened(f"{address}/run/first") as page:
         page.get_by_role("button", name="Verify").click()
         page.get_by_text("pytorch_lora_weights.safetensors").last.wait_for(timeout=60_000)
