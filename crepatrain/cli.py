@@ -3,9 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,7 +16,7 @@ from crepatrain.config.run_config import RunConfig
 from crepatrain.config.summary import summarize
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
-from crepatrain.exits import EXIT_DOES_NOT_FIT, EXIT_STOPPED, exit_codes
+from crepatrain.exits import EXIT_DOES_NOT_FIT, exit_codes, stoppable
 from crepatrain.specs import FAMILIES
 from crepatrain.streams import lasting_output
 
@@ -70,7 +69,7 @@ def fit(context: typer.Context, config: ConfigFile) -> None:
         _summary(plan)
         command.fit(plan, _screen)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command(context_settings=_OPTIONS)
@@ -83,7 +82,7 @@ def cache(context: typer.Context, config: ConfigFile) -> None:
 
         command(plan, _screen)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command("validate-config", context_settings=_OPTIONS)
@@ -141,7 +140,7 @@ def dry_run(
         if fits is not None and not dryrun.fits(estimate, fits, screen):
             sys.exit(EXIT_DOES_NOT_FIT)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command()
@@ -166,7 +165,7 @@ def report(
         command(runs, output, _screen, with_map=with_map)
 
     if with_map:
-        _stoppable(work)
+        stoppable(work, _screen)
     else:
         work()
 
@@ -177,6 +176,22 @@ def status(run: Annotated[Path, typer.Argument(help="Folder of a run (its output
     from crepatrain.commands.status import status as command
 
     command(run, _screen)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 7860,
+    host: Annotated[str | None, typer.Option(help="Address for other machines; a token is printed.", show_default=False)] = None,
+    runs: Annotated[Path, typer.Option(help="Folder in which runs are shown and made.")] = Path("outputs"),
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of clips, models or configs; may be given several times. Default: clips.", show_default=False),
+    ] = None,
+) -> None:
+    """Open a page in the browser that writes configs, starts runs and shows them. Needs the extra ui."""
+    from crepatrain.web.opening import open_page
+
+    open_page(port, host, runs, data or [Path("clips")], _screen)
 
 
 @app.command()
@@ -212,7 +227,7 @@ def export(
 
         command(run, asked_step(run, step), dtype, output, _screen, weights=weights)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command()
@@ -235,7 +250,7 @@ def merge(
         strengths = parse_numbers(strength, float, "--strength") or (1.0,) * len(adapters)
         command(base, adapters, strengths, output, dtype, _screen)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command()
@@ -256,7 +271,7 @@ def verify(
 
         command(file, base, _screen)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command()
@@ -313,7 +328,7 @@ def sample(
         )
         command.sample(target, options, _screen)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command()
@@ -348,7 +363,7 @@ def push(
 
         command(run, _screen, repo=repo, private=private, step=asked_step(run, step), dry=dry)
 
-    _stoppable(work)
+    stoppable(work, _screen)
 
 
 @app.command("make-random")
@@ -392,18 +407,3 @@ def _summary(plan: Plan) -> None:
     _screen.rows(f"crepatrain {crepatrain.__version__}", summarize(plan))
     for warning in plan.warnings:
         _screen.note(warning)
-
-
-def _stoppable(work: Callable[[], Any]) -> None:
-    """Run what may be stopped by a signal, with the libraries' own progress bars off."""
-    # Read when torch loads: waiting CPU threads sleep sooner, which costs nothing alone, and much less on a busy machine.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    from crepatrain.quiet import quiet_libraries
-    from crepatrain.stopping import Stopped
-
-    quiet_libraries()
-    try:
-        work()
-    except Stopped as stopped:
-        _screen.say(f"stopped: {stopped}")
-        sys.exit(EXIT_STOPPED)

@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from crepatrain.errors import DivergedError, UserError, disk_problem
 from crepatrain.screen import Screen
@@ -27,3 +28,18 @@ def exit_codes(screen: Screen) -> Iterator[None]:
             raise
         screen.problems([problem])
         sys.exit(EXIT_USER_ERROR)
+
+
+def stoppable(work: Callable[[], Any], screen: Screen) -> None:
+    """Run what may be stopped by a signal, with the libraries' own progress bars off."""
+    # Read when torch loads: waiting CPU threads sleep sooner, which costs nothing alone, and much less on a busy machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    from crepatrain.quiet import quiet_libraries
+    from crepatrain.stopping import Stopped
+
+    quiet_libraries()
+    try:
+        work()
+    except Stopped as stopped:
+        screen.say(f"stopped: {stopped}")
+        sys.exit(EXIT_STOPPED)

@@ -7,11 +7,8 @@ from crepatrain.config.run_config import unknown_keys
 from crepatrain.errors import UserError
 from crepatrain.records.layout import REPORT_FILE, RunLayout
 from crepatrain.records.reading import note_unknown_keys, read_run
-from crepatrain.reporting.report import write_report
+from crepatrain.reporting.report import MOST_RUNS, write_report
 from crepatrain.screen import Screen
-
-# The curves of more runs have colours that look alike.
-_MOST_RUNS = 8
 
 
 def report(roots: Sequence[Path], output: Path | None, screen: Screen, *, with_map: bool = False) -> None:
@@ -25,8 +22,8 @@ def report(roots: Sequence[Path], output: Path | None, screen: Screen, *, with_m
     Raises:
         UserError: a folder holds no run, or one that is damaged or has logged nothing, or was given twice.
     """
-    if len(roots) > _MOST_RUNS:
-        raise UserError(f"{len(roots)} runs were given", f"compare {_MOST_RUNS} at most")
+    if len(roots) > MOST_RUNS:
+        raise UserError(f"{len(roots)} runs were given", f"compare {MOST_RUNS} at most")
     if with_map:
         from crepatrain.commands.alignment_map import write_alignment_map
 

@@ -12,15 +12,25 @@ class CrepaConfig(Section, frozen=True):
 
     model_config = ConfigDict(title="CREPA")
 
-    crepa_enabled: bool = Field(False, description="Train with CREPA.")
+    crepa_enabled: bool = Field(False, title="Enable CREPA", description="Train with CREPA.")
     crepa_block_index: int | None = Field(
-        None, ge=0, description="Block whose hidden states are aligned, counted from 0. null: the family's default."
+        None,
+        title="CREPA Block Index",
+        ge=0,
+        description="Block whose hidden states are aligned, counted from 0. null: the family's default.",
     )
-    crepa_lambda: float = Field(0.5, ge=0, description="Weight of the alignment loss.", json_schema_extra=IF_ALLOWED)
+    crepa_lambda: float = Field(
+        0.5, title="Weight", ge=0, description="Weight of the alignment loss.", json_schema_extra=IF_ALLOWED
+    )
     crepa_adjacent_distance: int = Field(
-        1, ge=0, description="Distance d: frame f is aligned with frames f-d and f+d too. 0: with its own features only (REPA)."
+        1,
+        title="Adjacent Distance",
+        ge=0,
+        description="Distance d: frame f is aligned with frames f-d and f+d too. 0: with its own features only (REPA).",
     )
-    crepa_adjacent_tau: float = Field(1.0, gt=0, description="A neighbour at distance k has the weight exp(-k / tau).")
+    crepa_adjacent_tau: float = Field(
+        1.0, title="Temporal Decay", gt=0, description="A neighbour at distance k has the weight exp(-k / tau)."
+    )
     crepa_cumulative_neighbors: bool = Field(
         False, description="Use all neighbours up to crepa_adjacent_distance rather than only those at that distance."
     )
@@ -78,7 +88,9 @@ class CrepaConfig(Section, frozen=True):
         description="Number of optimizer steps of the decay, counted from the end of the warm-up. 0: the rest of the run.",
         json_schema_extra=IF_ALLOWED,
     )
-    crepa_lambda_end: float = Field(0.0, ge=0, description="Weight at the end of the decay.", json_schema_extra=IF_ALLOWED)
+    crepa_lambda_end: float = Field(
+        0.0, title="Weight at the end", ge=0, description="Weight at the end of the decay.", json_schema_extra=IF_ALLOWED
+    )
     crepa_power: float = Field(
         1.0,
         gt=0,
@@ -114,7 +126,7 @@ class LayerSyncConfig(Section, frozen=True):
 
     model_config = ConfigDict(title="LayerSync")
 
-    layersync_enabled: bool = Field(False, description="Train with LayerSync.")
+    layersync_enabled: bool = Field(False, title="Enable LayerSync", description="Train with LayerSync.")
     layersync_student_block: int | None = Field(
         None, ge=0, description="Block that is aligned, counted from 0. Required with layersync_enabled."
     )
@@ -123,4 +135,6 @@ class LayerSyncConfig(Section, frozen=True):
         ge=0,
         description="Block that is the teacher. Required with layersync_enabled; must be deeper than layersync_student_block.",
     )
-    layersync_lambda: float = Field(0.2, ge=0, description="Weight of the LayerSync loss.", json_schema_extra=IF_ALLOWED)
+    layersync_lambda: float = Field(
+        0.2, title="LayerSync weight", ge=0, description="Weight of the LayerSync loss.", json_schema_extra=IF_ALLOWED
+    )

@@ -183,7 +183,7 @@ def parse_options(options: Sequence[str], problems: list[Problem]) -> dict[str, 
         elif not given:
             problems.append(Problem(f"--{name} has no value", f"write --{name} VALUE", (key,)))
             continue
-        values[key] = _option_value(key, value)
+        values[key] = option_value(key, value)
     return values
 
 
@@ -191,7 +191,8 @@ def _is_switch(key: str) -> bool:
     return key in KEYS and _plain_types(KEYS[key].field.annotation) == {bool}
 
 
-def _option_value(key: str, text: str) -> Any:
+def option_value(key: str, text: str) -> Any:
+    """The value that a text means which was written for a key: of an option, or in a field of a form."""
     annotation = KEYS[key].field.annotation if key in KEYS else None
     if text.lower() in {"null", "none"}:
         return None

@@ -1,7 +1,7 @@
 """From a config and a checkpoint's own JSON files to a run that can start, or to every reason why it can't. Needs no torch."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,16 +72,25 @@ def read_plan(path: Path, options: Sequence[str] = (), *, online: bool = True) -
         UserError: with every problem of the file, of the options, and of the config against its checkpoint.
     """
     problems: list[Problem] = []
-    config, wrong = parse(read_values(path, options, problems), problems)
-    try:
-        plan = make_plan(config, online=online, without=wrong)
-    except UserError as error:
-        # What follows from a value that is wrong already would only be noise.
-        problems += [problem for problem in error.problems if wrong.isdisjoint(problem.keys)]
-        plan = None
+    plan = plan_of(read_values(path, options, problems), problems, online=online)
     if problems or plan is None:
         raise UserError.of(problems)
     return plan
+
+
+def plan_of(values: Mapping[str, Any], problems: list[Problem], *, online: bool = True) -> Plan | None:
+    """The plan of plain values; None where they have a problem.
+
+    Args:
+        problems: everything that is wrong with the values is added to it.
+    """
+    config, wrong = parse(values, problems)
+    try:
+        return make_plan(config, online=online, without=wrong)
+    except UserError as error:
+        # What follows from a value that is wrong already would only be noise.
+        problems += [problem for problem in error.problems if wrong.isdisjoint(problem.keys)]
+        return None
 
 
 def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str] = frozenset()) -> Plan:

@@ -90,6 +90,10 @@ class RunLayout:
         """The validation videos, the oldest first."""
         return _by_step(path for path in self.samples.glob("step-*.mp4") if _VIDEO.fullmatch(path.name))
 
+    def asked_videos(self) -> list[Path]:
+        """The videos that somebody has asked for, with `crepatrain sample`."""
+        return sorted(path for path in self.samples.glob("*.mp4") if not _VIDEO.fullmatch(path.name))
+
     def clip_list(self, samples: str) -> Path:
         """The clips behind a digest of all samples, by which two of them are compared clip by clip."""
         return self.clip_lists / f"{samples[:16]}.json"

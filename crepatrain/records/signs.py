@@ -53,6 +53,32 @@ def is_locked(lock: Path) -> bool | None:
     return False
 
 
+def holder_of(lock: Path) -> int | None:
+    """The process of this machine that holds the lock; None where there is none, or where the system does not say."""
+    try:
+        own = lock.stat()
+        lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        # 1: FLOCK  ADVISORY  WRITE 4711 fe:01:1234567 0 EOF
+        match line.split():
+            case [_, "FLOCK", _, "WRITE", pid, place, *_] if place.endswith(f":{own.st_ino}") and _has_open(pid, own):
+                return int(pid)
+    return None
+
+
+def _has_open(pid: str, file: os.stat_result) -> bool:
+    """Whether a process has a file open: the inode that a line names may be of another disk."""
+    with contextlib.suppress(OSError):  # it has ended, or is another user's
+        for opened in Path("/proc", pid, "fd").iterdir():
+            with contextlib.suppress(OSError):
+                stat = opened.stat()
+                if (stat.st_dev, stat.st_ino) == (file.st_dev, file.st_ino):
+                    return True
+    return False
+
+
 # Device and inode of the lock files that this process holds.
 _held: dict[Path, tuple[int, int]] = {}
 

@@ -10,6 +10,9 @@ from crepatrain.records.layout import RunLayout
 from crepatrain.records.reading import read_run, with_distinct_names
 from crepatrain.reporting.page import page
 
+# The curves of more runs have colours that look alike.
+MOST_RUNS = 8
+
 
 def write_report(roots: Sequence[Path], path: Path) -> None:
     """Write the report of some runs, as a file that is either whole or as it was.

@@ -25,6 +25,7 @@ from crepatrain.records.same_run import expect_same_fingerprint, split_of
 from crepatrain.records.whole import expect_whole, resume_from
 from crepatrain.training import build
 from crepatrain.training.checkpoint_content import read_fingerprint, read_state
+from crepatrain.training.schedule import build_schedule
 from crepatrain.training.state import TrainState
 
 _PACKAGES = ("torch", "diffusers", "peft", "accelerate", "transformers")
@@ -84,7 +85,7 @@ def prepare_start(context: Context, processes: int, resume: Path | None) -> RunS
     adapter = load_initial_adapter(Path(initial), family, empty) if initial else None
     sampler = build_sampler(plan, dataset, processes)
     total = total_steps(plan, sampler)
-    state = TrainState(schedule=build.build_schedule(config.crepa, total))
+    state = TrainState(schedule=build_schedule(config.crepa, total))
     if resume:
         state.load_state_dict(read_state(resume, step=step_of(resume), crepa=state.schedule is not None))
     caches = plan_caches(context, dataset, teacher=state.asks_teacher)

@@ -10,9 +10,7 @@ import torch
 
 from crepatrain.alignment.crepa import Crepa
 from crepatrain.alignment.encoders import VisionEncoder, load_encoder
-from crepatrain.alignment.schedule import CrepaSchedule
 from crepatrain.alignment.teachers import BackboneTeacher, CachedTeacher, LatentTeacher, PixelTeacher, Teacher
-from crepatrain.config.alignment_sections import CrepaConfig
 from crepatrain.config.plan import Plan
 from crepatrain.config.resolved import ResolvedCrepa, ResolvedLayerSync
 from crepatrain.config.sources import BASE_KEY, expect_parts, fetch, local_folder
@@ -95,26 +93,6 @@ def build_process(plan: Plan) -> FlowMatching:
         config.diffusion.logit_std,
         config.diffusion.flow_shift,
         between=plan.variant.sigmas,
-    )
-
-
-def build_schedule(config: CrepaConfig, max_train_steps: int) -> CrepaSchedule | None:
-    """CREPA's weight over the run; None where CREPA is off."""
-    if not config.crepa_enabled:
-        return None
-    return CrepaSchedule(
-        weight=config.crepa_lambda,
-        scheduler=config.crepa_scheduler,
-        warmup_steps=config.crepa_warmup_steps,
-        decay_steps=config.crepa_decay_steps,
-        lambda_end=config.crepa_lambda_end,
-        power=config.crepa_power,
-        cutoff_step=config.crepa_cutoff_step,
-        similarity_threshold=config.crepa_similarity_threshold,
-        similarity_ema_decay=config.crepa_similarity_ema_decay,
-        threshold_mode=config.crepa_threshold_mode,
-        probe_interval=config.crepa_probe_interval,
-        max_train_steps=max_train_steps,
     )
 
 

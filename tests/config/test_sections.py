@@ -235,7 +235,7 @@ def test_the_schema_lists_every_key_and_allows_no_other():
         "if_allowed": True,
         "minimum": 0,
         "section": "crepa",
-        "title": "Crepa Lambda",
+        "title": "Weight",
         "type": "number",
     }
 
