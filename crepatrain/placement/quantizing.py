@@ -68,7 +68,7 @@ class Nf4Linear(nn.Linear):
             parts = [quantize_4bit(part, **settings) for part in _parts(layer.weight)]
             packed, scales = (torch.cat(values) for values in zip(*((data, state.absmax) for data, state in parts), strict=True))
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.register_buffer("scales", scales)
+        self.scales = nn.Parameter(scales, requires_grad=False)  # no buffer, so that it goes wherever the weight goes
         self.bias = layer.bias
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
