@@ -15,8 +15,10 @@ from crepatrain.adapters.compatibility import load_call
 from crepatrain.commands.push import push
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import LoopConfig
+from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
 from crepatrain.labels import LABELS
+from crepatrain.memory.offload import choose_offload, expect_room_on_host
 from crepatrain.placement.devices import keep_compiled, open_device
 from crepatrain.placement.placing import within_memory
 from crepatrain.placement.processes import expect_all_processes
@@ -60,6 +62,8 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
     device = open_device(screen)
     keep_compiled(Path(plan.config.data.cache_dir))
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu", kwargs_handlers=[patience])
+    room = torch.cuda.mem_get_info(accelerator.device)[0] if device.type == "cuda" else None
+    plan = choose_offload(plan, Bucket(*plan.size), room, screen)
     if plan.config.hub.push_to_hub:
         expect_pushable(plan.config)
     expect_all_processes()
@@ -81,6 +85,8 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
                 if not before.validate:
                     _close(folder, start.state.step, events, screen)
                     return
+            if context.device.type == "cuda":
+                expect_room_on_host(plan)
             expect_gradients(plan, build_family(plan), context.device)
             held = fill_all_caches(context, start)
         expect_one_start(start, accelerator)

@@ -309,14 +309,6 @@ def check_size(data: ResolvedData, geometry: Geometry) -> list[Problem]:
     return problems
 
 
-def check_checkpointing(config: LoopConfig) -> list[Problem]:
-    """A compiled block is one operator, of which nothing can be kept."""
-    if config.gradient_checkpointing != "selective" or not config.compile:
-        return []
-    what = "gradient_checkpointing=selective with compile=true: the attentions inside a compiled block can't be kept"
-    return [Problem(what, "set gradient_checkpointing to true, or compile to false", ("gradient_checkpointing", "compile"))]
-
-
 def check_tiles(config: LoopConfig, geometry: Geometry) -> list[Problem]:
     """Attention over tiles is compiled: eager, it computes and holds every score, also those that its mask leaves out."""
     if geometry.tile == 1 or config.compile:

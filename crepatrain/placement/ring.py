@@ -33,11 +33,6 @@ def streamed(depth: int, count: int) -> list[int]:
     return [(2 * number + 1) * depth // (2 * count) for number in range(count)]
 
 
-def host_bytes(blocks: Sequence[nn.Module], count: int) -> int:
-    """Host memory that so many of some blocks take, which may be on the meta device."""
-    return pinned_bytes(sum(Layout(_frozen(blocks[index])[0]).size for index in streamed(len(blocks), count)))
-
-
 _Holders = list[tuple[nn.Module, str]]
 
 
@@ -49,6 +44,11 @@ def _frozen(block: nn.Module) -> tuple[list[nn.Parameter], list[_Holders]]:
             if parameter is not None and not parameter.requires_grad:
                 found.setdefault(id(parameter), (parameter, []))[1].append((part, name))
     return [parameter for parameter, _ in found.values()], [holders for _, holders in found.values()]
+
+
+def frozen_parameters(block: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a block that are not trained, as the ring lays them out."""
+    return _frozen(block)[0]
 
 
 class _Streamed:
@@ -260,7 +260,7 @@ class BlockRing:
 
 
 def _expect_movable(block: nn.Module) -> None:
-    for parameter in _frozen(block)[0]:
+    for parameter in frozen_parameters(block):
         kind = type(parameter)
         if kind is not nn.Parameter and not is_traceable_wrapper_subclass(parameter):
             raise UserError(
