@@ -168,10 +168,9 @@ class BlockRing:
                 taken[number] = []  # the weights as they were loaded go one block after the other
         yield
         size = max(block.layout.size for block in self._blocks)
-        for _ in self._oldest:
-            memory = torch.empty(size, dtype=torch.uint8, device=self._device)
-            # What had this memory before may still be read by what was queued then.
-            self._buffers.append(_Buffer(memory, self._queues.mark("compute")))
+        made = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in self._oldest]
+        free = self._queues.mark("compute")  # what had this memory before may still be read by what was queued then
+        self._buffers = [_Buffer(memory, free) for memory in made]
         for number, block in enumerate(self._blocks):
             for buffer in self._buffers:
                 block.know(buffer.memory)

@@ -18,7 +18,7 @@ from crepatrain.memory.offload import BlockSizes
 from crepatrain.memory.stages import empty_trained
 from crepatrain.training.lora import trainable_parameters
 
-LAYERS = 40
+LAYERS = 24
 NOT_TIMES = ("loss", "diffusion_loss", "crepa_loss", "crepa_alignment_score", "grad_norm")
 
 
@@ -27,7 +27,7 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Wan whose weights outweigh what a step computes."""
     wan = family_class("wan")
     tiny, folder = wan.tiny["tiny"], tmp_path_factory.mktemp("heavy")
-    write_random_pipeline(wan, folder, replace(tiny, transformer={**tiny.transformer, "num_layers": LAYERS, "ffn_dim": 512}))
+    write_random_pipeline(wan, folder, replace(tiny, transformer={**tiny.transformer, "num_layers": LAYERS, "ffn_dim": 1024}))
     return folder
 
 
@@ -42,7 +42,7 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 
 def test_half_of_the_weights_is_enough(config_file, on_cuda, heavy, tmp_path):
     models = {"pretrained_model_name_or_path": str(heavy), "crepa_encoder": str(heavy / "encoder")}
-    path = config_file(cache_dir=str(tmp_path / "cache"), mixed_precision="bf16", lora_rank=1, **models)
+    path = config_file(cache_dir=str(tmp_path / "cache"), mixed_precision="bf16", lora_rank=1, lora_targets=["to_q"], **models)
     plan = read_plan(path)
     transformer = empty_trained(plan)["transformer"]
     trained = {id(parameter) for parameter in trainable_parameters(transformer)}
@@ -66,13 +66,14 @@ def test_half_of_the_weights_is_enough(config_file, on_cuda, heavy, tmp_path):
     assert "block_offload" in without["said"]
     expect_ended(ringed)
     expect_ended(continued)
-    expect_clean_steps(ringed, range(3))
-    expect_clean_steps(continued, range(3, 4))
+    buffer = max(sizes.laid_out)  # the one that is filled ahead: the other is the weights of a block
+    expect_clean_steps(ringed, range(3), apart=buffer)
+    expect_clean_steps(continued, range(3, 4), apart=buffer)
     assert ringed["peak"] <= weights // 2
     for step in ringed["steps"]:
         copied = sum(count for what, count in step["launch"]["copy"].items() if "placement/queues.py" in what)
         assert copied >= 2 * (LAYERS - 2), "forward and backward"
-    saved = resident["steps"][1]["held"] - ringed["steps"][1]["held"]
+    saved = resident["steps"][1]["held"] - ringed["steps"][1]["live"]
     assert saved == sizes.saved(LAYERS)
     assert numbers(tmp_path / "ringed") == numbers(tmp_path / "resident")
     found, expected = adapter(tmp_path / "ringed"), adapter(tmp_path / "resident")
