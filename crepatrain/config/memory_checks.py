@@ -14,7 +14,7 @@ def check_checkpointing(config: LoopConfig) -> list[Problem]:
 
 
 def check_offload(config: ResolvedConfig, depth: int) -> list[Problem]:
-    """Weights that live in host memory are frozen, are needed again in the backward pass, and are those of blocks that there are."""
+    """Weights in host memory are frozen, come once more for the backward pass, and are those of blocks that there are."""
     offload = config.loop.block_offload
     if not offload:
         return []

@@ -4,6 +4,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from crepatrain.config.plan import Plan
 from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
@@ -14,9 +16,6 @@ from crepatrain.placement.host_memory import expect_host_memory, pinned_bytes
 from crepatrain.placement.ring import BUFFERS, frozen_parameters, streamed
 from crepatrain.screen import Screen
 from crepatrain.training.build import build_family
-
-# A ring of so many blocks holds all of them.
-_USELESS = BUFFERS
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class BlockSizes:
 
     def smallest(self, stages: Sequence[Stage], before: int, room: int) -> int | None:
         """The smallest number with which all stages fit into so many bytes; None where none does."""
-        numbers = [0, *range(_USELESS + 1, len(self.resident) + 1)]
+        numbers = [0, *range(BUFFERS + 1, len(self.resident) + 1)]  # the buffers hold as many blocks as there are of them
         return next((n for n in numbers if all(self.changed(stage, before, n).peak <= room for stage in stages)), None)
 
 
@@ -98,14 +97,16 @@ def _with_number(plan: Plan, count: int) -> Plan:
     return replace(plan, config=plan.config.changed(block_offload=count))
 
 
-def expect_room_on_host(plan: Plan) -> None:
+def expect_room_on_host(plan: Plan, device: torch.device) -> None:
     """Make sure, before anything is cached, that the host memory of block_offload can be had.
+
+    On a CPU the weights are in host memory anyway.
 
     Raises:
         UserError: it can't.
     """
     count = plan.config.loop.block_offload
     assert count != "auto"
-    if count:
+    if count and device.type == "cuda":
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         expect_host_memory("block_offload", f"block_offload={count}", BlockSizes.of(plan).on_host(count), processes=processes)

@@ -51,7 +51,9 @@ class Layout:
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The plain tensors as views of a buffer, uint8 [at least size]."""
         return [
-            buffer[start : start + plain.nbytes].view(plain.dtype).as_strided(plain.size(), plain.stride(), start // plain.itemsize)
+            buffer[start : start + plain.nbytes]
+            .view(plain.dtype)
+            .as_strided(plain.size(), plain.stride(), start // plain.itemsize)
             for start, plain in self._places
         ]
 

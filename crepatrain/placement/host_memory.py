@@ -29,23 +29,30 @@ def _pieces(size: int) -> Iterator[int]:
 
 
 class HostMemory:
-    """Bytes in host memory, one address space over several allocations.
+    """Bytes in host memory, one address space over several allocations, each made when it is first looked at.
 
     Args:
         pinned: False on a machine without a GPU.
     """
 
     def __init__(self, size: int, *, pinned: bool) -> None:
-        self._pieces = [torch.empty(piece, dtype=torch.uint8, pin_memory=pinned) for piece in _pieces(size)]
+        self._sizes, self._pinned = list(_pieces(size)), pinned
+        self._pieces: list[Tensor | None] = [None] * len(self._sizes)
 
     def spans(self, start: int, size: int) -> Iterator[tuple[Tensor, int]]:
         """The memory from an address on, in parts that lie in one allocation each, with where each begins behind `start`."""
         end, address = start + size, start
         while address < end:
-            piece, offset = self._pieces[address // _PIECE], address % _PIECE
+            piece, offset = self._piece(address // _PIECE), address % _PIECE
             length = min(end - address, _PIECE - offset)
             yield piece[offset : offset + length], address - start
             address += length
+
+    def _piece(self, index: int) -> Tensor:
+        piece = self._pieces[index]
+        if piece is None:
+            piece = self._pieces[index] = torch.empty(self._sizes[index], dtype=torch.uint8, pin_memory=self._pinned)
+        return piece
 
 
 def expect_host_memory(key: str, setting: str, size: int, *, processes: int = 1) -> None:

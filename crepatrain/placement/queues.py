@@ -36,7 +36,7 @@ class Queues(Protocol):
 class InOrder:
     """A device that computes and copies in the order in which it is told to: a CPU."""
 
-    def mark(self, queue: Queue) -> None:
+    def mark(self, queue: Queue) -> None:  # noqa: ARG002 - the protocol's
         return None
 
     def wait(self, queue: Queue, mark: None) -> None: ...

@@ -129,11 +129,8 @@ class BlockRing:
         queues: what copies and computes.
         buffers: on the device.
 
-    Attributes:
-        host_bytes: host memory that is taken.
-
     Raises:
-        UserError: weights of a kind that can't be moved so, or no more memory can be pinned.
+        UserError: weights of a kind that can't be moved so.
     """
 
     def __init__(
@@ -147,7 +144,6 @@ class BlockRing:
             _expect_movable(block)
             self._blocks.append(_Streamed(block, total))
             total += self._blocks[-1].layout.size
-        self.host_bytes = pinned_bytes(total)
         self._total, self._host = total, None
         self._buffers: list[_Buffer] = []
         self._oldest = list(range(min(buffers, len(blocks))))  # the numbers of the buffers, that which was read longest ago first
@@ -159,13 +155,17 @@ class BlockRing:
         """Within it the blocks lack the weights that the ring has, so that the others can be moved; at its end the ring works.
 
         Weights on the meta device have no copy in host memory, and their buffers no values.
+
+        Raises:
+            UserError: no more memory can be pinned.
         """
         taken = [block.take_out() for block in self._blocks]
         if not any(parameter.is_meta for parameters in taken for parameter in parameters):
-            self._host = self._pinned()
+            self._host = HostMemory(self._total, pinned=self._device.type == "cuda")
             for number in range(len(taken)):
-                self._keep(self._blocks[number], taken[number])
-                taken[number] = []  # the weights as they were loaded go one block after the other
+                with self._pinning():
+                    self._keep(self._blocks[number], taken[number])
+                taken[number] = []  # so the host never holds much more than the weights once
         yield
         size = max(block.layout.size for block in self._blocks)
         made = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in self._oldest]
@@ -177,13 +177,14 @@ class BlockRing:
             block.leave()
             block.block.register_forward_pre_hook(functools.partial(self._before, number), prepend=True)
 
-    def _pinned(self) -> HostMemory:
+    @contextlib.contextmanager
+    def _pinning(self) -> Iterator[None]:
         try:
-            return HostMemory(self._total, pinned=self._device.type == "cuda")
+            yield
         except RuntimeError as error:
             raise UserError(
-                f"block_offload={len(self._blocks)}: the system does not pin {self.host_bytes / _GIB:.1f} GiB of host memory "
-                f"({str(error).splitlines()[0]})",
+                f"block_offload={len(self._blocks)}: the system does not pin {pinned_bytes(self._total) / _GIB:.1f} GiB of host "
+                f"memory ({str(error).splitlines()[0]})",
                 "lower block_offload; Windows' subsystem for Linux pins about half of the machine's memory at most",
                 ("block_offload",),
             ) from error
@@ -193,14 +194,16 @@ class BlockRing:
         """Put a block's weights into host memory."""
         assert self._host is not None
         whole = torch.empty(block.layout.size, dtype=torch.uint8)
-        for view, plain in zip(block.layout.views(whole), (plain for each in weights for plain in plain_tensors(each)), strict=True):
+        for view, plain in zip(
+            block.layout.views(whole), (plain for each in weights for plain in plain_tensors(each)), strict=True
+        ):
             view.copy_(plain)
         for span, offset in self._host.spans(block.start, block.layout.size):
             span.copy_(whole[offset : offset + len(span)])
 
     def _before(self, number: int, _block: nn.Module, _inputs: Any) -> None:
         """A block is about to compute, in a forward or again in a backward pass."""
-        # A copy is no part of what the block computes: selective checkpointing looks for the operators of the forward, in their order.
+        # A copy is no part of what the block computes: selective checkpointing expects the very operators of the forward again.
         with _disable_current_modes():
             self._provide(number)
 

@@ -1,6 +1,7 @@
 """Blocks in host memory, in the estimate: to the byte what a step holds, and the number that a card needs."""
 
 import pytest
+import torch
 from plans import bucket_of, plans
 
 from crepatrain.config.plan import Plan
@@ -11,6 +12,8 @@ from crepatrain.memory.estimate import estimate_memory
 from crepatrain.memory.offload import BlockSizes, choose_offload, expect_room_on_host
 from crepatrain.placement import host_memory
 from crepatrain.specs import FAMILIES
+
+CUDA = torch.device("cuda")
 
 
 @pytest.fixture
@@ -100,13 +103,14 @@ def test_host_memory_is_looked_at_before_the_start(plan_of, monkeypatch):
     needed = BlockSizes.of(plan).on_host(4)
     spare = host_memory._SPARE
     monkeypatch.setattr(host_memory, "available_memory", lambda: needed + spare)
-    expect_room_on_host(plan)
-    expect_room_on_host(plan_of())
+    expect_room_on_host(plan, CUDA)
+    expect_room_on_host(plan_of(), CUDA)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"block_offload=4: .* GiB of host memory .*2 processes") as raised:
-        expect_room_on_host(plan)
+        expect_room_on_host(plan, CUDA)
+    expect_room_on_host(plan, torch.device("cpu"))
     assert "lower block_offload" in raised.value.problems[0].fix
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setattr(host_memory, "available_memory", lambda: needed + spare - 1)
     with pytest.raises(UserError, match="are available"):
-        expect_room_on_host(plan)
+        expect_room_on_host(plan, CUDA)

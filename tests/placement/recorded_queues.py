@@ -16,7 +16,7 @@ class Recorded(InOrder):
     """Copies at once, which is the earliest that a device may.
 
     Attributes:
-        log: (mark, queue, number), (wait, queue, number), (copy, buffer), (reads, buffer), (done, buffer); buffers by their address.
+        log: (mark, queue, number), (wait, queue, number), (copy, buffer), (reads, buffer), (done, buffer); buffers by address.
     """
 
     def __init__(self) -> None:

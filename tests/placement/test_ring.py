@@ -237,7 +237,7 @@ def test_an_order_without_one_wait_is_refused():
 
 
 def test_an_order_in_which_a_part_comes_too_early_is_refused():
-    """A mark before what it stands for, a copy before the wait for a buffer's last reader, a read before the wait for its copy."""
+    """A mark before what it stands for, a copy or a read before the wait that it needs."""
     log, tried = log_of_two_steps(), Counter()
     for place, (before, entry) in enumerate(pairwise(log)):
         pair = before[0], entry[0]
@@ -304,6 +304,19 @@ def test_weights_of_an_unknown_kind_are_refused():
     block.into.weight = Packed(torch.randn(4, 8), requires_grad=False)
     with pytest.raises(UserError, match="weights of the kind Packed"):
         BlockRing([block], CPU)
+
+
+def test_memory_that_is_not_pinned_is_an_error_in_words(monkeypatch):
+    def refuses(*_sizes, **_options):
+        raise RuntimeError("CUDA error: out of memory")
+
+    ring = BlockRing([Block(8, 4)], CPU)
+    monkeypatch.setattr(host_memory.torch, "empty", refuses)
+    with (
+        pytest.raises(UserError, match=r"block_offload=1: the system does not pin .* \(CUDA error: out of memory\)"),
+        ring.apart(),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
