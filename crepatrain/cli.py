@@ -134,7 +134,7 @@ def dry_run(
             dataset = dryrun.dry_run(plan, screen, stop)
         if not (estimate_vram or remedies or as_json or fits is not None):
             return
-        estimate = dryrun.estimate_vram(plan, dataset, screen, everything=remedies)
+        estimate = dryrun.estimate_vram(plan, dataset, screen, gigabytes=fits, everything=remedies)
         if as_json:
             typer.echo(json.dumps(estimate.as_json(), indent=2))
         if fits is not None and not dryrun.fits(estimate, fits, screen):

@@ -3,7 +3,8 @@
 import torch
 
 from crepatrain.config.plan import Plan
-from crepatrain.memory.estimate import Estimate, estimate_memory
+from crepatrain.memory.estimate import Estimate, estimate_memory, largest_bucket
+from crepatrain.memory.offload import choose_offload
 from crepatrain.memory.stages import GIB, empty_trained
 from crepatrain.preparing import preflight
 from crepatrain.preparing.context import Context
@@ -32,17 +33,22 @@ def dry_run(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
     return dataset
 
 
-def estimate_vram(plan: Plan, dataset: Dataset, screen: Screen, *, everything: bool = False) -> Estimate:
+def estimate_vram(
+    plan: Plan, dataset: Dataset, screen: Screen, *, gigabytes: float | None = None, everything: bool = False
+) -> Estimate:
     """Estimate the memory of a run on this dataset, and print it.
 
     Args:
+        gigabytes: of the card that `block_offload: auto` is chosen for; None: of this machine's.
         everything: every teacher source and every remedy, also those that can't need less.
 
     Raises:
         UserError: the model's step can't run on fake tensors.
     """
     screen.say("estimating GPU memory: the step itself, on tensors without values")
-    estimate = estimate_memory(plan, list(dataset.clips.buckets), screen, what="estimating GPU memory", everything=everything)
+    buckets = list(dataset.clips.buckets)
+    plan = choose_offload(plan, largest_bucket(plan, buckets), _room(gigabytes), screen)
+    estimate = estimate_memory(plan, buckets, screen, what="estimating GPU memory", everything=everything)
     owners = dict.fromkeys(owner for stage in estimate.stages.values() for owner in stage.by_owner)
     stages = estimate.stages.values()
     rows = [(owner, *(_gib(stage.by_owner[owner]) if owner in stage.by_owner else "-" for stage in stages)) for owner in owners]
@@ -59,6 +65,8 @@ def estimate_vram(plan: Plan, dataset: Dataset, screen: Screen, *, everything: b
         card = torch.cuda.get_device_properties(0)
         verdict = "yes" if estimate.peak <= card.total_memory else "no"
         lines.append(("this machine", f"{card.name} of {_gib(card.total_memory)} GiB: {verdict}"))
+    if estimate.on_host:
+        lines.append(("host memory", f"{_gib(estimate.on_host)} GiB, pinned by each process for block_offload"))
     for number, (source, share) in enumerate(estimate.crepa.items()):
         lines.append((f"CREPA, {source}", f"{_gib(share)} GiB of training's peak{'' if number else ', as configured'}"))
     lines += [(change, f"{_gib(peak)} GiB in training") for change, peak in estimate.remedies]
@@ -75,10 +83,21 @@ def estimate_vram(plan: Plan, dataset: Dataset, screen: Screen, *, everything: b
 
 def fits(estimate: Estimate, gigabytes: float, screen: Screen) -> bool:
     """Print and return whether a run fits on a card of so many GB."""
-    room = _CARDS.get(int(gigabytes), gigabytes) if gigabytes == int(gigabytes) else gigabytes
-    fitting = estimate.peak <= room * GIB
+    fitting = estimate.peak <= _usable(gigabytes)
     screen.say(f"{_gib(estimate.peak)} GiB {'fit' if fitting else 'do not fit'} into {gigabytes:g} GB")
     return fitting
+
+
+def _usable(gigabytes: float) -> int:
+    """Bytes of a card of so many GB."""
+    room = _CARDS.get(int(gigabytes), gigabytes) if gigabytes == int(gigabytes) else gigabytes
+    return int(room * GIB)
+
+
+def _room(gigabytes: float | None) -> int | None:
+    if gigabytes is not None:
+        return _usable(gigabytes)
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def _gib(size: int) -> str:

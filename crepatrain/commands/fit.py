@@ -15,9 +15,11 @@ from crepatrain.adapters.compatibility import load_call
 from crepatrain.commands.push import push
 from crepatrain.config.plan import Plan
 from crepatrain.config.sections import LoopConfig
+from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
 from crepatrain.labels import LABELS
-from crepatrain.placement.devices import keep_compiled, open_device
+from crepatrain.memory.offload import choose_offload, expect_room_on_host
+from crepatrain.placement.devices import free_bytes, keep_compiled, open_device
 from crepatrain.placement.placing import within_memory
 from crepatrain.placement.processes import expect_all_processes
 from crepatrain.preparing.context import Context
@@ -60,6 +62,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
     device = open_device(screen)
     keep_compiled(Path(plan.config.data.cache_dir))
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu", kwargs_handlers=[patience])
+    plan = choose_offload(plan, Bucket(*plan.size), free_bytes(accelerator.device), screen)
     if plan.config.hub.push_to_hub:
         expect_pushable(plan.config)
     expect_all_processes()
@@ -81,6 +84,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
                 if not before.validate:
                     _close(folder, start.state.step, events, screen)
                     return
+            expect_room_on_host(plan, context.device)
             expect_gradients(plan, build_family(plan), context.device)
             held = fill_all_caches(context, start)
         expect_one_start(start, accelerator)

@@ -309,34 +309,6 @@ def check_size(data: ResolvedData, geometry: Geometry) -> list[Problem]:
     return problems
 
 
-def check_checkpointing(config: LoopConfig) -> list[Problem]:
-    """A compiled block is one operator, of which nothing can be kept."""
-    if config.gradient_checkpointing != "selective" or not config.compile:
-        return []
-    what = "gradient_checkpointing=selective with compile=true: the attentions inside a compiled block can't be kept"
-    return [Problem(what, "set gradient_checkpointing to true, or compile to false", ("gradient_checkpointing", "compile"))]
-
-
-def check_quantization(config: ResolvedConfig) -> list[Problem]:
-    """A quantised base is frozen, and its layers are dequantised again in the backward pass, one block at a time."""
-    how, problems = config.loop.base_quantization, []
-    what, leave = f"base_quantization={how}", "or base_quantization to none"
-    if how == "none":
-        return []
-    if config.model.model_type == "full":
-        keys, fix = ("base_quantization", "model_type"), f"set model_type to lora, {leave}"
-        problems.append(Problem(f"{what} with model_type=full: weights in fewer bits can't be trained", fix, keys))
-    if not config.loop.gradient_checkpointing:
-        keys = ("base_quantization", "gradient_checkpointing")
-        reason = "every block's weights would be held in full until the backward pass"
-        fix = f"set gradient_checkpointing to true, {leave}"
-        problems.append(Problem(f"{what} with gradient_checkpointing=false: {reason}", fix, keys))
-    if how == "nf4" and find_spec("bitsandbytes") is None:
-        fix = 'run pip install "crepatrain[8bit]", or use int8'
-        problems.append(Problem(f"{what}: bitsandbytes is not installed", fix, ("base_quantization",)))
-    return problems
-
-
 def check_tiles(config: LoopConfig, geometry: Geometry) -> list[Problem]:
     """Attention over tiles is compiled: eager, it computes and holds every score, also those that its mask leaves out."""
     if geometry.tile == 1 or config.compile:

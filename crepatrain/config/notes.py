@@ -119,6 +119,7 @@ def warnings(config: ResolvedConfig, written: RunConfig, grid: TokenGrid) -> lis
     messages = []
     messages += _without_effect(config, written)
     messages += _joined_words(config)
+    messages += _idle_ring(config)
     if config.optim.lr_scheduler != "constant":
         messages += _endless_warmup(config, "lr_warmup_steps", "learning_rate")
     if not config.crepa.crepa_enabled:
@@ -153,6 +154,15 @@ def _intended(written: RunConfig) -> frozenset[str]:
     if 2 * len(explicitly_set) > len(KEYS):
         return changed - {"flow_shift"}
     return changed | explicitly_set & (CrepaConfig.model_fields.keys() | LayerSyncConfig.model_fields.keys())
+
+
+def _idle_ring(config: ResolvedConfig) -> list[str]:
+    offload = config.loop.block_offload
+    if offload not in (1, 2):
+        return []
+    return [
+        f"block_offload={offload}: it saves no memory, as the weights of two blocks are on the GPU at any time; use 3 or more"
+    ]
 
 
 def _joined_words(config: ResolvedConfig) -> list[str]:

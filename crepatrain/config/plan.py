@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from crepatrain.config import checks
+from crepatrain.config import checks, memory_checks
 from crepatrain.config.load import parse, read_values
 from crepatrain.config.notes import pipeline_notes, warnings
 from crepatrain.config.resolved import ResolvedConfig
@@ -120,8 +120,8 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     problems += checks.check_paths(resolved)
     problems += checks.check_length(resolved.loop)
     problems += checks.check_allowed(resolved.loop)
-    problems += checks.check_checkpointing(resolved.loop)
-    problems += checks.check_quantization(resolved)
+    problems += memory_checks.check_checkpointing(resolved.loop)
+    problems += memory_checks.check_quantization(resolved)
     problems += checks.check_eval(resolved.validation)
     problems += checks.check_init_adapter(resolved)
     problems += checks.check_optimizer(resolved)
@@ -138,6 +138,7 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
         problems += checks.check_encoder_size(resolved.crepa, encoder)
     if geometry:
         problems += checks.check_size(resolved.data, geometry)
+        problems += memory_checks.check_offload(resolved, geometry.depth)
         problems += checks.check_tiles(resolved.loop, geometry)
         problems += checks.check_images(resolved.data, variant, geometry)
         problems += checks.check_blocks(resolved, geometry.depth, source_known=not disagreeing)

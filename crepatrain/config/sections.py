@@ -254,6 +254,13 @@ class LoopConfig(Section, frozen=True):
         "tensor of the size of the hidden states more for every block.",
         json_schema_extra=IF_ALLOWED,
     )
+    block_offload: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        0,
+        description="Number of blocks whose frozen weights live in pinned host memory and are copied to the GPU ahead of their "
+        "use; two of them are on the GPU at any time. The numbers of a run stay the same to the bit. auto: the smallest number "
+        "that fits the GPU at hand, by the estimate. Needs gradient_checkpointing, and model_type lora.",
+        json_schema_extra=MAY_CHANGE,
+    )
     compile: bool = Field(
         False, description="Compile the blocks with torch.compile. The first steps are slow.", json_schema_extra=IF_ALLOWED
     )

@@ -26,6 +26,8 @@ def summarize(plan: Plan) -> list[tuple[str, str]]:
         ("optimizer", _optimizer(config.optim)),
         ("precision", f"{_precision(config)}; gradient checkpointing {_CHECKPOINTING[config.loop.gradient_checkpointing]}"),
     ]
+    if config.loop.block_offload:
+        rows.append(("host memory", _offload(config.loop, geometry.depth)))
     if config.crepa.crepa_enabled:
         rows += _crepa(plan)
     else:
@@ -35,6 +37,12 @@ def summarize(plan: Plan) -> list[tuple[str, str]]:
         words = f"block {sync.student_block} follows block {sync.teacher_block}, weight {sync.layersync_lambda:g}"
         rows.append(("LayerSync", words))
     return [*rows, ("output", config.loop.output_dir)]
+
+
+def _offload(config: LoopConfig, depth: int) -> str:
+    if config.block_offload == "auto":
+        return "the frozen weights of as few blocks as the GPU at hand needs; block_offload: auto"
+    return f"the frozen weights of {config.block_offload} of {depth} blocks, copied to the GPU ahead of their use"
 
 
 def _model(plan: Plan) -> str:

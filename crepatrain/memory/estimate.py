@@ -17,6 +17,7 @@ from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
 from crepatrain.memory.account import allocated_bytes
+from crepatrain.memory.offload import BlockSizes
 from crepatrain.memory.stages import GIB, Stage, caching_stage, empty_trained, sampling_stage, text_stage, training_stage
 from crepatrain.placement.states import empty_states
 from crepatrain.quiet import quiet_libraries
@@ -44,12 +45,14 @@ class Estimate:
         crepa: bytes that CREPA adds to the training step with a teacher source, beginning with the config's own.
         remedies: changes to the config that make the training step's peak smaller, each with the bytes that are left; best first.
         without_use: changes that were tried, and make it no smaller.
+        on_host: bytes of pinned host memory that block_offload takes.
     """
 
     stages: Mapping[str, Stage]
     crepa: Mapping[str, int]
     remedies: Sequence[tuple[str, int]]
     without_use: Sequence[str] = ()
+    on_host: int = 0
 
     @property
     def peak(self) -> int:
@@ -69,6 +72,7 @@ class Estimate:
         return {
             "stages": {"training": stages["training"], "caching": caching, "sampling": stages.get("sampling")},
             "peak_gib": self.peak / GIB,
+            "pinned_host_gib": self.on_host / GIB,
             "calibrated": False,
             "crepa": {source: size / GIB for source, size in self.crepa.items()},
             "remedies": [{"change": change, "peak_gib": peak / GIB} for change, peak in self.remedies],
@@ -141,9 +145,23 @@ def estimate_memory(
         if kind == "crepa"
     ]
     remedies.append(("optimizer: adamw8bit", _with_8bit_states(plan, training).peak))
+    sizes = BlockSizes.of(plan)
+    checkpointed = training if config.loop.gradient_checkpointing else found.get(("remedy", "gradient_checkpointing: true"))
+    if config.model.model_type == "lora" and checkpointed:
+        remedies += _offloads(plan, checkpointed, sizes)
     smaller = sorted(((name, peak) for name, peak in remedies if peak < training.peak), key=lambda item: item[1])
     without_use = tuple(name for name in offered if peaks.get(("remedy", name), 0) >= training.peak)
-    return Estimate(stages, shares, smaller, without_use)
+    count = config.loop.block_offload
+    return Estimate(stages, shares, smaller, without_use, on_host=sizes.on_host(count) if isinstance(count, int) else 0)
+
+
+def _offloads(plan: Plan, checkpointed: Stage, sizes: BlockSizes) -> list[tuple[str, int]]:
+    """Half of the blocks and all of them in host memory, where gradients are checkpointed, each with its peak."""
+    before, depth = plan.config.loop.block_offload, plan.geometry.depth
+    assert isinstance(before, int), "auto is chosen before anything is estimated"
+    also = "" if plan.config.loop.gradient_checkpointing else "gradient_checkpointing: true, "
+    numbers = [count for count in (depth // 2, depth) if count > before]
+    return [(f"{also}block_offload: {count}", sizes.changed(checkpointed, before, count).peak) for count in numbers]
 
 
 def _crepa_variants(plan: Plan, *, everything: bool) -> dict[str, ResolvedConfig]:

@@ -37,6 +37,11 @@ def open_device(screen: Screen) -> torch.device:
     return torch.device("cpu")
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU that nobody has taken; None of a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def set_precision() -> None:
     """What an fp32 number goes through on a GPU; the same whatever the versions and the environment have as their default."""
     # fp32 products (the adapter's and the projector's without autocast) keep all 24 bits.

@@ -15,27 +15,39 @@ from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.placement.checkpointing import checkpoint_blocks
+from crepatrain.placement.ring import leave_to_ring, ring_of
 
 
 def place(config: LoopConfig, transformer: Any, blocks: nn.ModuleList, device: torch.device) -> None:
     """Put a transformer on a device in training mode, with gradient checkpointing and compiled blocks.
 
-    A transformer on the meta device gets memory there, without values.
+    Of so many blocks as block_offload says the frozen weights go to host memory instead. A transformer on the meta device gets
+    memory there, without values, and none on the host.
 
     Args:
         transformer: of diffusers, adapted where an adapter is trained.
         blocks: of this transformer.
+
+    Raises:
+        UserError: the system does not pin as much host memory as block_offload needs.
     """
     checkpoint_blocks(config, transformer)
-    if next(transformer.parameters()).is_meta:
-        materialise(transformer, device)
-    else:
-        transformer.to(device)
-        _move_plain_tensors(transformer, device)
+    ring = ring_of(config, blocks, device)
+    with ring.apart() if ring else contextlib.nullcontext():
+        if next(transformer.parameters()).is_meta:
+            materialise(transformer, device)
+        else:
+            transformer.to(device)
+            _move_plain_tensors(transformer, device)
     transformer.train()
+    if ring:
+        leave_to_ring(transformer)
     if config.compile:  # block by block: they share one graph, and a second bucket makes it dynamic rather than one more
         for block in blocks:
-            block.compile()
+            if ring:  # whose hooks have no place in a graph
+                block.forward = torch.compile(block.forward)
+            else:
+                block.compile()
 
 
 def set_attention(config: LoopConfig, family: Family, transformer: Any) -> None:

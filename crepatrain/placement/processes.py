@@ -26,7 +26,7 @@ def expect_all_processes() -> None:
 
 def wrap(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """What a forward calls in the place of a module: DistributedDataParallel around it, or itself with one process."""
-    return accelerator.prepare_model(module)
+    return accelerator.prepare_model(module, device_placement=False)  # it is where it should be
 
 
 @contextlib.contextmanager

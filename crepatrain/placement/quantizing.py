@@ -130,15 +130,18 @@ def _joined(parts: list[Any]) -> Any:
     return type(parts[0]).__tensor_unflatten__(inner, settings, shape, (shape[1], 1))
 
 
-def load_quantized(family: Family, path: str, dtype: torch.dtype, how: Quantization, device: torch.device) -> Any:
+def load_quantized(
+    family: Family, path: str, dtype: torch.dtype, how: Quantization, device: torch.device, *, stays: bool = True
+) -> Any:
     """A transformer whose Linear layers inside the blocks are quantised on the device, each as soon as it is read.
 
     Args:
         path: a local pipeline folder.
         dtype: of the weights that are not quantised, and of what is computed with the others.
+        stays: whether what is quantised stays on the device, rather than that a ring of blocks has it in host memory.
 
     Returns:
-        The transformer of diffusers in eval mode: what is quantised on the device, the rest on the CPU.
+        The transformer of diffusers in eval mode, on the CPU but for what stays on the device.
 
     Raises:
         UserError: its files lack a tensor.
@@ -163,5 +166,7 @@ def load_quantized(family: Family, path: str, dtype: torch.dtype, how: Quantizat
                 module._buffers[key] = tensor
         if is_quantized(family, name, module):
             quantize_layer(transformer, name, how)
+            if not stays:
+                transformer.get_submodule(name).to("cpu")
             trim_host_memory()
     return transformer.eval()

@@ -18,7 +18,10 @@ from crepatrain.running.session import Run
 from crepatrain.training import build
 from crepatrain.training.step import training_loss
 
-SMALLER = "set gradient_checkpointing, or lower num_frames, height and width, train_batch_size or lora_rank; checkpoints are kept"
+SMALLER = (
+    "set gradient_checkpointing, or block_offload to auto, or lower num_frames, height and width, train_batch_size or lora_rank; "
+    "checkpoints are kept"
+)
 """What a user can do where a step does not fit."""
 
 
@@ -114,7 +117,9 @@ def _does_not_fit(run: Run, bucket: Bucket) -> UserError:
     try:
         estimate = estimate_memory(context.plan, [bucket], context.screen, what="working out what would fit", stop=context.stop)
     except UserError:  # no estimate for this model
-        return UserError(what, "lower num_frames, height and width, or train_batch_size; nothing was trained yet")
+        return UserError(
+            what, "set block_offload, or lower num_frames, height and width, or train_batch_size; nothing was trained yet"
+        )
     training = estimate.stages["training"]
     remedies = "; ".join(f"{change} ({peak / GIB:.1f} GiB)" for change, peak in estimate.remedies)
     return UserError(

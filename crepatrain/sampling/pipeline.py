@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from crepatrain.data.clip import Unreadable
 from crepatrain.data.decode import read_first
@@ -27,7 +28,10 @@ def training_pipeline(
         device: to which the other parts are moved.
     """
     parts = {family.variant.transformer: transformer, family.variant.vae: vae, **dict.fromkeys(dropped_parts)}
-    pipeline = getattr(diffusers, family.pipeline).from_pretrained(folder, **parts).to(device)
+    pipeline = getattr(diffusers, family.pipeline).from_pretrained(folder, **parts)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module) and part is not transformer:
+            part.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

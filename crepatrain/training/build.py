@@ -192,7 +192,8 @@ def load_transformer(plan: Plan, family: Family, device: torch.device) -> Any:
     dtype, how = weights_dtype(plan.config), plan.config.loop.base_quantization
     with loading(folder, (plan.variant.transformer,)):
         if how != "none":
-            return load_quantized(family, str(folder), dtype, how, device)
+            resident = not plan.config.loop.block_offload
+            return load_quantized(family, str(folder), dtype, how, device, stays=resident)
         return family.load_transformer(str(folder), dtype)
 
 

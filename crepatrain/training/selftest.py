@@ -88,7 +88,7 @@ class _Trial:
         def see(_block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             seen.append((inputs, named))
 
-        batch = _batch(plan, family).to(device)
+        batch = random_batch(plan, family).to(device)
         hook = block.register_forward_pre_hook(see, with_kwargs=True)
         with torch.no_grad(), autocast(self._loop, device):
             family.denoise(transformer, batch.noise, batch.sigma, batch)
@@ -150,7 +150,7 @@ def _compare(
         )
 
 
-def _batch(plan: Plan, family: Family) -> Batch:
+def random_batch(plan: Plan, family: Family) -> Batch:
     """One random clip, a few token frames of a few tokens."""
     geometry = plan.geometry
     height, width = (size * (_TILES if geometry.tile > 1 else _TOKENS) for size in geometry.size_multiple)

@@ -259,6 +259,8 @@ def test_a_misspelt_key_is_answered_with_the_one_meant(key, ours):
         ("batch_size", "train_batch_size"),
         ("model_name", "model_family"),
         ("target_modules", "lora_targets"),
+        ("blocks_to_swap", "block_offload"),
+        ("ramtorch", "block_offload"),
         # however it is spelt
         ("--network-dim", "lora_rank"),
         ("Rank", "lora_rank"),

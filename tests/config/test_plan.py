@@ -271,6 +271,28 @@ def test_attention_in_a_compiled_block_can_not_be_kept(problems):
     assert problem.keys == ("gradient_checkpointing", "compile")
 
 
+def test_blocks_in_host_memory_are_frozen_and_computed_again(plan, problems):
+    assert plan().config.loop.block_offload == 0
+    assert plan(block_offload="auto", gradient_checkpointing="selective").config.loop.block_offload == "auto"
+    depth = plan().geometry.depth
+    assert plan(block_offload=depth).config.loop.block_offload == depth
+    [problem] = problems(block_offload=depth + 1)
+    assert problem.what == f"block_offload={depth + 1}: the transformer has {depth} blocks"
+    assert problem.fix == f"use {depth} or less"
+    [problem] = problems(block_offload="auto", gradient_checkpointing=False)
+    assert "needs all blocks' weights at once" in problem.what
+    assert problem.keys == ("block_offload", "gradient_checkpointing")
+    [problem] = problems(block_offload=4, model_type="full")
+    assert "model_type=full trains all of them" in problem.what
+    assert problem.keys == ("block_offload", "model_type")
+
+
+def test_a_ring_that_saves_nothing_is_noted(plan):
+    [note] = [note for note in plan(block_offload=2).warnings if "block_offload" in note]
+    assert "saves no memory" in note
+    assert not [note for note in plan(block_offload=3).warnings if "block_offload" in note]
+
+
 def test_nabla_attention_is_compiled(plan, problems, tiny):
     of = tiny("kandinsky5_video", "tiny-nabla") | {"height": 128, "width": 128}
     [problem] = problems(**of)

@@ -166,5 +166,7 @@ def install(library: Path) -> Device:
     }
     for name, thing in outer.items():
         setattr(torch.cuda, name, thing)
+    # It takes a stream of CUDA's own class.
+    torch.Tensor.record_stream = lambda _tensor, _stream: None  # type: ignore[method-assign]
     assert torch.cuda.is_available()
     return device

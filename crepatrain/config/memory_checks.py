@@ -1,0 +1,54 @@
+"""What can be wrong with the keys that save GPU memory, with each other and with what is trained."""
+
+from importlib.util import find_spec
+
+from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.sections import LoopConfig
+from crepatrain.errors import Problem
+
+
+def check_checkpointing(config: LoopConfig) -> list[Problem]:
+    """A compiled block is one operator, of which nothing can be kept."""
+    if config.gradient_checkpointing != "selective" or not config.compile:
+        return []
+    what = "gradient_checkpointing=selective with compile=true: the attentions inside a compiled block can't be kept"
+    return [Problem(what, "set gradient_checkpointing to true, or compile to false", ("gradient_checkpointing", "compile"))]
+
+
+def check_offload(config: ResolvedConfig, depth: int) -> list[Problem]:
+    """Weights in host memory are frozen, come once more for the backward pass, and are those of blocks that there are."""
+    offload = config.loop.block_offload
+    if not offload:
+        return []
+    what, problems = f"block_offload={offload}", []
+    if config.model.model_type == "full":
+        keys = ("block_offload", "model_type")
+        reason = "it is for frozen weights, and model_type=full trains all of them"
+        problems.append(Problem(f"{what}: {reason}", "set block_offload to 0, or model_type to lora", keys))
+    if config.loop.gradient_checkpointing is False:
+        keys = ("block_offload", "gradient_checkpointing")
+        reason = "without gradient_checkpointing the backward pass needs all blocks' weights at once"
+        problems.append(Problem(f"{what}: {reason}", "set gradient_checkpointing to true or selective", keys))
+    if offload != "auto" and offload > depth:
+        problems.append(Problem(f"{what}: the transformer has {depth} blocks", f"use {depth} or less", ("block_offload",)))
+    return problems
+
+
+def check_quantization(config: ResolvedConfig) -> list[Problem]:
+    """A quantised base is frozen, and its layers are dequantised again in the backward pass, one block at a time."""
+    how, problems = config.loop.base_quantization, []
+    what, leave = f"base_quantization={how}", "or base_quantization to none"
+    if how == "none":
+        return []
+    if config.model.model_type == "full":
+        keys, fix = ("base_quantization", "model_type"), f"set model_type to lora, {leave}"
+        problems.append(Problem(f"{what} with model_type=full: weights in fewer bits can't be trained", fix, keys))
+    if not config.loop.gradient_checkpointing:
+        keys = ("base_quantization", "gradient_checkpointing")
+        reason = "every block's weights would be held in full until the backward pass"
+        fix = f"set gradient_checkpointing to true, {leave}"
+        problems.append(Problem(f"{what} with gradient_checkpointing=false: {reason}", fix, keys))
+    if how == "nf4" and find_spec("bitsandbytes") is None:
+        fix = 'run pip install "crepatrain[8bit]", or use int8'
+        problems.append(Problem(f"{what}: bitsandbytes is not installed", fix, ("base_quantization",)))
+    return problems

@@ -1,0 +1,90 @@
+"""Pinned host memory: how much of it there may be, and some of it for weights."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from crepatrain.errors import UserError
+
+_GIB = 1 << 30
+# torch rounds each piece of pinned memory up to a power of two: pieces of that size lose nothing.
+_PIECE = _GIB
+# What is left for everything else on the machine: readers of clips, Python, the page cache that weights are read through.
+_SPARE = 2 * _GIB
+_CONTAINER = Path("/sys/fs/cgroup/memory.max")
+
+
+def pinned_bytes(size: int) -> int:
+    """What pinned memory for so many bytes takes."""
+    return sum(_pieces(size))
+
+
+def _pieces(size: int) -> Iterator[int]:
+    yield from [_PIECE] * (size // _PIECE)
+    if rest := size % _PIECE:
+        yield 1 << (rest - 1).bit_length()
+
+
+class HostMemory:
+    """Bytes in host memory, one address space over several allocations, each made when it is first looked at.
+
+    Args:
+        pinned: False on a machine without a GPU.
+    """
+
+    def __init__(self, size: int, *, pinned: bool) -> None:
+        self._sizes, self._pinned = list(_pieces(size)), pinned
+        self._pieces: list[Tensor | None] = [None] * len(self._sizes)
+
+    def spans(self, start: int, size: int) -> Iterator[tuple[Tensor, int]]:
+        """The memory from an address on, in parts that lie in one allocation each, with where each begins behind `start`."""
+        end, address = start + size, start
+        while address < end:
+            piece, offset = self._piece(address // _PIECE), address % _PIECE
+            length = min(end - address, _PIECE - offset)
+            yield piece[offset : offset + length], address - start
+            address += length
+
+    def _piece(self, index: int) -> Tensor:
+        piece = self._pieces[index]
+        if piece is None:
+            piece = self._pieces[index] = torch.empty(self._sizes[index], dtype=torch.uint8, pin_memory=self._pinned)
+        return piece
+
+
+def expect_host_memory(key: str, setting: str, size: int, *, processes: int = 1) -> None:
+    """Make sure that the machine can pin so much memory, before any of it is taken.
+
+    The limit on locked memory (ulimit -l) is not looked at: CUDA's driver pins memory itself, and no such limit holds for it.
+
+    Args:
+        key: of the config, that needs the memory; setting: as it is set.
+        size: bytes that each process pins.
+        processes: on this machine.
+
+    Raises:
+        UserError: it has not that much.
+    """
+    needed, room = size * processes, available_memory()
+    if needed + _SPARE <= room:
+        return
+    each = f" ({processes} processes with {size / _GIB:.1f} GiB each)" if processes > 1 else ""
+    raise UserError(
+        f"{setting}: {needed / _GIB:.1f} GiB of host memory would be pinned{each} and {_SPARE / _GIB:.0f} GiB are left for "
+        f"everything else, but {room / _GIB:.1f} GiB are available",
+        f"lower {key}, end other programs, or use a machine with more memory",
+        (key,),
+    )
+
+
+def available_memory() -> int:
+    """Bytes of host memory that can still be taken: of the machine, or of the container if that has less."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = _CONTAINER.read_text(encoding="ascii").strip()
+    except OSError:  # not in a container of that kind
+        return free
+    return free if limit == "max" else min(free, int(limit))

@@ -1,0 +1,116 @@
+"""Blocks in host memory, in the estimate: to the byte what a step holds, and the number that a card needs."""
+
+import pytest
+import torch
+from plans import bucket_of, plans
+
+from crepatrain.config.plan import Plan
+from crepatrain.console import Screen
+from crepatrain.errors import UserError
+from crepatrain.memory import stages
+from crepatrain.memory.estimate import estimate_memory
+from crepatrain.memory.offload import BlockSizes, choose_offload, expect_room_on_host
+from crepatrain.placement import host_memory
+from crepatrain.specs import FAMILIES
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def plan_of(tiny_checkpoint, config_file):
+    return plans(tiny_checkpoint, config_file)
+
+
+CASES = [
+    pytest.param(family, precision, marks=[pytest.mark.slow] * ((family, precision) != ("wan", "bf16")))
+    for family in FAMILIES
+    for precision in ("bf16", "no")
+]
+
+
+@pytest.mark.parametrize(("family", "precision"), CASES)
+def test_the_account_of_a_ring_is_the_real_one_to_the_byte(plan_of, family, precision):
+    resident = plan_of(family, mixed_precision=precision)
+    without, sizes = stages.training_stage(resident, bucket_of(resident)), BlockSizes.of(resident)
+    for count in (1, len(sizes.resident)):
+        plan = plan_of(family, mixed_precision=precision, block_offload=count)
+        fake, real = (stages.training_stage(plan, bucket_of(plan), fake=fake) for fake in (True, False))
+        assert fake == real
+        assert sizes.changed(without, 0, count) == fake
+        assert sizes.changed(fake, count, 0) == without
+
+
+@pytest.mark.slow
+def test_the_account_of_a_video_is_the_real_one_to_the_byte(plan_of):
+    found = []
+    for count in (0, 4):
+        plan = plan_of(validation_prompts=["a"], mixed_precision="bf16", block_offload=count)
+        fake, real = (stages.sampling_stage(plan, bucket_of(plan), fake=fake) for fake in (True, False))
+        assert fake == real
+        found.append(fake)
+    assert BlockSizes.of(plan).changed(found[0], 0, 4) == found[1]
+
+
+def chosen(plan: Plan, room: int | None) -> int:
+    count = choose_offload(plan, bucket_of(plan), room, Screen(quiet=True)).config.loop.block_offload
+    assert isinstance(count, int)
+    return count
+
+
+def test_auto_is_the_smallest_number_that_fits(plan_of):
+    plan, resident = plan_of(block_offload="auto"), plan_of()
+    peaks = {0: stages.training_stage(resident, bucket_of(resident)).peak}
+    depth = resident.geometry.depth
+    for count in (3, depth):
+        ringed = plan_of(block_offload=count)
+        peaks[count] = stages.training_stage(ringed, bucket_of(ringed)).peak
+    assert peaks[depth] < peaks[3] < peaks[0]
+    for count, peak in peaks.items():
+        assert chosen(plan, peak) == count
+    assert chosen(plan, peaks[3] - 1) == 4
+    assert chosen(plan, 1) == depth, "the rehearsal says that nothing fits"
+    assert chosen(plan, None) == 0
+    assert choose_offload(resident, bucket_of(plan), None, Screen(quiet=True)) is resident
+
+
+def test_auto_needs_an_estimate(plan_of):
+    plan = plan_of("kandinsky5_video", "tiny-nabla", height=128, width=128, compile=True, block_offload="auto")
+    with pytest.raises(UserError, match=r"block_offload=auto: no estimate"):
+        chosen(plan, 1 << 30)
+
+
+def test_remedies_name_a_number(plan_of):
+    depth = plan_of().geometry.depth
+    for changes, words in (
+        ({}, f"block_offload: {depth}"),
+        ({"gradient_checkpointing": False}, f"gradient_checkpointing: true, block_offload: {depth}"),
+    ):
+        plan = plan_of(crepa_enabled=False, **changes)
+        remedies = dict(estimate_memory(plan, [bucket_of(plan)], Screen(quiet=True), what="estimating").remedies)
+        taken = plan_of(crepa_enabled=False, block_offload=depth)
+        assert remedies[words] == stages.training_stage(taken, bucket_of(taken)).peak
+    whole = plan_of(block_offload=depth)
+    estimate = estimate_memory(whole, [bucket_of(whole)], Screen(quiet=True), what="estimating")
+    assert not [name for name, _ in estimate.remedies if "block_offload" in name]
+    assert estimate.on_host == BlockSizes.of(whole).on_host(depth) > 0
+    full = plan_of(model_type="full", crepa_enabled=False)
+    offered = estimate_memory(full, [bucket_of(full)], Screen(quiet=True), what="estimating").remedies
+    assert not [name for name, _ in offered if "block_offload" in name]
+
+
+def test_host_memory_is_looked_at_before_the_start(plan_of, monkeypatch):
+    plan = plan_of(block_offload=4)
+    needed = BlockSizes.of(plan).on_host(4)
+    spare = host_memory._SPARE
+    monkeypatch.setattr(host_memory, "available_memory", lambda: needed + spare)
+    expect_room_on_host(plan, CUDA)
+    expect_room_on_host(plan_of(), CUDA)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"block_offload=4: .* GiB of host memory .*2 processes") as raised:
+        expect_room_on_host(plan, CUDA)
+    expect_room_on_host(plan, torch.device("cpu"))
+    assert "lower block_offload" in raised.value.problems[0].fix
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(host_memory, "available_memory", lambda: needed + spare - 1)
+    with pytest.raises(UserError, match="are available"):
+        expect_room_on_host(plan, CUDA)

@@ -1,0 +1,83 @@
+"""Runs with blocks in host memory are the runs without, to the bit, whatever comes between two steps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import RESTLESS, Write, expect_same_run, train
+
+from crepatrain.records.events import VideosMade
+
+EVERYTHING = {
+    "max_train_steps": 4,
+    "checkpointing_steps": 2,
+    "gradient_accumulation_steps": 2,
+    "use_ema": True,
+    "eval_share": 0.34,
+    "validation_prompts": ["a square"],
+    "validation_steps": 2,
+    "validation_sampling_steps": 2,
+    "layersync_enabled": True,
+    "layersync_student_block": 1,
+    "layersync_teacher_block": 8,
+    "mixed_precision": "bf16",
+    **RESTLESS,
+}
+BACKBONE = {"crepa_feature_source": "backbone", "crepa_teacher_block_index": 9}
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param({**BACKBONE, "crepa_block_index": 0}, marks=pytest.mark.slow)])
+def test_a_run_is_the_same_to_the_bit(config_file: Write, tmp_path: Path, changes: dict):
+    videos: dict[Path, dict[int, np.ndarray]] = {}
+
+    def trained(name: str, **more: Any) -> Path:
+        def watch(event: object) -> None:
+            if isinstance(event, VideosMade):
+                videos.setdefault(folder, {})[event.step] = next(iter(event.videos.values()))
+
+        folder = tmp_path / name
+        return train(config_file, subscribers=[watch], output_dir=str(folder), **EVERYTHING | changes | more)
+
+    resident = trained("resident")
+    trained("ringed", block_offload=10, max_train_steps=2)
+    ringed = trained("ringed", block_offload=7)
+    expect_same_run(resident, ringed)
+    assert videos[resident].keys() == videos[ringed].keys() == {0, 2, 4}
+    for step, video in videos[resident].items():
+        assert np.array_equal(videos[ringed][step], video), step
+
+
+def test_auto_is_a_number_in_the_folder(config_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    written = []
+    for name, room in (("without-gpu", None), ("small-gpu", 1)):
+        monkeypatch.setattr("crepatrain.commands.fit.free_bytes", lambda _device, room=room: room)
+        folder = train(config_file, output_dir=str(tmp_path / name), block_offload="auto", max_train_steps=1, crepa_enabled=False)
+        written.append(json.loads((folder / "config.json").read_text(encoding="utf-8"))["block_offload"])
+    assert written == [0, 10]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_in_host_memory_train_the_same(config_file: Write, tmp_path: Path):
+    runs = [
+        train(config_file, output_dir=str(tmp_path / str(count)), block_offload=count, compile=True, max_train_steps=2)
+        for count in (0, 10)
+    ]
+    expect_same_run(*runs)
+
+
+@pytest.mark.slow
+def test_two_processes_have_a_ring_each(config_file: Write, tmp_path: Path):
+    resident, ringed = tmp_path / "resident", tmp_path / "ringed"
+    for folder, count in ((resident, 0), (ringed, 10)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "crepatrain", "fit"]
+        config = config_file(output_dir=str(folder), block_offload=count, max_train_steps=2)
+        ended = subprocess.run(
+            [*command, str(config)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 0, ended.stderr
+    expect_same_run(resident, ringed)
