@@ -31,7 +31,13 @@ EVERYTHING = {
 BACKBONE = {"crepa_feature_source": "backbone", "crepa_teacher_block_index": 9}
 
 
-@pytest.mark.parametrize("changes", [{}, pytest.param({**BACKBONE, "crepa_block_index": 0}, marks=pytest.mark.slow)])
+IN_FEWER_BITS = [{"base_quantization": how} for how in ("int8", "fp8", "nf4")]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({**BACKBONE, "crepa_block_index": 0}, *IN_FEWER_BITS))],
+)
 def test_a_run_is_the_same_to_the_bit(config_file: Write, tmp_path: Path, changes: dict):
     videos: dict[Path, dict[int, np.ndarray]] = {}
 
