@@ -36,17 +36,13 @@ from crepatrain.stopping import Stopped
 from crepatrain.tensors import Batch
 from crepatrain.training import build
 from crepatrain.training.clock import StepClock
-from crepatrain.training.metrics import SIGMA_RANGES, HostCopy, StepNumbers, StepSums
+from crepatrain.training.metrics import HOW_TO_READ, SIGMA_RANGES, HostCopy, StepNumbers, StepSums
 from crepatrain.training.optim import clip_gradients
 from crepatrain.training.step import CrepaTerm, training_loss
 
 _GIB = 1 << 30
 _STOP = "asked to stop"
 _DIVERGED = "diverged"
-_HOW_TO_READ = (
-    "crepa_loss is negative: weight x -alignment, so it also shrinks with the weight; "
-    "alignment and self-similarity should rise and then level off"
-)
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def train(run: Run, validation: Validation, evaluation: Evaluation | None, befor
         raise Stopped("before its next step")
     state, schedule = run.state, run.state.schedule
     if schedule is not None:
-        run.context.screen.say(_HOW_TO_READ)
+        run.context.screen.say(HOW_TO_READ)
     with _Batches(run) as batches:
         _steps(run, batches, validation, evaluation)
     if state.step < run.total:
@@ -196,8 +192,7 @@ def _do(run: Run, wanted: Due, validation: Validation, evaluation: Evaluation | 
             _give_back(run, error)
             if run.state.step > run.saved and not run.several:
                 save(run)
-            what = "out of GPU memory while the held-out clips were measured"
-            raise UserError(what, f"{SMALLER}; or train without eval_data and eval_share") from error
+            raise UserError("out of GPU memory while the held-out clips were measured", SMALLER) from error
     if wanted.checkpoint:
         save(run)
     if not wanted.validate:

@@ -9,6 +9,11 @@ from torch import Tensor
 
 from crepatrain.training.step import StepLosses
 
+HOW_TO_READ = (
+    "crepa_loss is negative: weight x -alignment, so it also shrinks with the weight; "
+    "alignment and self-similarity should rise and then level off"
+)
+
 # Ranges of sigma [low, high) for each of which the diffusion loss is logged: it depends on the noise level most of all.
 SIGMA_RANGES = ("0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0")
 
