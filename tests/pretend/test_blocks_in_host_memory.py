@@ -19,7 +19,7 @@ from crepatrain.memory.stages import empty_trained
 from crepatrain.training.lora import trainable_parameters
 
 LAYERS = 24
-NOT_TIMES = ("loss", "diffusion_loss", "crepa_loss", "crepa_alignment_score", "grad_norm")
+NUMBERS = ("loss", "diffusion_loss", "crepa_loss", "crepa_alignment_score", "grad_norm")
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,14 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def numbers(run: Path) -> list[list[float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [[line[key] for key in NOT_TIMES] for line in lines]
+    return [[line[key] for key in NUMBERS] for line in lines]
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "pytorch_lora_weights.safetensors")
 
 
+@pytest.mark.slow
 def test_half_of_the_weights_is_enough(config_file, on_cuda, heavy, tmp_path):
     models = {"pretrained_model_name_or_path": str(heavy), "crepa_encoder": str(heavy / "encoder")}
     path = config_file(cache_dir=str(tmp_path / "cache"), mixed_precision="bf16", lora_rank=1, lora_targets=["to_q"], **models)
