@@ -84,9 +84,14 @@ class Nf4Linear(nn.Linear):
 
 def quantize_blocks(family: Family, transformer: Any, how: Quantization) -> None:
     """Quantise the Linear layers inside the blocks of a frozen transformer, where they are; `none` leaves all as it is."""
-    for name, module in list(transformer.named_modules()):
-        if is_quantized(family, name, module):
+    for name in _names(transformer):
+        if is_quantized(family, name, transformer.get_submodule(name)):
             quantize_layer(transformer, name, how)
+
+
+def _names(transformer: Any) -> list[str]:
+    """Of all modules. The modules themselves would be held, with their weights, when others have taken their places."""
+    return [name for name, _ in transformer.named_modules()]
 
 
 def is_quantized(family: Family, name: str, module: nn.Module) -> bool:
@@ -150,7 +155,8 @@ def load_quantized(
         transformer = family.transformer_class.from_config(dict(family.checkpoint.transformer))
     stored = StoredTensors(path, family.variant.transformer)
     keep = tuple(transformer._keep_in_fp32_modules or ())
-    for name, module in list(transformer.named_modules()):
+    for name in _names(transformer):
+        module = transformer.get_submodule(name)
         on = device if is_quantized(family, name, module) else torch.device("cpu")
         tensors = {**module._parameters, **{key: module._buffers[key] for key in module._buffers if f"{name}.{key}" in stored}}
         for key, empty in tensors.items():

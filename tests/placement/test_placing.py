@@ -20,8 +20,7 @@ def test_a_transformer_without_values_is_placed_like_one_with_weights(tiny_check
         config_file(model_family=name, pretrained_model_name_or_path=folder, mixed_precision="bf16", crepa_enabled=False, **size)
     )
     family, placed = build.build_family(plan), []
-    for make in (build.load_transformer, build.empty_transformer):
-        transformer = make(plan, family)
+    for transformer in (build.load_transformer(plan, family, CPU), build.empty_transformer(plan, family)):
         build.adapt(plan, family, transformer)
         place(plan.config.loop, transformer, family.blocks(transformer), CPU)
         placed.append(transformer)
