@@ -79,6 +79,7 @@ def test_auto_needs_an_estimate(plan_of):
         chosen(plan, 1 << 30)
 
 
+@pytest.mark.slow
 def test_remedies_name_a_number(plan_of):
     depth = plan_of().geometry.depth
     for changes, words in (

@@ -39,7 +39,7 @@ class Model:
     def __init__(self, plan):
         self.plan, self.family = plan, build.build_family(plan)
         torch.manual_seed(3)
-        self.transformer = build.load_transformer(plan, self.family)
+        self.transformer = build.load_transformer(plan, self.family, torch.device("cpu"))
         build.adapt(plan, self.family, self.transformer)
         for parameter in trainable_parameters(self.transformer):
             parameter.data.normal_(std=0.1)
