@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import parse_flag_from_env
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from crepatrain.errors import UserError
 from crepatrain.screen import Screen
@@ -66,4 +67,6 @@ def keep_compiled(cache_dir: Path) -> None:
 
     Called before anything is compiled.
     """
-    os.environ.setdefault(_COMPILED, str(cache_dir.absolute() / "compiled"))
+    # torch writes its own default there when some of its modules are imported, which says nothing of the user.
+    if os.environ.get(_COMPILED) in {None, default_cache_dir()}:
+        os.environ[_COMPILED] = str(cache_dir.absolute() / "compiled")

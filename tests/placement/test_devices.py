@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from crepatrain.commands.cache import cache
 from crepatrain.commands.fit import fit
@@ -85,6 +86,9 @@ def test_an_allocator_that_the_user_has_set_stays(monkeypatch, name):
 
 
 def test_what_is_compiled_is_kept_beside_the_caches(monkeypatch, tmp_path: Path):
+    devices.keep_compiled(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch's own imports leave it
     devices.keep_compiled(tmp_path)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
