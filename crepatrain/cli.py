@@ -17,6 +17,7 @@ from crepatrain.config.summary import summarize
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
 from crepatrain.exits import EXIT_DOES_NOT_FIT, exit_codes, stoppable
+from crepatrain.quiet import quiet_imports
 from crepatrain.specs import FAMILIES
 from crepatrain.streams import lasting_output
 
@@ -41,6 +42,7 @@ ConfigFile = Annotated[
 
 def main() -> None:
     """The entry point of the console script."""
+    quiet_imports()
     with lasting_output(), exit_codes(_screen):
         app()
 
@@ -137,7 +139,7 @@ def dry_run(
         estimate = dryrun.estimate_vram(plan, dataset, screen, gigabytes=fits, everything=remedies)
         if as_json:
             typer.echo(json.dumps(estimate.as_json(), indent=2))
-        if fits is not None and not dryrun.fits(estimate, fits, screen):
+        if fits is not None and not dryrun.fits(plan, list(dataset.clips.buckets), estimate, fits, screen):
             sys.exit(EXIT_DOES_NOT_FIT)
 
     stoppable(work, _screen)

@@ -4,8 +4,15 @@ import logging
 import warnings
 
 
+def quiet_imports() -> None:
+    """Hide what libraries say while they are imported: which of their kernels this machine can't load, and has no need of."""
+    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
 def quiet_libraries() -> None:
     """Turn off progress bars and informational warnings of diffusers and transformers; the hub's downloads keep theirs."""
+    quiet_imports()
     import diffusers
     import transformers
     from huggingface_hub.utils import enable_progress_bars
@@ -19,9 +26,3 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # of Kandinsky's norms, in bf16
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters in one sample are meant
     warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without")  # nothing is merged in training
-    for library in (
-        "torchao",
-        "bitsandbytes",
-        "torch.utils._pytree",
-    ):  # which of their kernels this machine can't load, and has no need of
-        logging.getLogger(library).setLevel(logging.ERROR)

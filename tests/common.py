@@ -1,7 +1,7 @@
 """What tests of several rooms make: tiny families, clips, images, configs."""
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,11 +49,15 @@ def tiny_variants() -> "list[tuple[str, str, Variant]]":
 
 
 class Listening(Screen):
-    """A quiet screen that keeps its notes."""
+    """A quiet screen that keeps its notes and lists."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
         self.notes: list[str] = []
+        self.lists: dict[str, dict[str, str]] = {}
+
+    def rows(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        self.lists[title] = dict(rows)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

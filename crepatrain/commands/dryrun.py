@@ -1,14 +1,20 @@
 """What is known of a run before its weights are loaded: what it trains, and the GPU memory that it needs."""
 
+from collections.abc import Sequence
+
 import torch
 
 from crepatrain.config.plan import Plan
+from crepatrain.data.buckets import Bucket
+from crepatrain.memory.choosing import choose_memory, what_would_fit
 from crepatrain.memory.estimate import Estimate, estimate_memory, largest_bucket
-from crepatrain.memory.offload import choose_offload
 from crepatrain.memory.stages import GIB, empty_trained
+from crepatrain.placement.host_memory import pinnable_memory
+from crepatrain.placement.processes import local_processes
 from crepatrain.preparing import preflight
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.preflight import Dataset
+from crepatrain.records.continuing import keep_begun
 from crepatrain.screen import Screen
 from crepatrain.stopping import StopSignal
 from crepatrain.training.lora import trainable_parameters
@@ -39,7 +45,7 @@ def estimate_vram(
     """Estimate the memory of a run on this dataset, and print it.
 
     Args:
-        gigabytes: of the card that `block_offload: auto` is chosen for; None: of this machine's.
+        gigabytes: of the card that it is for, and that `memory: auto` chooses for; None: this machine's.
         everything: every teacher source and every remedy, also those that can't need less.
 
     Raises:
@@ -47,7 +53,8 @@ def estimate_vram(
     """
     screen.say("estimating GPU memory: the step itself, on tensors without values")
     buckets = list(dataset.clips.buckets)
-    plan = choose_offload(plan, largest_bucket(plan, buckets), _room(gigabytes), screen)
+    host = pinnable_memory(local_processes()) if gigabytes is None else None
+    plan = choose_memory(keep_begun(plan), largest_bucket(plan, buckets), _room(gigabytes), host, screen)
     estimate = estimate_memory(plan, buckets, screen, what="estimating GPU memory", everything=everything)
     owners = dict.fromkeys(owner for stage in estimate.stages.values() for owner in stage.by_owner)
     stages = estimate.stages.values()
@@ -81,10 +88,15 @@ def estimate_vram(
     return estimate
 
 
-def fits(estimate: Estimate, gigabytes: float, screen: Screen) -> bool:
-    """Print and return whether a run fits on a card of so many GB."""
-    fitting = estimate.peak <= _usable(gigabytes)
+def fits(plan: Plan, buckets: Sequence[Bucket], estimate: Estimate, gigabytes: float, screen: Screen) -> bool:
+    """Print and return whether a run fits on a card of so many GB; where training does not, with which settings it would."""
+    room = _usable(gigabytes)
+    fitting = estimate.peak <= room
     screen.say(f"{_gib(estimate.peak)} GiB {'fit' if fitting else 'do not fit'} into {gigabytes:g} GB")
+    if estimate.stages["training"].peak > room:
+        choice = what_would_fit(plan, largest_bucket(plan, buckets), room)
+        verdict = "" if choice.fits else ", which is the least"
+        screen.rows(f"for {gigabytes:g} GB", [*choice.rows(), ("needed", f"{_gib(choice.peak)} GiB in training{verdict}")])
     return fitting
 
 

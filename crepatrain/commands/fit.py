@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from crepatrain.adapters.compatibility import load_call
 from crepatrain.commands.push import push
@@ -18,12 +18,15 @@ from crepatrain.config.sections import LoopConfig
 from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
 from crepatrain.labels import LABELS
-from crepatrain.memory.offload import choose_offload, expect_room_on_host
+from crepatrain.memory.choosing import choose_memory
+from crepatrain.memory.offload import expect_room_on_host
 from crepatrain.placement.devices import free_bytes, keep_compiled, open_device
+from crepatrain.placement.host_memory import pinnable_memory
 from crepatrain.placement.placing import within_memory
-from crepatrain.placement.processes import expect_all_processes
+from crepatrain.placement.processes import expect_all_processes, local_processes
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.preflight import dataset_facts
+from crepatrain.records.continuing import keep_begun
 from crepatrain.records.events import Ended, Events, Logged, StepDone, Subscriber
 from crepatrain.records.layout import ADAPTER_FILE, checkpoints
 from crepatrain.records.reading import first_and_last, mean, read_run
@@ -62,7 +65,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
     device = open_device(screen)
     keep_compiled(Path(plan.config.data.cache_dir))
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu", kwargs_handlers=[patience])
-    plan = choose_offload(plan, Bucket(*plan.size), free_bytes(accelerator.device), screen)
+    plan = _with_memory_chosen(keep_begun(plan), accelerator, screen)
     if plan.config.hub.push_to_hub:
         expect_pushable(plan.config)
     expect_all_processes()
@@ -118,6 +121,17 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
         compare_memory(context, buckets, peak)
     if plan.config.hub.push_to_hub:
         _push(folder, stop, screen)
+
+
+def _with_memory_chosen(plan: Plan, accelerator: Accelerator, screen: Screen) -> Plan:
+    """The plan with a value for every open key, the same in all processes: for the least of what each has."""
+    if not plan.open_keys:
+        return plan
+    room, host = free_bytes(accelerator.device), pinnable_memory(local_processes())
+    if room is not None and accelerator.num_processes > 1:
+        rooms, hosts = zip(*gather_object([(room, host)]), strict=True)
+        room, host = min(rooms), min(hosts)
+    return choose_memory(plan, Bucket(*plan.size), room, host, screen)
 
 
 def _lost(folder: RunFolder, loss: Loss) -> UserError:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from crepatrain.config.plan import Plan
-from crepatrain.records.continuing import find_continuation
+from crepatrain.records.continuing import find_continuation, keep_begun
 from crepatrain.records.layout import RunLayout
 from crepatrain.screen import Screen
 
@@ -14,6 +14,7 @@ def validate(plan: Plan, screen: Screen) -> None:
     Raises:
         UserError: `fit` would refuse because of what the folder holds.
     """
+    plan = keep_begun(plan)
     found = find_continuation(RunLayout(Path(plan.config.loop.output_dir)), plan.config)
     for note in found.notes:
         screen.note(note)

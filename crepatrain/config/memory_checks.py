@@ -6,6 +6,15 @@ from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import Problem
 
+# What `memory: auto` chooses.
+MEMORY_KEYS = frozenset({"gradient_checkpointing", "block_offload", "base_quantization"})
+
+
+def open_keys(config: LoopConfig) -> frozenset[str]:
+    """The keys whose values are chosen for the GPU at hand: with `memory: auto` those that are not written."""
+    chosen = MEMORY_KEYS - config.model_fields_set if config.memory == "auto" else frozenset[str]()
+    return chosen | {"block_offload"} if config.block_offload == "auto" else chosen
+
 
 def check_checkpointing(config: LoopConfig) -> list[Problem]:
     """A compiled block is one operator, of which nothing can be kept."""

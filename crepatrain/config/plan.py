@@ -28,6 +28,7 @@ class Plan:
         grid: token grid at the config's size.
         encoder: of the teacher; None where no vision encoder is used.
         warnings: what the user should know though nothing is wrong.
+        open_keys: whose values are still to be chosen for the GPU at hand.
     """
 
     config: ResolvedConfig
@@ -38,6 +39,7 @@ class Plan:
     grid: TokenGrid
     encoder: EncoderSpec | None
     warnings: tuple[str, ...]
+    open_keys: frozenset[str]
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -149,7 +151,8 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
         raise UserError.of(problems or [Problem(f"{', '.join(keys)}: not usable", "correct it", keys)])
     grid = geometry.token_grid(*resolved.data.size)
     messages = (*pipeline_notes(spec, checkpoint, variant, resolved.model.task), *warnings(resolved, config, grid))
-    return Plan(resolved, spec, checkpoint, variant, geometry, grid, encoder, messages)
+    open_keys = memory_checks.open_keys(config.loop)
+    return Plan(resolved, spec, checkpoint, variant, geometry, grid, encoder, messages, open_keys)
 
 
 def _attempt(problems: list[Problem], action: Callable[[], _T]) -> _T | None:

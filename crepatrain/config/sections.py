@@ -247,6 +247,12 @@ class LoopConfig(Section, frozen=True):
     )
     train_batch_size: int = Field(1, ge=1, le=1024, description="Number of clips in one forward pass on one device.")
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Number of forward passes in one optimizer step.")
+    memory: Literal["manual", "auto"] = Field(
+        "manual",
+        description="With auto, gradient_checkpointing, block_offload and base_quantization are chosen for the GPU at hand where "
+        "they are not set: by the estimate, what costs the least time of what fits.",
+        json_schema_extra=MAY_CHANGE,
+    )
     gradient_checkpointing: bool | Literal["selective"] = Field(
         True,
         description="Compute the blocks again in the backward pass: much less memory, a third more time. selective: keep what "

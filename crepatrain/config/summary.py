@@ -24,9 +24,11 @@ def summarize(plan: Plan) -> list[tuple[str, str]]:
         ("tokens", f"{grid} = {grid.tokens} a clip, in {geometry.depth} blocks of width {geometry.width}"),
         ("steps", _steps(config.loop)),
         ("optimizer", _optimizer(config.optim)),
-        ("precision", f"{_precision(config)}; gradient checkpointing {_CHECKPOINTING[config.loop.gradient_checkpointing]}"),
+        ("precision", _precision(config) + _checkpointing(plan)),
     ]
-    if config.loop.block_offload:
+    if plan.open_keys:
+        rows.append(("memory", f"{', '.join(sorted(plan.open_keys))} as the GPU at hand needs"))
+    elif config.loop.block_offload:
         rows.append(("host memory", _offload(config.loop, geometry.depth)))
     if config.crepa.crepa_enabled:
         rows += _crepa(plan)
@@ -40,8 +42,6 @@ def summarize(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _offload(config: LoopConfig, depth: int) -> str:
-    if config.block_offload == "auto":
-        return "the frozen weights of as few blocks as the GPU at hand needs; block_offload: auto"
     return f"the frozen weights of {config.block_offload} of {depth} blocks, copied to the GPU ahead of their use"
 
 
@@ -74,6 +74,11 @@ def _precision(config: ResolvedConfig) -> str:
     if config.model.model_type == "full":
         return "bf16 arithmetic, fp32 weights"
     return f"bf16, adapter and projector fp32{quantized}"
+
+
+def _checkpointing(plan: Plan) -> str:
+    open_yet = "gradient_checkpointing" in plan.open_keys
+    return "" if open_yet else f"; gradient checkpointing {_CHECKPOINTING[plan.config.loop.gradient_checkpointing]}"
 
 
 def _crepa(plan: Plan) -> list[tuple[str, str]]:

@@ -2,8 +2,6 @@
 
 import contextlib
 import multiprocessing
-import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,13 +15,13 @@ from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
 from crepatrain.memory.account import allocated_bytes
+from crepatrain.memory.beside import begin_beside
 from crepatrain.memory.offload import BlockSizes
 from crepatrain.memory.stages import GIB, Stage, caching_stage, empty_trained, sampling_stage, text_stage, training_stage
 from crepatrain.placement.states import empty_states
-from crepatrain.quiet import quiet_libraries
 from crepatrain.screen import Screen
 from crepatrain.specs import ENCODERS
-from crepatrain.stopping import StopSignal, leave_signals_to_the_parent
+from crepatrain.stopping import StopSignal
 from crepatrain.training.lora import trainable_parameters
 
 # Where the first estimate takes longer, a second process helps with the others.
@@ -276,7 +274,7 @@ def _run_all(needed: _Jobs, wanted: _Jobs, done: Callable[[], None], *, beside: 
 def _other_process() -> Iterator[ProcessPoolExecutor]:
     """A process for jobs, which ends with this context, however that ends."""
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_process)
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=begin_beside)
     try:
         yield pool
     finally:
@@ -284,20 +282,6 @@ def _other_process() -> Iterator[ProcessPoolExecutor]:
         for child in set(multiprocessing.active_children()) - before:
             child.kill()
             child.join()
-
-
-def _begin_process() -> None:
-    """Signals are for the parent; a parent that has ended needs no numbers."""
-    leave_signals_to_the_parent()
-    quiet_libraries()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _with_8bit_states(plan: Plan, stage: Stage) -> Stage:

@@ -80,6 +80,11 @@ def expect_host_memory(key: str, setting: str, size: int, *, processes: int = 1)
     )
 
 
+def pinnable_memory(processes: int) -> int:
+    """Bytes of host memory that each process on this machine can pin, with something left for everything else."""
+    return max(0, available_memory() - _SPARE) // processes
+
+
 def available_memory() -> int:
     """Bytes of host memory that can still be taken: of the machine, or of the container if that has less."""
     free = psutil.virtual_memory().available

@@ -24,6 +24,11 @@ def expect_all_processes() -> None:
         )
 
 
+def local_processes() -> int:
+    """How many processes train on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def wrap(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """What a forward calls in the place of a module: DistributedDataParallel around it, or itself with one process."""
     return accelerator.prepare_model(module, device_placement=False)  # it is where it should be

@@ -3,12 +3,14 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from crepatrain.config.migrations import migrate
+from crepatrain.config.plan import Plan
 from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.run_config import KEYS
 from crepatrain.errors import Problem, UserError
 from crepatrain.leftovers import written_for
 from crepatrain.records.layout import RunLayout, checkpoints, step_of
@@ -73,6 +75,21 @@ def find_continuation(layout: RunLayout, config: ResolvedConfig, processes: int 
     if problems:
         raise UserError.of(problems)
     return Continuation(checkpoint, lost, tuple(changes), remark)
+
+
+def keep_begun(plan: Plan) -> Plan:
+    """A plan whose open keys are those of a run in its folder, where these can't change within a run.
+
+    Raises:
+        UserError: the run's config.json is damaged.
+    """
+    fixed = {key for key in plan.open_keys if not KEYS[key].may_change}
+    layout = RunLayout(Path(plan.config.loop.output_dir))
+    before = _config_before(layout) if fixed else None
+    if not before or not (checkpoints(layout.checkpoints) or _last_step(layout)):
+        return plan
+    kept = {key: before.get(key, KEYS[key].field.default) for key in fixed}
+    return replace(plan, config=plan.config.changed(**kept), open_keys=plan.open_keys - fixed)
 
 
 def _problems(found: Problem | None) -> list[Problem]:

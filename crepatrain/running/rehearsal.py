@@ -18,10 +18,7 @@ from crepatrain.running.session import Run
 from crepatrain.training import build
 from crepatrain.training.step import training_loss
 
-SMALLER = (
-    "set gradient_checkpointing, or block_offload to auto, or lower num_frames, height and width, train_batch_size or lora_rank; "
-    "checkpoints are kept"
-)
+SMALLER = "set memory to auto, or lower num_frames, height and width, train_batch_size or lora_rank; checkpoints are kept"
 """What a user can do where a step does not fit."""
 
 

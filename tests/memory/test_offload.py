@@ -1,15 +1,14 @@
-"""Blocks in host memory, in the estimate: to the byte what a step holds, and the number that a card needs."""
+"""Blocks in host memory, in the estimate: to the byte what a step holds."""
 
 import pytest
 import torch
 from plans import bucket_of, plans
 
-from crepatrain.config.plan import Plan
 from crepatrain.console import Screen
 from crepatrain.errors import UserError
 from crepatrain.memory import stages
 from crepatrain.memory.estimate import estimate_memory
-from crepatrain.memory.offload import BlockSizes, choose_offload, expect_room_on_host
+from crepatrain.memory.offload import BlockSizes, expect_room_on_host
 from crepatrain.placement import host_memory
 from crepatrain.specs import FAMILIES
 
@@ -49,34 +48,6 @@ def test_the_account_of_a_video_is_the_real_one_to_the_byte(plan_of):
         assert fake == real
         found.append(fake)
     assert BlockSizes.of(plan).changed(found[0], 0, 4) == found[1]
-
-
-def chosen(plan: Plan, room: int | None) -> int:
-    count = choose_offload(plan, bucket_of(plan), room, Screen(quiet=True)).config.loop.block_offload
-    assert isinstance(count, int)
-    return count
-
-
-def test_auto_is_the_smallest_number_that_fits(plan_of):
-    plan, resident = plan_of(block_offload="auto"), plan_of()
-    peaks = {0: stages.training_stage(resident, bucket_of(resident)).peak}
-    depth = resident.geometry.depth
-    for count in (3, depth):
-        ringed = plan_of(block_offload=count)
-        peaks[count] = stages.training_stage(ringed, bucket_of(ringed)).peak
-    assert peaks[depth] < peaks[3] < peaks[0]
-    for count, peak in peaks.items():
-        assert chosen(plan, peak) == count
-    assert chosen(plan, peaks[3] - 1) == 4
-    assert chosen(plan, 1) == depth, "the rehearsal says that nothing fits"
-    assert chosen(plan, None) == 0
-    assert choose_offload(resident, bucket_of(plan), None, Screen(quiet=True)) is resident
-
-
-def test_auto_needs_an_estimate(plan_of):
-    plan = plan_of("kandinsky5_video", "tiny-nabla", height=128, width=128, compile=True, block_offload="auto")
-    with pytest.raises(UserError, match=r"block_offload=auto: no estimate"):
-        chosen(plan, 1 << 30)
 
 
 @pytest.mark.slow

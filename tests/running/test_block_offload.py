@@ -11,6 +11,11 @@ import numpy as np
 import pytest
 from runs import RESTLESS, Write, expect_same_run, train
 
+from crepatrain.commands.validate import validate
+from crepatrain.config.plan import read_plan
+from crepatrain.console import Screen
+from crepatrain.data.buckets import Bucket
+from crepatrain.memory.stages import training_stage
 from crepatrain.records.events import VideosMade
 
 EVERYTHING = {
@@ -65,6 +70,27 @@ def test_auto_is_a_number_in_the_folder(config_file: Write, tmp_path: Path, monk
         written.append(json.loads((folders[-1] / "config.json").read_text(encoding="utf-8"))["block_offload"])
     assert written == [0, 10]
     expect_same_run(*folders)
+
+
+def test_memory_is_chosen_and_kept_where_a_run_can_not_change_it(
+    config_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A run that began on a large card goes on on one where nothing fits, with the numbers that it would have had."""
+    keys = ("memory", "gradient_checkpointing", "block_offload", "base_quantization")
+    resident = train(config_file, output_dir=str(tmp_path / "resident"), gradient_checkpointing="selective")
+
+    def run(room: int, steps: int) -> list[object]:
+        monkeypatch.setattr("crepatrain.commands.fit.free_bytes", lambda _device: room)
+        train(config_file, output_dir=str(tmp_path / "chosen"), memory="auto", max_train_steps=steps)
+        written = json.loads((tmp_path / "chosen" / "config.json").read_text(encoding="utf-8"))
+        return [written[key] for key in keys]
+
+    plan = read_plan(config_file(gradient_checkpointing="selective"))
+    enough = training_stage(plan, Bucket(*plan.size)).peak
+    assert run(enough, 2) == ["auto", "selective", 0, "none"]
+    assert run(1, 4) == ["auto", "selective", 10, "none"]
+    expect_same_run(resident, tmp_path / "chosen")
+    validate(read_plan(config_file(output_dir=str(tmp_path / "chosen"), memory="auto", max_train_steps=5)), Screen(quiet=True))
 
 
 @pytest.mark.slow
