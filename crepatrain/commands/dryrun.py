@@ -6,6 +6,7 @@ import torch
 
 from crepatrain.config.plan import Plan
 from crepatrain.data.buckets import Bucket
+from crepatrain.memory.cards import CARDS, usable
 from crepatrain.memory.choosing import choose_memory, what_would_fit
 from crepatrain.memory.estimate import Estimate, estimate_memory, largest_bucket
 from crepatrain.memory.stages import GIB, empty_trained
@@ -18,9 +19,6 @@ from crepatrain.records.continuing import keep_begun
 from crepatrain.screen import Screen
 from crepatrain.stopping import StopSignal
 from crepatrain.training.lora import trainable_parameters
-
-# Usable GiB of a card that is sold as so many GB.
-_CARDS = {8: 7.8, 12: 11.8, 16: 15.8, 24: 23.6, 32: 31.5, 48: 47.5, 80: 79.1, 141: 139.7}
 
 
 def dry_run(plan: Plan, screen: Screen, stop: StopSignal) -> Dataset:
@@ -66,7 +64,7 @@ def estimate_vram(
     lines = [
         ("needed", f"{_gib(estimate.peak)} GiB, while {estimate.largest}; not calibrated on CUDA: the margin is a guess"),
         ("training's peak", f"after {training.op}"),
-        ("fits", ", ".join(f"{card} GB {'yes' if estimate.peak <= room * GIB else 'no'}" for card, room in _CARDS.items())),
+        ("fits", ", ".join(f"{card} GB {'yes' if estimate.peak <= room * GIB else 'no'}" for card, room in CARDS.items())),
     ]
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
@@ -90,7 +88,7 @@ def estimate_vram(
 
 def fits(plan: Plan, buckets: Sequence[Bucket], estimate: Estimate, gigabytes: float, screen: Screen) -> bool:
     """Print and return whether a run fits on a card of so many GB; where training does not, with which settings it would."""
-    room = _usable(gigabytes)
+    room = usable(gigabytes)
     fitting = estimate.peak <= room
     screen.say(f"{_gib(estimate.peak)} GiB {'fit' if fitting else 'do not fit'} into {gigabytes:g} GB")
     if estimate.stages["training"].peak > room:
@@ -100,15 +98,9 @@ def fits(plan: Plan, buckets: Sequence[Bucket], estimate: Estimate, gigabytes: f
     return fitting
 
 
-def _usable(gigabytes: float) -> int:
-    """Bytes of a card of so many GB."""
-    room = _CARDS.get(int(gigabytes), gigabytes) if gigabytes == int(gigabytes) else gigabytes
-    return int(room * GIB)
-
-
 def _room(gigabytes: float | None) -> int | None:
     if gigabytes is not None:
-        return _usable(gigabytes)
+        return usable(gigabytes)
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 

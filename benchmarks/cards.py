@@ -1,0 +1,103 @@
+"""Which models train on which cards, and with which settings, as docs/memory.md shows it.
+
+The estimate of the training step alone, on tensors without values: no GPU and no weights are needed.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import write
+
+from crepatrain.config.memory_checks import MEMORY_KEYS
+from crepatrain.config.plan import Plan, make_plan
+from crepatrain.config.run_config import RunConfig
+from crepatrain.data.buckets import Bucket
+from crepatrain.memory.cards import CARDS, usable
+from crepatrain.memory.choosing import Choice, Chooser
+from crepatrain.specs import FAMILIES
+
+PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
+BEGIN, END = "<!-- what fits, by benchmarks/cards.py -->\n", "<!-- end of what fits -->\n"
+MODELS: Mapping[str, str] = {
+    "wan2.1-1.3b": "Wan 2.1 1.3B",
+    "wan2.2-5b": "Wan 2.2 5B",
+    "wan2.1-14b": "Wan 2.1 14B, 2.2 A14B",
+    "wan2.1-i2v-14b": "Wan 2.1 I2V 14B",
+    "ltx-2b": "LTX-Video 2B",
+    "ltx-13b": "LTX-Video 13B",
+    "sana-2b": "SANA-Video 2B",
+    "kandinsky5-lite": "Kandinsky 5 Lite",
+}
+FRAMES = (17, 49, 81)
+SOLD = tuple(size for size in CARDS if size <= 80)
+
+
+def plan_of(name: str, frames: int) -> Plan:
+    """A LoRA of rank 32 on attention, with CREPA from cached features."""
+    spec = next(spec for spec in FAMILIES.values() if name in spec.released)
+    config = {
+        "model_family": spec.name,
+        "pretrained_model_name_or_path": spec.released[name].repo,
+        "train_data": "benchmarks",
+        "output_dir": "outputs/none",
+        "max_train_steps": 100,
+        "height": 480,
+        "width": 832,
+        "num_frames": frames,
+        "lora_rank": 32,
+        "crepa_enabled": True,
+        "crepa_encoder_image_size": "grid",
+    }
+    return make_plan(RunConfig.model_validate(config), online=False)
+
+
+def choices(name: str, frames: int, cards: Sequence[int] = SOLD) -> dict[int, Choice]:
+    """What `memory: auto` takes, by card."""
+    plan = plan_of(name, frames)
+    chooser = Chooser(plan, MEMORY_KEYS, Bucket(*plan.size))
+    return {card: chooser.choose(usable(card), None) for card in cards}
+
+
+def cell(choice: Choice) -> str:
+    """A choice in a few words."""
+    if not choice.fits:
+        return "no"
+    words = {False: "keep all", "selective": "selective", True: "recompute"}[choice.values["gradient_checkpointing"]]
+    blocks = choice.values["block_offload"]
+    return words + (f", {blocks} blocks" if blocks else "")
+
+
+def tables(found: Mapping[str, Mapping[int, Mapping[int, str]]]) -> str:
+    """Markdown: a table for each number of frames."""
+    head = " | ".join(f"{size} GB" for size in SOLD)
+    lines = []
+    for frames in FRAMES:
+        lines += ["", f"{frames} frames of 480 x 832:", "", f"| | {head} |", "|---" * (len(SOLD) + 1) + "|"]
+        for name, title in MODELS.items():
+            lines.append(f"| {title} | {' | '.join(found[name][frames][size] for size in SOLD)} |")
+    return "\n".join([*lines, "", ""])
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    found: dict[str, dict[int, dict[int, str]]] = {}
+    rows: list[dict[str, Any]] = []
+    for name in MODELS:
+        for frames in FRAMES:
+            chosen = choices(name, frames)
+            found.setdefault(name, {})[frames] = {size: cell(choice) for size, choice in chosen.items()}
+            for size, choice in chosen.items():
+                peaks = {"peak GiB": choice.peak / (1 << 30), "host GiB": choice.on_host / (1 << 30)}
+                rows.append({"model": name, "frames": frames, "GB": size, "settings": cell(choice), **peaks})
+            print(name, frames, found[name][frames], flush=True)
+    write("cards", " ".join(["python", *sys.argv]), rows)
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    PAGE.write_text(before + BEGIN + tables(found) + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
