@@ -18,7 +18,7 @@ from crepatrain.commands.random_checkpoint import make_random
 from crepatrain.config.plan import read_plan
 from crepatrain.console import Screen
 from crepatrain.data import decode
-from crepatrain.data.clip import Clip
+from crepatrain.data.clip import Clip, Rule
 from crepatrain.data.decode import FrameReader, probe
 from crepatrain.data.digests import content_digest
 from crepatrain.preparing.context import Context
@@ -63,7 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     paths = sorted(path for path in options.clips.iterdir() if path.suffix in {".mp4", ".mkv"})
-    clips = [Clip(path, "", content_digest(path), probe(path)) for path in paths]
+    clips = [Clip(path, "", content_digest(path), probe(path), Rule((0, 0, 0), None)) for path in paths]
     frames = sum(clip.info.frames for clip in clips)
 
     def over_all(work: Callable[[Clip], object]) -> Callable[[], object]:

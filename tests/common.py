@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from crepatrain.console import Screen
+from crepatrain.data.clip import Rule
 
 if TYPE_CHECKING:
     from crepatrain.config.plan import Plan
@@ -46,6 +47,10 @@ def tiny_variants() -> "list[tuple[str, str, Variant]]":
             variant = spec.variant(shapes.checkpoint, None)
             found.setdefault((name, variant.tasks), (name, size, variant))
     return list(found.values())
+
+
+RULE = Rule((9, 64, 96), 16.0)
+"""For clips that no test cuts."""
 
 
 class Listening(Screen):

@@ -112,7 +112,7 @@ def recipe(
             "trigger": config.loop.trigger_word,
         },
         "crepa": _crepa(config.crepa),
-        "sample": family.sample_defaults(frames, height, width, config.data.fps),
+        "sample": family.sample_defaults(frames, height, width, config.data.rate(family.variant.fps)),
         "ema": {"used": averaged, "decay": config.optim.ema_decay if averaged else None},
         "step": step,
         "versions": dict(fingerprint["versions"]),

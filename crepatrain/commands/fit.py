@@ -131,7 +131,7 @@ def _with_memory_chosen(plan: Plan, accelerator: Accelerator, screen: Screen) ->
     if room is not None and accelerator.num_processes > 1:
         rooms, hosts = zip(*gather_object([(room, host)]), strict=True)
         room, host = min(rooms), min(hosts)
-    return choose_memory(plan, Bucket(*plan.size), room, host, screen)
+    return choose_memory(plan, Bucket(*plan.largest), room, host, screen)
 
 
 def _lost(folder: RunFolder, loss: Loss) -> UserError:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from crepatrain.adapters.adapter_file import read_adapter
 from crepatrain.adapters.recipe import SCHEMA, public_name
+from crepatrain.config.datasets import read_datasets
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.config.sections import DataConfig
 from crepatrain.config.sources import BASE_KEY, read_checkpoint
@@ -173,7 +174,8 @@ def _open_run(root: Path, options: SampleOptions, screen: Screen) -> _Source:
     if transformer:
         expect_whole_transformer(transformer, f"write it again with `crepatrain export {root}`, and put that in its place")
         saved = checkpoints(layout.checkpoints)
-        settings, step = family.sample_defaults(*config.data.size, config.data.fps), step_of(saved[-1]) if saved else None
+        settings = family.sample_defaults(*config.data.size, config.data.rate(family.variant.fps))
+        step = step_of(saved[-1]) if saved else None
     else:
         recipe, *_ = [read_adapter(path).recipe() for path in adapters.values()]  # all are read: a damaged one is refused
         settings, step = dict(recipe["sample"]), None if options.at else recipe["step"]
@@ -206,9 +208,13 @@ def _trained_files(
 
 def _some_caption(config: DataConfig) -> str | None:
     """The first caption of the clips that were trained on."""
-    listed = list_clips(Path(config.train_data), apart=is_run)
+    try:
+        datasets = read_datasets(config.train_data)
+    except UserError:  # the dataset may have been moved since
+        return None
+    listed = list_clips(datasets[0].path, apart=is_run)
     chosen = choose_captions(listed, "skip", prefix=config.caption_prefix, suffix=config.caption_suffix)
-    return chosen.clips[0].caption if chosen.clips else None  # the dataset may have been moved since
+    return chosen.clips[0].caption if chosen.clips else None
 
 
 def _open_adapter(path: Path, options: SampleOptions) -> _Source:

@@ -10,7 +10,7 @@ from crepatrain.config.alignment_sections import CrepaConfig
 from crepatrain.config.resolved import ResolvedConfig, ResolvedData
 from crepatrain.config.run_config import ALLOWABLE, KEYS, RunConfig
 from crepatrain.config.sections import LoopConfig, ModelConfig, ValidationConfig
-from crepatrain.errors import Problem, UserError, closest
+from crepatrain.errors import Problem, closest
 from crepatrain.files import safetensors_header
 from crepatrain.geometry import Geometry
 from crepatrain.neighbours import reachable_maximum
@@ -37,23 +37,8 @@ def maximum_score(config: CrepaConfig, token_frames: int) -> float:
 
 
 def check_paths(config: ResolvedConfig) -> list[Problem]:
-    """The dataset exists, and the folders of the run and of the cache can be written to."""
+    """The folders of the run and of the cache can be written to."""
     problems = []
-    train_data, about = Path(config.data.train_data), ("train_data",)
-    if not train_data.exists():
-        problems.append(
-            Problem(f"train_data={train_data}: it does not exist", "give a folder of clips, or a .jsonl or .csv list", about)
-        )
-    elif train_data.is_dir() and not any(train_data.iterdir()):
-        problems.append(
-            Problem(f"train_data={train_data}: the folder is empty", "put video files and NAME.txt captions into it", about)
-        )
-    elif train_data.is_file() and train_data.suffix.lower() not in {".jsonl", ".csv"}:
-        what = f"train_data={train_data}: neither a folder nor a .jsonl or .csv list"
-        problems.append(Problem(what, "give the folder of the clips", about))
-    if os.path.realpath(config.loop.output_dir) == os.path.realpath(train_data):  # Path.resolve raises where links loop
-        what = f"output_dir={config.loop.output_dir}: it is the folder of train_data"
-        problems.append(Problem(what, "give a folder of its own", ("output_dir",)))
     for key in ("output_dir", "cache_dir"):
         path = Path(config.value(key))
         if path.exists() and not path.is_dir():
@@ -293,20 +278,6 @@ def check_encoder_size(config: CrepaConfig, encoder: EncoderSpec) -> list[Proble
     legal = [str(n) for n in (below, below + encoder.patch) if n]
     what = f"crepa_encoder_image_size={size}: {config.crepa_encoder} takes multiples of {encoder.patch}"
     return [Problem(what, f"use {' or '.join(legal)}, or grid", ("crepa_encoder_image_size",))]
-
-
-def check_size(data: ResolvedData, geometry: Geometry) -> list[Problem]:
-    """Each of the three numbers by itself, so that all that are wrong are reported."""
-    frames, height, width = data.size
-    rows, columns = geometry.size_multiple
-    legal = frames if geometry.legal_frames(frames) else geometry.nearest_frames(frames)[-1]
-    problems: list[Problem] = []
-    for size in ((frames, rows, columns), (legal, height, columns), (legal, rows, width)):
-        try:
-            geometry.latent_shape(*size)
-        except UserError as error:
-            problems += error.problems
-    return problems
 
 
 def check_tiles(config: LoopConfig, geometry: Geometry) -> list[Problem]:

@@ -30,6 +30,12 @@ def _possible_path(text: str) -> str:
 Quantization = Annotated[Literal["none", "int8", "fp8", "nf4"], BeforeValidator(lambda value: "none" if value is None else value)]
 """How the frozen base is kept."""
 
+ClipMode = Literal["chunks", "first", "middle", "uniform", "slide", "random"]
+"""Which windows a clip is cut into."""
+
+Size = Annotated[list[Annotated[int, Field(ge=16, le=4096)]], Field(min_length=2, max_length=2)]
+"""[height, width] in pixels."""
+
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_possible_path)]
 
 

@@ -196,18 +196,22 @@ def option_value(key: str, text: str) -> Any:
     annotation = KEYS[key].field.annotation if key in KEYS else None
     if text.lower() in {"null", "none"}:
         return None
-    if _plain_types(annotation) == {str}:
+    types = _plain_types(annotation)
+    if types == {str} or (dict in types and not text.startswith("[")):
         return text
     if text.lower() in {"true", "false"}:
         return text.lower() == "true"
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError:
         pass
-    is_list = list in _plain_types(annotation) and text not in _choices(annotation)
-    if is_list and not _REGEX_SIGNS.search(text):
-        return [name.strip() for name in text.split(",")]
-    return text
+    else:
+        return [value] if isinstance(value, int) and _lists_numbers(annotation) and int not in types else value
+    is_list = list in types and text not in _choices(annotation)
+    if not is_list or _REGEX_SIGNS.search(text):
+        return text
+    items = [name.strip() for name in text.split(",")]
+    return [int(item) if item.isdecimal() else item for item in items] if _lists_numbers(annotation) else items
 
 
 def _plain_types(annotation: Any) -> set[type]:
@@ -217,10 +221,18 @@ def _plain_types(annotation: Any) -> set[type]:
     if origin is Literal:
         return {type(choice) for choice in get_args(annotation)}
     if origin is list:
-        return {list}
+        return {list} if dict not in _plain_types(get_args(annotation)[0]) else {dict}
+    if origin is dict:
+        return {dict}
     if isinstance(annotation, type):
         return {annotation}
     return set().union(*(_plain_types(arg) for arg in get_args(annotation)))
+
+
+def _lists_numbers(annotation: Any) -> bool:
+    if get_origin(annotation) is list:
+        return _plain_types(get_args(annotation)[0]) == {int}
+    return any(map(_lists_numbers, get_args(annotation)))
 
 
 def _choices(annotation: Any) -> set[Any]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from crepatrain.config import checks, memory_checks
+from crepatrain.config import checks, data_checks, memory_checks
+from crepatrain.config.datasets import NamedDataset, read_datasets
 from crepatrain.config.load import parse, read_values
 from crepatrain.config.notes import pipeline_notes, warnings
 from crepatrain.config.resolved import ResolvedConfig
@@ -27,6 +28,7 @@ class Plan:
         config: with every default filled in.
         grid: token grid at the config's size.
         encoder: of the teacher; None where no vision encoder is used.
+        datasets: that train_data names.
         warnings: what the user should know though nothing is wrong.
         open_keys: whose values are still to be chosen for the GPU at hand.
     """
@@ -38,6 +40,7 @@ class Plan:
     geometry: Geometry
     grid: TokenGrid
     encoder: EncoderSpec | None
+    datasets: tuple[NamedDataset, ...]
     warnings: tuple[str, ...]
     open_keys: frozenset[str]
 
@@ -45,6 +48,25 @@ class Plan:
     def size(self) -> tuple[int, int, int]:
         """(frames, height, width) of the config."""
         return self.config.data.size
+
+    @property
+    def fps(self) -> float:
+        """The rate of the run's videos: its clips', or where these keep their own the model's."""
+        return self.variant.fps if self.config.data.fps == "keep" else self.config.data.fps
+
+    @property
+    def largest(self) -> tuple[int, int, int]:
+        """(frames, height, width) of the largest window that a clip may be cut into."""
+        data = self.config.data
+        shapes = data.aspect_buckets if isinstance(data.aspect_buckets, list) else [[data.height, data.width]]
+        sizes = [(data.num_frames, height, width) for height, width in shapes]
+        sizes += [self.size_of(dataset) for dataset in self.datasets]
+        return max(sizes, key=lambda size: size[0] * size[1] * size[2])
+
+    def size_of(self, dataset: NamedDataset) -> tuple[int, int, int]:
+        """(frames, height, width) of a dataset's windows."""
+        own, (frames, height, width) = dataset.config, self.size
+        return own.num_frames or frames, own.height or height, own.width or width
 
     @property
     def task(self) -> Task:
@@ -119,6 +141,8 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
         geometry = _attempt(problems, lambda: _geometry(config, spec, found[0]))
     checkpoint, variant = found or (None, spec.default_variant())
     resolved = _resolve(config, spec, variant, checkpoint, geometry)
+    datasets = None if "train_data" in without else _attempt(problems, lambda: read_datasets(resolved.data.train_data))
+    problems += data_checks.check_datasets(datasets or (), resolved.loop.output_dir)
     problems += checks.check_paths(resolved)
     problems += checks.check_length(resolved.loop)
     problems += checks.check_allowed(resolved.loop)
@@ -139,20 +163,20 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     if encoder:
         problems += checks.check_encoder_size(resolved.crepa, encoder)
     if geometry:
-        problems += checks.check_size(resolved.data, geometry)
+        problems += data_checks.check_windows(resolved.data, datasets or (), geometry)
         problems += memory_checks.check_offload(resolved, geometry.depth)
         problems += checks.check_tiles(resolved.loop, geometry)
         problems += checks.check_images(resolved.data, variant, geometry)
         problems += checks.check_blocks(resolved, geometry.depth, source_known=not disagreeing)
         problems += checks.check_targets(resolved, spec, geometry.depth)
         problems += checks.check_threshold(resolved, geometry)
-    if problems or checkpoint is None or geometry is None:
+    if problems or checkpoint is None or geometry is None or datasets is None:
         keys = tuple(sorted(without))
         raise UserError.of(problems or [Problem(f"{', '.join(keys)}: not usable", "correct it", keys)])
     grid = geometry.token_grid(*resolved.data.size)
     messages = (*pipeline_notes(spec, checkpoint, variant, resolved.model.task), *warnings(resolved, config, grid))
     open_keys = memory_checks.open_keys(config.loop)
-    return Plan(resolved, spec, checkpoint, variant, geometry, grid, encoder, messages, open_keys)
+    return Plan(resolved, spec, checkpoint, variant, geometry, grid, encoder, datasets, messages, open_keys)
 
 
 def _attempt(problems: list[Problem], action: Callable[[], _T]) -> _T | None:
@@ -191,6 +215,7 @@ def _resolve(
     if config.crepa.crepa_use_backbone_features or config.crepa.crepa_feature_source == "backbone":
         update |= {"crepa_use_backbone_features": True, "crepa_feature_source": "backbone"}
     resolved = ResolvedConfig.model_validate(config.model_dump() | update)
-    if config.diffusion.flow_shift is None and checkpoint and geometry and not checks.check_size(resolved.data, geometry):
+    legal = geometry is not None and not data_checks.check_windows(resolved.data, (), geometry)
+    if config.diffusion.flow_shift is None and checkpoint and geometry and legal:
         resolved = resolved.changed(flow_shift=checkpoint.flow_shift(geometry.token_grid(*resolved.data.size).tokens))
     return resolved

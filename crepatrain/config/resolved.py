@@ -1,6 +1,6 @@
 """A config with every default filled in that depends on the family or the checkpoint: a plan holds it, and a run writes it."""
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from crepatrain.config.alignment_sections import CrepaConfig, LayerSyncConfig
 from crepatrain.config.run_config import RunConfig
@@ -28,13 +28,17 @@ class ResolvedData(DataConfig, frozen=True):
     height: int
     width: int
     num_frames: int
-    fps: float
+    fps: float | Literal["keep"]
     cache_dir: str
 
     @property
     def size(self) -> tuple[int, int, int]:
         """(frames, height, width)."""
         return self.num_frames, self.height, self.width
+
+    def rate(self, own: float) -> float:
+        """Frames per second of what is sampled; `own` is the model's rate, for clips that keep theirs."""
+        return own if self.fps == "keep" else self.fps
 
 
 class ResolvedDiffusion(DiffusionConfig, frozen=True):

@@ -1,6 +1,6 @@
 """Every key of a config but those of the alignment, in the section of the part of the program that needs it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -8,11 +8,13 @@ from crepatrain.config.fields import (
     IF_ALLOWED,
     LONGEST_OUTPUT_NAME,
     MAY_CHANGE,
+    ClipMode,
     FamilyName,
     LoraTargets,
     PathText,
     Quantization,
     Section,
+    Size,
 )
 
 
@@ -70,8 +72,9 @@ class DataConfig(Section, frozen=True):
 
     model_config = ConfigDict(title="Data")
 
-    train_data: PathText = Field(
-        description="Folder of videos with captions in NAME.txt files, or a .jsonl or .csv list of videos and captions.",
+    train_data: PathText | Annotated[list[dict[str, Any]], Field(min_length=1)] = Field(
+        description="Folder of videos with captions in NAME.txt files; a .jsonl, .csv or .json list of videos and captions; or "
+        "several datasets, as a list of entries with a path each, here or in a .yaml, .toml or .json file.",
         json_schema_extra=MAY_CHANGE,
     )
     height: int | None = Field(None, ge=16, le=4096, description="Height of the clips in pixels. null: the family's default.")
@@ -79,17 +82,36 @@ class DataConfig(Section, frozen=True):
     num_frames: int | None = Field(
         None, ge=1, le=2048, description="Number of pixel frames in one training window. null: the family's default."
     )
-    fps: float | None = Field(
-        None, gt=0, le=240, description="Clips are resampled to this frame rate. null: the family's default."
+    fps: Annotated[float, Field(gt=0, le=240)] | Literal["keep"] | None = Field(
+        None, description="Clips are resampled to this frame rate. keep: every frame as it is. null: the family's default."
     )
-    aspect_buckets: bool = Field(
+    aspect_buckets: bool | Annotated[list[Size], Field(min_length=1)] = Field(
         False,
-        description="Keep each clip's aspect ratio: use the legal size nearest to it, with the same area as height x width.",
+        description="Keep each clip's aspect ratio: use the legal size nearest to it, with the same area as height x width. Or a "
+        "list of [height, width], of which each clip takes the one nearest to its shape.",
+    )
+    frame_buckets: Literal["auto"] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = Field(
+        None,
+        description="How many frames a window may have: a list, of which each clip takes the largest that it fills; auto: as "
+        "many as the model takes and the clip fills. num_frames is the most in any case. null: num_frames.",
+    )
+    clip_mode: ClipMode = Field(
+        "chunks",
+        description="Which windows a clip is cut into. chunks: one after the other; first, middle: one; uniform: "
+        "max_windows_per_clip of them, spread over all of the clip; slide: each begins half a window after the one before; "
+        "random: at places drawn by seed.",
+        json_schema_extra=IF_ALLOWED,
     )
     max_windows_per_clip: int = Field(
         0,
         ge=0,
-        description="Largest number of windows of num_frames cut from one clip, spread evenly. 0: all that fit.",
+        description="Largest number of windows cut from one clip, spread evenly. 0: all that fit.",
+        json_schema_extra=IF_ALLOWED,
+    )
+    crop: Literal["center", "random", "none"] = Field(
+        "center",
+        description="Which part of a picture of another shape is used: the middle one; one at a place drawn by seed for each "
+        "window; or none is left out, and the picture is squeezed.",
         json_schema_extra=IF_ALLOWED,
     )
     missing_captions: Literal["error", "empty", "filename", "skip"] = Field(

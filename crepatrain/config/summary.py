@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from crepatrain.config.alignment_sections import CrepaConfig
 from crepatrain.config.checks import maximum_score
 from crepatrain.config.plan import Plan
-from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.resolved import ResolvedConfig, ResolvedData
 from crepatrain.config.sections import LoopConfig, OptimConfig
 
 _CHECKPOINTING = {True: "on", "selective": "on, self-attention kept", False: "off"}
@@ -20,7 +20,7 @@ def summarize(plan: Plan) -> list[tuple[str, str]]:
         ("model", f"{_model(plan)}, {config.model.pretrained_model_name_or_path}{known}"),
         ("task", _task(plan)),
         ("trained", _trained(config)),
-        ("clips", f"{config.data.train_data}: {frames} frames of {height} x {width} at {config.data.fps:g} fps"),
+        ("clips", f"{_sources(plan)}: {frames} frames of {height} x {width} at {_rate(config.data)}"),
         ("tokens", f"{grid} = {grid.tokens} a clip, in {geometry.depth} blocks of width {geometry.width}"),
         ("steps", _steps(config.loop)),
         ("optimizer", _optimizer(config.optim)),
@@ -39,6 +39,18 @@ def summarize(plan: Plan) -> list[tuple[str, str]]:
         words = f"block {sync.student_block} follows block {sync.teacher_block}, weight {sync.layersync_lambda:g}"
         rows.append(("LayerSync", words))
     return [*rows, ("output", config.loop.output_dir)]
+
+
+def _sources(plan: Plan) -> str:
+    if isinstance(plan.config.data.train_data, str) and len(plan.datasets) == 1:
+        return plan.config.data.train_data
+    return ", ".join(
+        f"{each.path}" + (f" x {each.config.repeats:g}" if each.config.repeats != 1 else "") for each in plan.datasets
+    )
+
+
+def _rate(data: ResolvedData) -> str:
+    return "their own rate" if data.fps == "keep" else f"{data.fps:g} fps"
 
 
 def _offload(config: LoopConfig, depth: int) -> str:

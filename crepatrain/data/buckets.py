@@ -1,15 +1,12 @@
-"""Cutting clips into training windows, and windows into buckets of one size."""
+"""Training windows, and buckets of windows that fit into one batch."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from crepatrain.data.clip import Clip, ClipInfo
-from crepatrain.data.frames import resample_frames
+from crepatrain.data.clip import Clip
+from crepatrain.data.frames import CENTRE, Crop
 from crepatrain.data.listing import Refusal
-
-# A bucket of another aspect ratio may be that much smaller than the configured size.
-_LEAST_AREA = 0.8
 
 
 @dataclass(frozen=True)
@@ -19,16 +16,19 @@ class Bucket:
     Attributes:
         frames, height, width: in pixels.
         caption_tokens: of every caption in it, for a model that takes captions of one length alone.
+        fps: of every window in it, for a model that sees the rate; None: the run's.
     """
 
     frames: int
     height: int
     width: int
     caption_tokens: int | None = None
+    fps: float | None = None
 
     def __str__(self) -> str:
         size = f"{self.frames} x {self.height} x {self.width}"
-        return size if self.caption_tokens is None else f"{size}, {self.caption_tokens} caption tokens"
+        rate = "" if self.fps is None else f", {self.fps:g} fps"
+        return f"{size}{rate}" if self.caption_tokens is None else f"{size}{rate}, {self.caption_tokens} caption tokens"
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Window:
     clip: Clip
     frames: tuple[int, ...]
     bucket: Bucket
+    crop: Crop = CENTRE
 
     @property
     def path(self) -> Path:
@@ -58,6 +59,8 @@ class ClipCut:
         faster: how many times as fast as in the file it runs, above 1 where it has fewer frames than the wanted rate.
         ends: frames, after resampling, that fill no window.
         passed_over: frames, after resampling, of windows that max_windows_per_clip leaves out.
+        elsewhere: frames, after resampling, where clip_mode takes no window.
+        squeezed: the factor between its height and its width where the whole picture is used; 1 where it is cropped.
     """
 
     clip: Clip
@@ -66,6 +69,8 @@ class ClipCut:
     faster: float
     ends: int
     passed_over: int
+    elsewhere: int = 0
+    squeezed: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,11 @@ class ClipWindows:
         """Frames, after resampling, of windows that max_windows_per_clip leaves out."""
         return sum(cut.passed_over for cut in self.cuts)
 
+    @property
+    def elsewhere(self) -> int:
+        """Frames, after resampling, where clip_mode takes no window."""
+        return sum(cut.elsewhere for cut in self.cuts)
+
     def part(self, windows: Iterable[Window]) -> "ClipWindows":
         """Some of the windows, with what was decided about their clips."""
         chosen = tuple(windows)
@@ -109,109 +119,3 @@ class ClipWindows:
         for window in self.windows:
             counts[window.bucket] = counts.get(window.bucket, 0) + 1
         return dict(sorted(counts.items(), key=lambda item: -item[0].frames * item[0].height * item[0].width))
-
-
-def cut_clips(
-    clips: Sequence[Clip],
-    *,
-    size: tuple[int, int, int],
-    fps: float,
-    multiple: tuple[int, int],
-    legal_frames: Callable[[int], bool],
-    aspect_buckets: bool,
-    max_windows_per_clip: int,
-    no_images: str | None = None,
-) -> ClipWindows:
-    """Consecutive windows of every clip; an image is a window of one frame.
-
-    Args:
-        size: (frames, height, width) of a window.
-        fps: the rate that clips are resampled to.
-        multiple: what a bucket's (height, width) must be multiples of.
-        legal_frames: whether the model takes that many frames.
-        aspect_buckets: keep each clip's aspect ratio at about the area of `size`.
-        max_windows_per_clip: spread evenly over the clip; 0 means all.
-        no_images: why images can't be used; None where they can.
-    """
-    wanted_frames, height, width = size
-    chosen = [resample_frames(clip.info, fps) for clip in clips]
-    lengths = [len(numbers) for clip, numbers in zip(clips, chosen, strict=True) if not clip.info.still]
-    too_short = sum(length < wanted_frames for length in lengths)
-    fitting = _largest_legal(min(lengths), legal_frames) if too_short else None
-    windows: list[Window] = []
-    refused: list[Refusal] = []
-    cuts: list[ClipCut] = []
-    for clip, numbers in zip(clips, chosen, strict=True):
-        frames = 1 if clip.info.still else wanted_frames
-        if clip.info.still and no_images:
-            refused.append(Refusal(clip.path, f"it is an image, and {no_images}", "remove it"))
-            continue
-        count = len(numbers) // frames
-        if count == 0:
-            reason = f"{len(numbers)} frames at {min(fps, clip.info.fps):g} fps, and num_frames={frames} are needed"
-            if fitting:
-                remedy = f"set num_frames to {fitting} ({_all_fit(len(lengths))}), give a longer clip"
-            else:
-                own = _largest_legal(len(numbers), legal_frames)
-                remedy = f"set num_frames to {own} or less, give a longer clip" if own else "give a longer clip"
-            refused.append(Refusal(clip.path, reason, remedy))
-            continue
-        starts = [index * frames for index in _spread(count, max_windows_per_clip)]
-        source = clip.info.height, clip.info.width
-        sides = nearest_aspect(source, (height, width), multiple) if aspect_buckets else (height, width)
-        kept, enlarged = _crop_and_scale(source, sides)
-        faster = _speed(clip.info, numbers, fps) if frames > 1 else 1.0
-        cuts.append(ClipCut(clip, kept, enlarged, faster, len(numbers) % frames, (count - len(starts)) * frames))
-        windows += [Window(clip, tuple(numbers[start : start + frames]), Bucket(frames, *sides)) for start in starts]
-    return ClipWindows(tuple(windows), tuple(refused), tuple(cuts), len(lengths), too_short, fitting)
-
-
-def _largest_legal(most: int, legal_frames: Callable[[int], bool]) -> int | None:
-    """The largest legal window of at most so many frames; None where only a single frame is left, as that is no clip."""
-    return next((frames for frames in range(most, 1, -1) if legal_frames(frames)), None)
-
-
-def _all_fit(clips: int) -> str:
-    return "the clip fits then" if clips == 1 else f"all {clips} clips fit then"
-
-
-def _crop_and_scale(source: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
-    """The share of a picture's area that is in the largest middle part of a size's aspect ratio, and how that part is scaled."""
-    scale = max(size[0] / source[0], size[1] / source[1])
-    return size[0] * size[1] / (source[0] * source[1] * scale**2), scale
-
-
-def _speed(info: ClipInfo, numbers: Sequence[int], fps: float) -> float:
-    """How many times as fast chosen frames run at `fps` as they do in the file."""
-    span = info.timestamps[numbers[-1]] - info.timestamps[numbers[0]]
-    return span * fps / (len(numbers) - 1) if len(numbers) > 1 else 1.0
-
-
-def _spread(count: int, limit: int) -> list[int]:
-    if limit == 0 or count <= limit:
-        return list(range(count))
-    if limit == 1:
-        return [count // 2]
-    return [i * (count - 1) // (limit - 1) for i in range(limit)]
-
-
-def nearest_aspect(source: tuple[int, int], area_of: tuple[int, int], multiple: tuple[int, int]) -> tuple[int, int]:
-    """The legal (height, width) nearest to the source's aspect ratio, of at most the wanted area and not under 80 % of it."""
-    area = area_of[0] * area_of[1]
-    aspect = source[0] / source[1]
-    best = area_of
-    best_error = _aspect_error(area_of, aspect)
-    for height in range(multiple[0], area // multiple[1] + 1, multiple[0]):
-        widest = area // height // multiple[1] * multiple[1]
-        for width in range(widest, 0, -multiple[1]):
-            if height * width < _LEAST_AREA * area:
-                break
-            error = _aspect_error((height, width), aspect)
-            if error < best_error - 1e-9:
-                best, best_error = (height, width), error
-    return best
-
-
-def _aspect_error(size: tuple[int, int], aspect: float) -> float:
-    ratio = size[0] / size[1]
-    return max(ratio / aspect, aspect / ratio)

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+ClipMode = Literal["chunks", "first", "middle", "uniform", "slide", "random"]
+"""Where in a clip its windows lie."""
 
 
 class Unreadable(Exception):
@@ -40,9 +44,28 @@ class ClipInfo:
         return (self.frames - 1) / span if span > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How clips of one source are cut into windows.
+
+    Attributes:
+        size: (frames, height, width) of a window; of several lengths or shapes the largest.
+        fps: the rate that they are resampled to; None: their own.
+        start, end: of the part that is used, in seconds from the first picture; end None: to the last one.
+        weight: how often a window is trained on in an epoch, on average.
+    """
+
+    size: tuple[int, int, int]
+    fps: float | None
+    mode: ClipMode = "chunks"
+    start: float = 0.0
+    end: float | None = None
+    weight: float = 1.0
+
+
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One video or image file with its caption.
+    """One video or image file, or a part of it, with its caption.
 
     Attributes:
         digest: of the file's content.
@@ -52,3 +75,4 @@ class Clip:
     caption: str
     digest: str
     info: ClipInfo
+    rule: Rule

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crepatrain.data.clip import Clip, ClipInfo, Unreadable
 from crepatrain.data.digests import content_digest
-from crepatrain.data.frames import crop_resize
+from crepatrain.data.frames import CENTRE, Crop, crop_resize
 from crepatrain.data.pictures import chosen_pictures, is_image, shown_pictures
 
 # Frames that decord has in memory at once, at the file's own size.
@@ -197,12 +197,20 @@ class FrameReader:
     def __init__(self) -> None:
         self._failed: dict[str, int] = {}  # by a file's digest, how many of the ways
 
-    def read(self, clip: Clip, frames: Sequence[int], size: tuple[int, int], beat: Callable[[], None] = lambda: None) -> Tensor:
-        """Some frames of a clip, the middle cropped to an aspect ratio and resized.
+    def read(
+        self,
+        clip: Clip,
+        frames: Sequence[int],
+        size: tuple[int, int],
+        crop: Crop = CENTRE,
+        beat: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """Some frames of a clip, cropped to an aspect ratio and resized.
 
         Args:
             frames: which, by their ascending numbers in the file.
             size: pixels (height, width) of the result.
+            crop: which part of each picture.
             beat: called after each frame.
 
         Returns:
@@ -214,7 +222,7 @@ class FrameReader:
         """
         taken = []
         for picture in self._pictures(clip, frames):
-            taken.append(crop_resize(_as_tensor(picture), size))
+            taken.append(crop_resize(_as_tensor(picture), size, crop))
             beat()
         return torch.cat(taken)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import av
 
-from crepatrain.data.clip import Clip, ClipInfo, Unreadable
+from crepatrain.data.clip import Clip, ClipInfo, Rule, Unreadable
 from crepatrain.data.decode import probe
 from crepatrain.data.digests import FileDigests, read_memo, write_memo
 from crepatrain.data.listing import Refusal
@@ -33,7 +33,7 @@ class ClipIndex:
         self._patience = patience
 
     def read(
-        self, captioned: Sequence[tuple[Path, str]], *, advance: Callable[[], None] = lambda: None
+        self, captioned: Sequence[tuple[Path, str, Rule]], *, advance: Callable[[], None] = lambda: None
     ) -> tuple[list[Clip], list[Refusal]]:
         """Decode every clip that is not known yet, in full, so that damage is found before training.
 
@@ -44,15 +44,15 @@ class ClipIndex:
             The clips that can be decoded, and the files that can't.
         """
 
-        def look(item: tuple[Path, str], beat: Beat) -> Clip:
-            path, caption = item
+        def look(item: tuple[Path, str, Rule], beat: Beat) -> Clip:
+            path, caption, rule = item
             digest = self._digests.file(path, beat)
-            return Clip(path, caption, digest, self._info(path, digest, beat))
+            return Clip(path, caption, digest, self._info(path, digest, beat), rule)
 
         clips: list[Clip] = []
         refused: list[Refusal] = []
         try:
-            for (path, _), looking in read_ahead(look, captioned, at_once=min(4, os.cpu_count() or 1)):
+            for (path, *_), looking in read_ahead(look, captioned, at_once=min(4, os.cpu_count() or 1)):
                 try:
                     clips.append(looking.result(self._patience))
                 except Unreadable as error:

@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from crepatrain.data.lists import CAPTION_KEYS, read_list
+from crepatrain.data.lists import CAPTION_KEYS, WHOLE, Entry, Part, read_list, read_pair
 from crepatrain.data.search import existing, in_words, is_folder, printable, search
 from crepatrain.data.texts import Mistake, as_caption, expect_regular, expect_unicode_name, read_text
 from crepatrain.errors import Problem, UserError
 
-_LISTS = ("metadata.jsonl", "metadata.csv")
+_LISTS = ("metadata.jsonl", "metadata.csv", "metadata.json")
+# A list of files and a list of their captions, line by line.
+_PAIR = ("videos.txt", "prompts.txt")
 _MOST_NAMES = 100
 
 
@@ -33,6 +35,7 @@ class ListedClip:
         name: of the file below the dataset's folder, or as the list has it.
         source: where its caption stands, or would.
         entry: its number in a list, from 1; None in a folder.
+        part: of the file.
     """
 
     path: Path
@@ -40,6 +43,7 @@ class ListedClip:
     name: str
     source: str
     entry: int | None = None
+    part: Part = WHOLE
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class CaptionedClip:
     path: Path
     caption: str
     source: str
+    part: Part = WHOLE
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def list_clips(train_data: Path, key: str = "train_data", apart: Callable[[Path]
     """Find the video and image files of a dataset, and their captions.
 
     Args:
-        train_data: a folder (searched below it too; captions in NAME.txt, metadata.jsonl or metadata.csv), or such a list.
+        train_data: a folder (searched below it too; captions in NAME.txt, or in a list in it), or such a list.
         key: of the config, that says so.
         apart: whether a folder below it is none of the dataset.
     """
@@ -105,6 +110,9 @@ def _listed(train_data: Path, key: str, apart: Callable[[Path], bool]) -> Listed
     if lists:
         listed = _listed_by(lists[0])
         return replace(listed, notes=tuple(_unlisted(train_data, lists, listed, apart)))
+    pair = [_named(train_data, name) for name in _PAIR]
+    if all(pair):
+        return _listed_in(pair[0][0], *read_pair(pair[0][0], pair[1][0]))
     found = search(train_data, apart)
     clips: list[ListedClip] = []
     refused: list[Refusal] = []
@@ -144,10 +152,13 @@ def _named(folder: Path, name: str) -> list[Path]:
 
 
 def _listed_by(file: Path) -> Listed:
-    entries, problems = read_list(file)
+    return _listed_in(file, *read_list(file))
+
+
+def _listed_in(file: Path, entries: Sequence[Entry], problems: list[Problem]) -> Listed:
     clips: list[ListedClip] = []
     refused: list[Refusal] = []
-    seen: dict[Path, int] = {}
+    seen: dict[tuple[Path, float, float | None], int] = {}
     for entry in entries:
         path = existing(file.parent / entry.video)
         try:
@@ -155,12 +166,13 @@ def _listed_by(file: Path) -> Listed:
         except Mistake as mistake:
             refused.append(Refusal(path, f"{mistake.what} (entry {entry.number} of {file.name})", mistake.fix))
             continue
-        first = seen.setdefault(path.resolve(), entry.number)
+        first = seen.setdefault((path.resolve(), entry.part.start, entry.part.end), entry.number)
         if first != entry.number:
-            what = f"{entry.where}: {entry.video} is entry {first} already"
+            what = f"{entry.where}: {entry.video}{entry.part} is entry {first} already"
             problems.append(Problem(what, "remove one of the two; to train a clip under two captions, list a copy of it"))
             continue
-        clips.append(ListedClip(path, entry.caption, entry.video, f"{file.name}, entry {entry.number}", entry.number))
+        source = f"{file.name}, entry {entry.number}"
+        clips.append(ListedClip(path, entry.caption, entry.video, source, entry.number, entry.part))
     return Listed(tuple(clips), tuple(refused), tuple(problems), by=file)
 
 
@@ -193,6 +205,7 @@ def choose_captions(
             clip.path,
             f"{prefix}{say(clip.path) if clip.caption is None else clip.caption}{suffix}",
             clip.name if clip.caption is None else clip.source,
+            clip.part,
         )
         for clip in listed.clips
         if clip.caption is not None or missing != "skip"

@@ -1,11 +1,12 @@
-"""Reading a .jsonl or .csv list of clips and captions."""
+"""Reading a .jsonl, .csv or .json list of clips and captions."""
 
 import csv
 import io
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from crepatrain.data.search import CLIP_SUFFIXES
 from crepatrain.data.texts import Mistake, as_caption, is_unicode, read_text
 from crepatrain.errors import Problem
 
-VIDEO_KEYS = ("video", "file_name", "path", "file", "image")
-CAPTION_KEYS = ("caption", "text", "prompt")
+VIDEO_KEYS = ("video", "file_name", "media_path", "video_path", "path", "file", "image")
+CAPTION_KEYS = ("caption", "text", "prompt", "cap")
 _MOST_PROBLEMS = 100
 _DELIMITERS = {";": "';'", "\t": "tabs", "|": "'|'"}
 _EXAMPLE = 'write {"video": "clip.mp4", "caption": "..."}'
@@ -26,6 +27,29 @@ _SWALLOWED = re.compile(
 
 # A caption may be longer than the 131,072 characters at which the module gives up; unclosed quotes are found otherwise.
 csv.field_size_limit(2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a file is a clip, and how it is trained on, where an entry of a list says so.
+
+    Attributes:
+        start, end: in seconds; end None: to the last picture.
+        fps: the rate that it is resampled to; None: as the others.
+        repeats: how often its windows are trained on in an epoch, as a factor.
+    """
+
+    start: float = 0.0
+    end: float | None = None
+    fps: float | None = None
+    repeats: float = 1.0
+
+    def __str__(self) -> str:
+        until = "the end" if self.end is None else f"{self.end:g} s"
+        return "" if (self.start, self.end) == (0.0, None) else f" from {self.start:g} s to {until}"
+
+
+WHOLE = Part()
 
 
 @dataclass(frozen=True)
@@ -41,6 +65,7 @@ class Entry:
     number: int
     video: str
     caption: str | None
+    part: Part = WHOLE
 
 
 @dataclass(frozen=True)
@@ -54,17 +79,31 @@ def read_list(file: Path) -> tuple[list[Entry], list[Problem]]:
     """The entries that name a file, and all that is wrong with any."""
     try:
         text = read_text(file)
-        rows = _csv_rows(text) if file.suffix.lower() == ".csv" else _json_rows(text)
+        rows = _ROWS.get(file.suffix.lower(), _json_rows)(text)
         entries, problems = _entries(file, rows)
     except Mistake as mistake:
         return [], [Problem(f"{file}: {mistake.what}", mistake.fix)]
     if not entries and not problems:
-        example = _EXAMPLE if file.suffix.lower() == ".jsonl" else 'write the header "video,caption"'
-        problems = [Problem(f"{file}: the list is empty", f"{example}, and a line for each clip")]
+        example = 'write the header "video,caption"' if file.suffix.lower() == ".csv" else _EXAMPLE
+        problems = [Problem(f"{file}: the list is empty", f"{example}, and one for each clip")]
     if len(problems) > _MOST_PROBLEMS:
         more = len(problems) - _MOST_PROBLEMS
         problems = [*problems[:_MOST_PROBLEMS], Problem(f"{file}: {more} more entries can't be used", "correct them as well")]
     return entries, problems
+
+
+def read_pair(videos: Path, prompts: Path) -> tuple[list[Entry], list[Problem]]:
+    """The entries of a file with a name on each line, and one with their captions; and what is wrong with them."""
+    try:
+        names, captions = (read_text(path).rstrip().split("\n") for path in (videos, prompts))
+        if len(names) != len(captions):
+            what = f"it has {len(captions)} lines, and {videos.name} has {len(names)}"
+            return [], [Problem(f"{prompts}: {what}", "write one line for each clip")]
+        pairs = zip(names, captions, strict=True)
+        rows = (_Row(line, line, {"video": name, "caption": text}) for line, (name, text) in enumerate(pairs, 1))
+        return _entries(videos, rows)
+    except Mistake as mistake:
+        return [], [Problem(f"{videos}, {prompts.name}: {mistake.what}", mistake.fix)]
 
 
 def _entries(file: Path, rows: Iterable[_Row | tuple[int, int, Mistake]]) -> tuple[list[Entry], list[Problem]]:
@@ -77,12 +116,12 @@ def _entries(file: Path, rows: Iterable[_Row | tuple[int, int, Mistake]]) -> tup
 
     for row in rows:
         number, line = (row.number, row.line) if isinstance(row, _Row) else row[:2]
-        where = f"{file}, entry {number} (line {line})"
+        where = f"{file}, entry {number}" + (f" (line {line})" if line else "")
         if not isinstance(row, _Row):
             problem(where, row[2])
             continue
         try:
-            video = _video(row.values)
+            video, part = _video(row.values), _part(row.values)
         except Mistake as mistake:
             problem(where, mistake)
             continue
@@ -91,7 +130,7 @@ def _entries(file: Path, rows: Iterable[_Row | tuple[int, int, Mistake]]) -> tup
         except Mistake as mistake:
             problem(where, mistake)
             caption = ""
-        entries.append(Entry(where, number, video, caption))
+        entries.append(Entry(where, number, video, caption, part))
     return entries, problems
 
 
@@ -102,6 +141,31 @@ def _video(values: dict[str, Any]) -> str:
     if "\0" in video or not is_unicode(video):
         raise Mistake("the file's name holds what is no character", "correct the name")
     return video
+
+
+def _part(values: dict[str, Any]) -> Part:
+    start, end, fps, repeats = (_number(values, key) for key in ("start", "end", "fps", "repeats"))
+    for key, value, zero in (("start", start, True), ("end", end, False), ("fps", fps, False), ("repeats", repeats, False)):
+        if value is not None and (value < 0 or (value == 0 and not zero)):
+            raise Mistake(f"{key} is {value:g}", f"write a number {'of 0 or more' if zero else 'above 0'}")
+    if end is not None and end <= (start or 0):
+        raise Mistake(f"end is {end:g}, and start {start or 0:g}", "let the clip end after its start")
+    return Part(start or 0.0, end, fps, 1.0 if repeats is None else repeats)
+
+
+def _number(values: dict[str, Any], key: str) -> float | None:
+    """A number, also one in quotes, as all values of a .csv list are."""
+    value = values.get(key)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        shown = json.dumps(value)[:60]
+        raise Mistake(f"{key} is {shown}, and no number", "write seconds" if key in {"start", "end"} else "write a number")
+    return number
 
 
 def _text(values: dict[str, Any], keys: Iterable[str], meaning: str) -> str | None:
@@ -130,7 +194,8 @@ def _kind(value: object) -> str:
 def _json_rows(text: str) -> Iterator[_Row | tuple[int, int, Mistake]]:
     if _is_array(text):
         raise Mistake(
-            "line 1 is not an object, as all of it is one JSON array", f"{_EXAMPLE} on each line, without brackets around them"
+            "line 1 is not an object, as all of it is one JSON array",
+            f"name the file .json, or {_EXAMPLE} on each line, without brackets around them",
         )
     number = 0
     for line, content in enumerate(text.split("\n"), start=1):  # not splitlines(): a caption may hold other separators
@@ -141,6 +206,21 @@ def _json_rows(text: str) -> Iterator[_Row | tuple[int, int, Mistake]]:
             yield _Row(number, line, _object(content))
         except Mistake as mistake:
             yield number, line, mistake
+
+
+def _array_rows(text: str) -> Iterator[_Row | tuple[int, int, Mistake]]:
+    try:
+        values = json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise Mistake(f"line {error.lineno} is not valid JSON ({error.msg})", "correct that line") from None
+    except RecursionError:
+        raise Mistake("it is nested too deeply", f"write one list of objects: {_EXAMPLE}") from None
+    except ValueError:  # a whole number of thousands of digits
+        raise Mistake("it holds a number that is too long", _EXAMPLE) from None
+    if not isinstance(values, list):
+        raise Mistake("it is no list", f"write one list of objects: {_EXAMPLE}")
+    for number, value in enumerate(values, start=1):
+        yield _Row(number, 0, value) if isinstance(value, dict) else (number, 0, Mistake("not an object", _EXAMPLE))
 
 
 def _object(line: str) -> dict[str, Any]:
@@ -219,6 +299,9 @@ def _expect_header(header: list[str], text: str) -> None:
     if not set(header) & set(VIDEO_KEYS):
         fix = f"give the files' names in a column named one of {', '.join(VIDEO_KEYS)}; the first line is the header"
         raise Mistake(f"the header {shown!r} has no column for the video", fix)
+
+
+_ROWS: Mapping[str, Callable[[str], Iterator[_Row | tuple[int, int, Mistake]]]] = {".csv": _csv_rows, ".json": _array_rows}
 
 
 def _row_mistake(header: list[str], cells: list[str]) -> Mistake | None:

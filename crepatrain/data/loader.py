@@ -1,18 +1,21 @@
 """Batches in an order that is a pure function of (seed, step), with the random draws of every sample."""
 
+import bisect
 import hashlib
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from crepatrain.data.buckets import Bucket
+from crepatrain.data.buckets import Bucket, Window
 from crepatrain.data.cache import CacheStore, unpack_features
-from crepatrain.data.clip import Clip, Unreadable
+from crepatrain.data.clip import Unreadable
 from crepatrain.data.decode import FrameReader
 from crepatrain.errors import Problem, UserError
 from crepatrain.geometry import TokenGrid
@@ -26,7 +29,7 @@ class Sample:
     Attributes:
         image: key of what its first frame adds, where it is conditioned on it.
         teacher: key of the teacher's features; None where they are not cached.
-        pixels: the clip and the frames that a teacher encodes in the step; None where it doesn't.
+        pixels: the window's frames that a teacher encodes in the step; None where it doesn't.
     """
 
     name: str
@@ -35,7 +38,7 @@ class Sample:
     text: str
     image: str | None = None
     teacher: str | None = None
-    pixels: tuple[Clip, tuple[int, ...]] | None = None
+    pixels: Window | None = None
 
 
 @dataclass(frozen=True)
@@ -53,31 +56,57 @@ class StepSampler:
     An epoch shuffles each bucket, repeats some of its samples to fill the last step, and shuffles the steps: all samples of a
     step, over micro-batches and processes, are of one bucket.
 
+    A sample of weight 2.5 is in two or three times, in turn. Which samples have their turn in which epoch is drawn by the seed,
+    such that a whole number of turns comes out exactly: five times in two epochs.
+
     Args:
         buckets: of every sample.
         unit: samples of one optimizer step, over all micro-batches and processes.
         seed: of the order.
+        weights: of every sample; None: all 1.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], unit: int, seed: int) -> None:
+    def __init__(self, buckets: Sequence[Bucket], unit: int, seed: int, weights: Sequence[float] | None = None) -> None:
         assert buckets
         self._buckets = tuple(buckets)
+        self._weights = tuple(weights or [1.0] * len(buckets))
         self._by_bucket: dict[Bucket, list[int]] = {}
         for index, bucket in enumerate(buckets):
             self._by_bucket.setdefault(bucket, []).append(index)
         self.unit = unit
         self.seed = seed
-        self.steps_per_epoch = sum(-(-len(indices) // unit) for indices in self._by_bucket.values())
+        self._turns = self._draw_turns()
+        self._even = all(weight == int(weight) for weight in self._weights)
+        self._ends = [0]  # the first step behind each epoch
         self._plan: tuple[int, list[list[int]]] = (-1, [])
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Of the first epoch; where weights are no whole numbers, others may have a few more or less."""
+        return self.steps_until(1)
+
+    @property
     def repeats_per_epoch(self) -> int:
-        """Samples that an epoch shows twice so that its steps are full."""
-        return self.steps_per_epoch * self.unit - sum(map(len, self._by_bucket.values()))
+        """Samples that the first epoch shows once more so that its steps are full."""
+        return self.steps_per_epoch * self.unit - sum(len(indices) for indices in self._samples_of(0).values())
+
+    def steps_until(self, epoch: int) -> int:
+        """Optimizer steps of all epochs before this one."""
+        while len(self._ends) <= epoch:
+            number = len(self._ends) - 1
+            counts = [len(indices) for indices in self._samples_of(0 if self._even else number).values()]
+            self._ends.append(self._ends[-1] + sum(-(-count // self.unit) for count in counts))
+        return self._ends[epoch]
+
+    def place(self, step: int) -> tuple[int, int, int]:
+        """The epoch of an optimizer step, which step of it that is, both from 0, and how many it has."""
+        epoch = self._epoch_of(step)
+        first = self.steps_until(epoch)
+        return epoch, step - first, self.steps_until(epoch + 1) - first
 
     def samples(self, step: int) -> list[int]:
         """The samples of an optimizer step, in the order of their slots."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+        epoch, position, _ = self.place(step)
         if self._plan[0] != epoch:
             self._plan = (epoch, self._shuffle(epoch))
         return self._plan[1][position]
@@ -86,11 +115,43 @@ class StepSampler:
         """Of all samples of an optimizer step."""
         return self._buckets[self.samples(step)[0]]
 
+    def _epoch_of(self, step: int) -> int:
+        if self._even:
+            return step // self.steps_per_epoch
+        while self._ends[-1] <= step:
+            self.steps_until(len(self._ends))
+        return bisect.bisect_right(self._ends, step) - 1
+
+    def _draw_turns(self) -> Sequence[float]:
+        """When each sample's fraction has its turn, from 0 to 1, evenly over the samples of one weight."""
+        turns = [0.0] * len(self._weights)
+        for weight in sorted(set(self._weights)):
+            alike = [index for index, other in enumerate(self._weights) if other == weight]
+            random.Random(f"{self.seed}/turns/{weight}").shuffle(alike)
+            for place, index in enumerate(alike):
+                turns[index] = (place + 0.5) / len(alike)
+        return turns
+
+    def _samples_of(self, epoch: int) -> dict[Bucket, list[int]]:
+        """Every sample as often as it is in an epoch."""
+        return {
+            bucket: [index for index in indices for _ in range(self._times(index, epoch))]
+            for bucket, indices in self._by_bucket.items()
+        }
+
+    def _times(self, index: int, epoch: int) -> int:
+        if self._weights[index] == int(self._weights[index]):
+            return int(self._weights[index])
+        # Exact: with binary fractions 0.1 of 10 epochs would be 0 or 1 times, as the rounding falls.
+        weight, turn = Fraction(str(self._weights[index])), Fraction(self._turns[index])
+        return math.floor(weight * (epoch + 1) + turn) - math.floor(weight * epoch + turn)
+
     def _shuffle(self, epoch: int) -> list[list[int]]:
         order = random.Random(f"{self.seed}/{epoch}")
         steps = []
-        for bucket in sorted(self._by_bucket, key=str):
-            indices = list(self._by_bucket[bucket])
+        found = self._samples_of(epoch)
+        for bucket in sorted(found, key=str):
+            indices = found[bucket]
             order.shuffle(indices)
             short = -len(indices) % self.unit
             indices += [indices[i % len(indices)] for i in range(short)]
@@ -141,6 +202,7 @@ class TrainingSet(Dataset[Any]):
     Attributes:
         empty_text: key of the empty caption.
         caption_dropout: share of samples trained with it.
+        fps: of the run; a bucket may have its own.
         captions_drop_together: all of an optimizer step or none, for a model that takes captions of one length alone.
         image_dropout: share of samples trained without their first frame, of those that are conditioned on it.
         draw_sigma: a sample's noise level, from its generator.
@@ -205,7 +267,7 @@ class TrainingSet(Dataset[Any]):
             sigma=torch.stack(sigma),
             text=self.collate_text(texts),
             grid=self.grids[bucket],
-            fps=self.fps,
+            fps=self.fps if bucket.fps is None else bucket.fps,
             keys=tuple(self.samples[draw.sample].name for draw in draws),
             conditioning={name: torch.stack([image[name] for image in images]) for name in (images[0] if images else ())},
             teacher=PatchFeatures(torch.stack(teacher), self.teacher_grids[bucket]) if teacher else None,
@@ -214,8 +276,8 @@ class TrainingSet(Dataset[Any]):
 
     def _read_pixels(self, sample: Sample) -> Tensor:
         assert sample.pixels is not None
-        clip, frames = sample.pixels
+        window, bucket = sample.pixels, sample.bucket
         try:
-            return self._frames.read(clip, frames, (sample.bucket.height, sample.bucket.width))
+            return self._frames.read(window.clip, window.frames, (bucket.height, bucket.width), window.crop)
         except (Unreadable, OSError) as error:
-            raise UserError(f"{clip.path}: {error}", "put the clip back as it was when the run began") from error
+            raise UserError(f"{window.path}: {error}", "put the clip back as it was when the run began") from error

@@ -351,7 +351,7 @@ def _batch(plan: Plan, family: Family, bucket: Bucket) -> Batch:
         sigma=torch.full((size,), 0.5),
         text=family.collate_text([text] * size),
         grid=grid,
-        fps=config.data.fps,
+        fps=plan.fps,
         keys=("",) * size,
         conditioning=conditioning,
         teacher=teacher,

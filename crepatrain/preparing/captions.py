@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from crepatrain.config.datasets import NamedDataset
 from crepatrain.config.plan import Plan
+from crepatrain.data.clip import Rule
 from crepatrain.data.listing import Captioned, CaptionedClip, Listed, choose_captions, list_clips
+from crepatrain.data.lists import Part
 from crepatrain.outputs import is_run
 from crepatrain.preparing.context import Context
 from crepatrain.training.build import cut_captions
@@ -12,12 +15,26 @@ from crepatrain.training.build import cut_captions
 _MOST_NAMED = 5
 
 
-def read_captions(plan: Plan, source: Path, key: str) -> tuple[Listed, Captioned]:
+def read_captions(plan: Plan, dataset: NamedDataset, key: str) -> tuple[Listed, Captioned]:
     """What a dataset names, without the folders of runs and of the cache, and the caption of every clip."""
-    config = plan.config.data
+    config, own = plan.config.data, dataset.config
     ours = {Path(plan.config.loop.output_dir).resolve(), Path(config.cache_dir).resolve()}
-    listed = list_clips(source, key, lambda folder: folder.resolve() in ours or is_run(folder))
-    return listed, choose_captions(listed, config.missing_captions, prefix=config.caption_prefix, suffix=config.caption_suffix)
+    listed = list_clips(dataset.path, key, lambda folder: folder.resolve() in ours or is_run(folder))
+    prefix = config.caption_prefix if own.caption_prefix is None else own.caption_prefix
+    suffix = config.caption_suffix if own.caption_suffix is None else own.caption_suffix
+    return listed, choose_captions(listed, config.missing_captions, prefix=prefix, suffix=suffix)
+
+
+def rule_of(plan: Plan, dataset: NamedDataset, part: Part) -> Rule:
+    """How a clip of a dataset is cut: what its entry in a list says comes before its dataset, and that before the run.
+
+    Times are the file's: a part of a clip is cut further by its dataset.
+    """
+    config, own = plan.config.data, dataset.config
+    fps = part.fps or own.fps or (None if config.fps == "keep" else config.fps)
+    ends = [end for end in (part.end, own.end) if end is not None]
+    start, end = max(part.start, own.start), min(ends) if ends else None
+    return Rule(plan.size_of(dataset), fps, own.clip_mode or config.clip_mode, start, end, own.repeats * part.repeats)
 
 
 def note_captions(context: Context, clips: Sequence[CaptionedClip], key: str, *, download: bool) -> None:

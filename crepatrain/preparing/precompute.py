@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from crepatrain.training.loading import loading
 
 _CAPTIONS_AT_ONCE = 8
 _DECODED_AHEAD = 2
-_CROP = "centre, bicubic, antialias"
+_RESIZED = "bicubic, antialias"
 # How frames are numbered; entries of an earlier way may hold other frames than the file shows.
 _READ = "counted from the first"
 _KEPT = "caches so far are kept"
@@ -100,7 +100,7 @@ def plan_caches(context: Context, dataset: Dataset, *, teacher: bool) -> Caches:
             text=text[window.clip.caption],
             image=image.get(window),
             teacher=features.get(window),
-            pixels=(window.clip, _teacher_frames(dataset, window)) if source == "pixels" else None,
+            pixels=replace(window, frames=_teacher_frames(dataset, window)) if source == "pixels" else None,
         )
         for window in windows
     )
@@ -204,7 +204,7 @@ def _source(window: Window, frames: Sequence[int]) -> dict[str, Any]:
         "file": window.clip.digest,
         "frames": list(frames),
         "size": [window.bucket.height, window.bucket.width],
-        "crop": _CROP,
+        "crop": f"{window.crop}, {_RESIZED}",
         "read": _READ,
     }
 
@@ -265,7 +265,7 @@ def _fill_video(context: Context, caches: Caches, without: Collection[tuple[Kind
     reader = FrameReader()
 
     def read(window: Window, beat: Beat) -> Tensor:
-        return reader.read(window.clip, window.frames, (window.bucket.height, window.bucket.width), beat)
+        return reader.read(window.clip, window.frames, (window.bucket.height, window.bucket.width), window.crop, beat)
 
     with progress as advance:
         for window, reading in read_ahead(read, windows, at_once=1 + _DECODED_AHEAD):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,16 +9,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crepatrain.config.checks import maximum_score
+from crepatrain.config.datasets import dataset_at
 from crepatrain.config.plan import Plan
-from crepatrain.data.buckets import Bucket, ClipWindows, cut_clips
+from crepatrain.data.buckets import Bucket, ClipWindows, Window
 from crepatrain.data.clip import Clip
+from crepatrain.data.cutting import Cutting, cut_clips
 from crepatrain.data.digests import FileDigests
+from crepatrain.data.frames import CENTRE
 from crepatrain.data.index import ClipIndex
 from crepatrain.data.listing import Refusal, refusal_error
+from crepatrain.data.lists import Part
 from crepatrain.data.loader import StepSampler
 from crepatrain.errors import Problem, UserError
 from crepatrain.geometry import TokenGrid
-from crepatrain.preparing.captions import note_captions, read_captions
+from crepatrain.preparing.captions import note_captions, read_captions, rule_of
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.decisions import decision_notes, decisions, dropped_in_words
 from crepatrain.preparing.held_out import hold_out, shares_in_words
@@ -57,48 +60,44 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
         Stopped: a signal came; what was read of the clips is kept.
     """
     plan, screen, config = context.plan, context.screen, context.plan.config
-    source = config.data.train_data if key == "train_data" else config.validation.eval_data
-    assert source is not None
-    listed, captioned = read_captions(plan, Path(source), key)
-    problems, refused = [*listed.problems, *captioned.problems], list(captioned.refused)
+    datasets = plan.datasets if key == "train_data" else (dataset_at(config.validation.eval_data or ""),)
+    found = [(each, *read_captions(plan, each, key)) for each in datasets]
+    captioned = [(clip, rule_of(plan, each, clip.part)) for each, _, captions in found for clip in captions.clips]
+    problems = [problem for _, listed, _ in found for problem in listed.problems]
+    problems += [each.about(problem) for each, _, captions in found for problem in captions.problems]
+    refused = [refusal for _, _, captions in found for refusal in captions.refused]
     root = Path(config.data.cache_dir)
     digests = FileDigests(root / "digests.json")
-    with screen.progress("reading clips", len(captioned.clips)) as advance:
+    with screen.progress("reading clips", len(captioned)) as advance:
 
         def after_each() -> None:
             advance()
             context.stop.check("what was read of the clips is kept")
 
         probed, unreadable = ClipIndex(root / "index", digests).read(
-            [(clip.path, clip.caption) for clip in captioned.clips], advance=after_each
+            [(clip.path, clip.caption, rule) for clip, rule in captioned], advance=after_each
         )
-    clips = cut_clips(
-        probed,
-        size=plan.size,
-        fps=config.data.fps,
-        multiple=plan.geometry.size_multiple,
-        legal_frames=plan.geometry.legal_frames,
-        aspect_buckets=config.data.aspect_buckets,
-        max_windows_per_clip=config.data.max_windows_per_clip,
-        no_images=_no_images(plan),
-    )
-    unusable = [*listed.refused, *unreadable, *clips.refused]
+    clips = cut_clips(probed, plan.fps, _cutting(plan))
+    unusable = [*(refusal for _, listed, _ in found for refusal in listed.refused), *unreadable, *clips.refused]
     if unusable and config.data.unusable_clips == "error":
         problems += refusal_error(unusable).problems
     if problems:
         raise UserError.of(problems)
     refused += unusable
-    for note in listed.notes:
-        screen.note(note if key == "train_data" else f"{key}: {note}")
+    for each, listed, _ in found:
+        for note in listed.notes:
+            screen.note(": ".join(filter(None, [each.where if key == "train_data" else key, note])))
     for refusal in refused:
         screen.note(f"{refusal.path} is left out: {refusal.reason}")
-    for note in decision_notes(clips, config.data, Path(source)):
+    for note in decision_notes(clips, config.data, [each.path for each in datasets]):
         screen.note(note)
     if not clips.windows:
         lower = f"set num_frames to {clips.fitting_frames}" if clips.fitting_frames else "lower num_frames"
-        raise UserError(f"{key}={source}: no clip of it can be used", f"add clips, or {lower}")
+        raise UserError(
+            f"{key}={', '.join(str(each.path) for each in datasets)}: no clip of it can be used", f"add clips, or {lower}"
+        )
     used = {window.path for window in clips.windows}
-    note_captions(context, [clip for clip in captioned.clips if clip.path in used], key, download=download)
+    note_captions(context, [clip for clip, _ in captioned if clip.path in used], key, download=download)
     if config.loop.train_batch_size > 1 and not plan.spec.text_is_padded:
         clips = _one_caption_length_per_bucket(plan, clips)
     _check_threshold(plan, clips, screen)
@@ -154,6 +153,22 @@ def _read_both(context: Context, *, download: bool) -> tuple[Dataset, Dataset]:
     return read[0], read[1]
 
 
+def _cutting(plan: Plan) -> Cutting:
+    data = plan.config.data
+    aspects, lengths = data.aspect_buckets, data.frame_buckets
+    return Cutting(
+        multiple=plan.geometry.size_multiple,
+        legal_frames=plan.geometry.legal_frames,
+        aspects=[(height, width) for height, width in aspects] if isinstance(aspects, list) else aspects,
+        lengths=lengths,
+        most=data.max_windows_per_clip,
+        crop=data.crop,
+        seed=plan.config.loop.seed,
+        sees_fps=plan.spec.sees_fps,
+        no_images=_no_images(plan),
+    )
+
+
 def _no_images(plan: Plan) -> str | None:
     """Why images can't be used; None where they can."""
     if not plan.variant.images:
@@ -188,26 +203,46 @@ def _check_threshold(plan: Plan, clips: ClipWindows, screen: Screen) -> None:
 
 def samples_digest(dataset: Dataset) -> str:
     """Of all windows and their captions: with another one it is another dataset."""
-    facts = [[w.clip.digest, w.frames, w.bucket.height, w.bucket.width, w.clip.caption] for w in dataset.clips.windows]
+    facts = [[w.clip.digest, *_cut_of(w), w.clip.caption] for w in dataset.clips.windows]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _cut_of(window: Window) -> list[Any]:
+    """What is taken of a window's file, as plain values; what is as always is left out, as earlier versions did not know it."""
+    rule, bucket = window.clip.rule, window.bucket
+    rest = {"crop": str(window.crop), "fps": bucket.fps, "weight": rule.weight}
+    usual = {"crop": str(CENTRE), "fps": None, "weight": 1.0}
+    other = {key: value for key, value in rest.items() if value != usual[key]}
+    return [window.frames, bucket.height, bucket.width, *([other] if other else [])]
 
 
 def listed_clips(plan: Plan, dataset: Dataset) -> list[dict[str, str]]:
     """Every clip as a run's folder lists it, so that another dataset can be compared clip by clip."""
-    source = Path(plan.config.data.train_data).absolute()
-    folder = source if source.is_dir() else source.parent
     windows: dict[Clip, list[Any]] = {}
     for window in dataset.clips.windows:
-        windows.setdefault(window.clip, []).append([window.frames, window.bucket.height, window.bucket.width])
+        windows.setdefault(window.clip, []).append(_cut_of(window))
+    names = Counter[str]()
     return [
         {
-            "file": os.path.relpath(path, folder) if (path := clip.path.absolute()).is_relative_to(folder) else str(path),
+            "file": _name_of(plan, clip, names),
             "content": clip.digest,
             "caption": _digest(clip.caption),
             "cut": _digest(cut),
         }
         for clip, cut in windows.items()
     ]
+
+
+def _name_of(plan: Plan, clip: Clip, names: Counter[str]) -> str:
+    """Of a clip in the list: its path, from the dataset's folder where there is one alone, and which part or copy of it."""
+    path, rule = clip.path.absolute(), clip.rule
+    if len(plan.datasets) == 1:
+        source = plan.datasets[0].path.absolute()
+        folder = source if source.is_dir() else source.parent
+        path = path.relative_to(folder) if path.is_relative_to(folder) else path
+    name = f"{path}{Part(rule.start, rule.end)}"
+    names[name] += 1
+    return name if names[name] == 1 else f"{name} ({names[name]})"
 
 
 def _digest(facts: Any) -> str:
@@ -218,7 +253,9 @@ def build_sampler(plan: Plan, dataset: Dataset, world: int) -> StepSampler:
     """The data order of a run on that many processes."""
     config = plan.config
     unit = config.loop.train_batch_size * config.loop.gradient_accumulation_steps * world
-    return StepSampler([window.bucket for window in dataset.clips.windows], unit, config.loop.seed)
+    windows = dataset.clips.windows
+    weights = [window.clip.rule.weight for window in windows]
+    return StepSampler([window.bucket for window in windows], unit, config.loop.seed, weights)
 
 
 def total_steps(plan: Plan, sampler: StepSampler) -> int:
@@ -227,7 +264,7 @@ def total_steps(plan: Plan, sampler: StepSampler) -> int:
     if config.loop.max_train_steps is not None:
         return config.loop.max_train_steps
     assert config.loop.num_train_epochs is not None
-    return config.loop.num_train_epochs * sampler.steps_per_epoch
+    return sampler.steps_until(config.loop.num_train_epochs)
 
 
 def latents_bytes(plan: Plan, bucket: Bucket) -> int:
@@ -281,6 +318,7 @@ def describe(context: Context, dataset: Dataset, trainable: Mapping[str, int]) -
     )
     repeats = f", {sampler.repeats_per_epoch} repeated to fill the last steps" if sampler.repeats_per_epoch else ""
     total = total_steps(plan, sampler)
+    epoch, position, length = sampler.place(total)
     screen.rows(
         "run",
         [
@@ -288,7 +326,7 @@ def describe(context: Context, dataset: Dataset, trainable: Mapping[str, int]) -
             ("frames", f"{used} used, {dropped_in_words(clips)}"),
             ("windows", f"{len(clips.windows)}{repeats}"),
             ("steps per epoch", f"{sampler.steps_per_epoch} of {sampler.unit} windows"),
-            ("steps", f"{total}, {total / sampler.steps_per_epoch:.1f} epochs"),
+            ("steps", f"{total}, {epoch + position / length:.1f} epochs"),
             ("trainable parameters", ", ".join(f"{part} {count:,}" for part, count in trainable.items())),
             (
                 "cache on disk",
@@ -304,7 +342,7 @@ def dataset_facts(plan: Plan, dataset: Dataset, sampler: StepSampler) -> dict[st
     windows = Counter(window.clip for window in clips.windows)
     teacher_grids = {bucket: "x".join(map(str, plan.teacher_grid(grid))) for bucket, grid in dataset.grids.items()}
     return {
-        "train_data": plan.config.data.train_data,
+        "train_data": ", ".join(str(each.path) for each in plan.datasets),
         "clips": len(windows),
         "windows": len(clips.windows),
         "left_out": len(dataset.refused),
@@ -312,6 +350,7 @@ def dataset_facts(plan: Plan, dataset: Dataset, sampler: StepSampler) -> dict[st
             "used": sum(len(window.frames) for window in clips.windows),
             "dropped_at_ends": clips.ends,
             "dropped_by_max_windows_per_clip": clips.passed_over,
+            "dropped_by_clip_mode": clips.elsewhere,
         },
         "decided": decisions(clips),
         "unit": sampler.unit,

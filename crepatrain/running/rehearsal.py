@@ -1,6 +1,7 @@
 """Is the GPU large enough? Tried before the first step, and compared with the estimate after the last."""
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -87,11 +88,12 @@ def _step(run: Run, bucket: Bucket) -> None:
 
 
 def _step_of(run: Run, bucket: Bucket) -> int:
-    """A step of the next two epochs with clips of that size, one that asks the teacher where there is one."""
+    """A step with clips of that size, of the next two epochs one that asks the teacher where there is one."""
     schedule, begin = run.state.schedule, run.state.step
-    steps = [step for step in range(begin, begin + 2 * run.sampler.steps_per_epoch) if run.sampler.bucket(step) == bucket]
-    asking = [step for step in steps if schedule is not None and schedule.needs_score(step)]
-    return (asking or steps)[0]
+    steps = (step for step in itertools.count(begin) if run.sampler.bucket(step) == bucket)
+    first = next(steps)  # clips of a small weight come in a later epoch
+    near = itertools.takewhile(lambda step: step < begin + 2 * run.sampler.steps_per_epoch, itertools.chain([first], steps))
+    return next((step for step in near if schedule is not None and schedule.needs_score(step)), first)
 
 
 def _room_for_states(run: Run) -> list[Tensor]:

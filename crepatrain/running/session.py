@@ -261,7 +261,7 @@ def build_training_set(
         captions_drop_together=not plan.spec.text_is_padded,
         image_dropout=config.data.i2v_dropout if drops else 0.0,
         seed=config.loop.seed,
-        fps=config.data.fps,
+        fps=plan.fps,
         draw_sigma=process.draw_sigma,
         collate_text=family.collate_text,
         grids=caches.dataset.grids,

@@ -157,10 +157,10 @@ def _compare(
         allowed=config.loop.allow_changes,
     )
     if changed:
-        epoch, position = divmod(step, sampler.steps_per_epoch)
+        epoch, position, steps = sampler.place(step)
         screen.note(
             f"the clips or captions changed: {'; '.join(changed)}. The order of the data is that of the new ones from here on: "
-            f"step {step} is step {position + 1} of {sampler.steps_per_epoch} of epoch {epoch + 1}, in which some clips may come "
+            f"step {step} is step {position + 1} of {steps} of epoch {epoch + 1}, in which some clips may come "
             "twice and others not at all"
         )
     if config.lora.lora_dropout and split_of(before) not in (None, split_of(fingerprint)):

@@ -94,7 +94,7 @@ class Validation:
             "steps": config.validation.validation_sampling_steps,
             "step": step,
         }
-        write_video(path, grid_video([labelled]), fps=config.data.fps, facts=facts)
+        write_video(path, grid_video([labelled]), fps=run.context.plan.fps, facts=facts)
         try:
             if run.context.plan.encoder is not None:
                 self._measure(by_prompt)
@@ -103,7 +103,7 @@ class Validation:
 
     def _videos(self) -> list[np.ndarray]:
         run, config, device = self.run, self.run.config, self.run.context.device
-        settings = run.family.sample_defaults(*run.context.plan.size, config.data.fps) | {
+        settings = run.family.sample_defaults(*run.context.plan.size, run.context.plan.fps) | {
             "steps": config.validation.validation_sampling_steps
         }
         pipeline, arguments = self._pipeline(), run.family.pipeline_arguments(settings)

@@ -295,6 +295,7 @@ class FamilySpec:
         comfyui_since: month of the first ComfyUI that knows the model; None where any recent one does.
         diffusers_translates_lora: whether diffusers translates the original's names of layers in an adapter file, with their
             .alpha; otherwise it accepts no .alpha.
+        sees_fps: whether the transformer is told the rate of a clip, which is then one for all of a batch.
     """
 
     name: str
@@ -316,6 +317,7 @@ class FamilySpec:
     comfyui: tuple[str, ...] = ("diffusion_model.", "lora_unet_")
     comfyui_since: str | None = None
     diffusers_translates_lora: bool = False
+    sees_fps: bool = False
 
     def pipeline_of(self, variant: Variant, task: Task) -> str:
         """The pipeline class that samples a variant, and that training feeds the transformer like."""

@@ -156,6 +156,7 @@ LTXVIDEO = FamilySpec(
     text_length=128,
     text_parameters=4_762_310_656,
     text_is_padded=True,
+    sees_fps=True,
     geometry=_geometry,
     variant=_variant,
     released=MappingProxyType(

@@ -174,7 +174,7 @@ def random_batch(plan: Plan, family: Family) -> Batch:
         sigma=torch.full((1,), 0.5),
         text=family.collate_text([texts]),
         grid=geometry.token_grid(frames, height, width),
-        fps=plan.config.data.fps,
+        fps=plan.fps,
         keys=("",),
         conditioning=conditioning,
     )

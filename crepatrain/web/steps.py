@@ -66,6 +66,9 @@ STEPS = (
                 "More of the data",
                 (
                     "aspect_buckets",
+                    "frame_buckets",
+                    "clip_mode",
+                    "crop",
                     "max_windows_per_clip",
                     "unusable_clips",
                     "i2v_dropout",

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from common import RULE
 from hard_clips import STEP
 from PIL import Image
 from torch import Tensor
@@ -42,7 +43,7 @@ def numbers_in(frames: Tensor) -> list[int]:
 
 def read_frames(path: Path, frames: Sequence[int], size: tuple[int, int]) -> Tensor:
     """Some frames of a file that was looked at just before."""
-    return FrameReader().read(Clip(path, "", content_digest(path), probe(path)), frames, size)
+    return FrameReader().read(Clip(path, "", content_digest(path), probe(path), RULE), frames, size)
 
 
 def even(count: int, fps: float) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import av
 import pytest
-from common import render_clip, render_image
+from common import RULE, render_clip, render_image
 from hard_clips import damage, write_audio
 
 from crepatrain.data import index
@@ -50,7 +50,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def read(folder: Path, root: Path) -> tuple[list[Clip], list[Refusal]]:
     listed = list_clips(folder)
-    captioned = [(clip.path, clip.caption) for clip in choose_captions(listed, "empty").clips]
+    captioned = [(clip.path, clip.caption, RULE) for clip in choose_captions(listed, "empty").clips]
     clips, refused = ClipIndex(root / "index", FileDigests(root / "digests.json")).read(captioned)
     return clips, [*listed.refused, *refused]
 
@@ -204,7 +204,7 @@ def test_each_clip_advances_once(folder: Path, video: Path, tmp_path: Path):
     add(folder, video, "a.mp4")
     (folder / "empty.mp4").touch()
     ticks: list[int] = []
-    captioned = [(clip.path, "") for clip in list_clips(folder).clips]
+    captioned = [(clip.path, "", RULE) for clip in list_clips(folder).clips]
     ClipIndex(tmp_path / "index", FileDigests(tmp_path / "digests.json")).read(captioned, advance=lambda: ticks.append(1))
     assert len(ticks) == 2
 
@@ -277,7 +277,7 @@ def test_a_read_that_hangs_is_given_up_and_named(folder: Path, video: Path, tmp_
         return probe(path, beat)
 
     monkeypatch.setattr(index, "probe", hanging)
-    captioned = [(path, "") for path in sorted(folder.glob("*.mp4"))]
+    captioned = [(path, "", RULE) for path in sorted(folder.glob("*.mp4"))]
     clips, refused = ClipIndex(tmp_path / "index", FileDigests(tmp_path / "digests.json"), patience=1).read(captioned)
     answers.set()
     assert [clip.path.name for clip in clips] == ["a.mp4", "c.mp4"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from crepatrain.data.listing import (
     list_clips,
     refusal_error,
 )
+from crepatrain.data.lists import WHOLE, Part
 from crepatrain.data.pictures import IMAGE_SUFFIXES
 from crepatrain.data.search import VIDEO_SUFFIXES
 
@@ -533,7 +535,7 @@ def test_all_missing_captions_are_in_one_message():
     [
         ([("a.mp4", "x"), ("b.mp4", None)], "give entry 2 of metadata.csv a caption"),
         ([("a.mp4", None), ("b.mp4", "x"), ("c.mp4", None)], "give entries 1, 3 of metadata.csv a caption"),
-        ([("a.mp4", None)], "give every entry of metadata.csv a caption, in a column named one of caption, text, prompt"),
+        ([("a.mp4", None)], "give every entry of metadata.csv a caption, in a column named one of caption, text, prompt, cap"),
     ],
 )
 def test_a_caption_that_a_list_lacks_is_to_be_written_into_the_list(clips, remedy: str):
@@ -559,3 +561,95 @@ def test_a_clip_without_a_caption_can_be_skipped():
 def test_a_prefix_and_a_suffix_are_put_around_every_caption_as_they_are():
     chosen = choose_captions(FOUND, "filename", prefix="zxcq person, ", suffix=", 4k")
     assert [clip.caption for clip in chosen.clips] == ["zxcq person, said, 4k", "zxcq person, a red fox, 4k"]
+
+
+# Parts of files, and other forms of lists
+
+
+PARTS = [
+    ({"start": 1, "end": 2.5}, Part(1.0, 2.5)),
+    ({"start": "0", "end": " 3 "}, Part(0.0, 3.0)),
+    ({"fps": 12, "repeats": 0.5}, Part(fps=12.0, repeats=0.5)),
+    ({"start": None, "end": ""}, WHOLE),
+]
+
+
+@pytest.mark.parametrize(("written", "part"), PARTS)
+def test_an_entry_may_be_a_part_of_a_file(tmp_path, written, part):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "metadata.json").write_text(json.dumps([{"video": "a.mp4", "caption": "c"} | written]), encoding="utf-8")
+    [clip] = list_clips(tmp_path).clips
+    assert (clip.part, clip.caption, clip.source) == (part, "c", "metadata.json, entry 1")
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ({"start": -1}, "start is -1"),
+        ({"end": 0}, "end is 0"),
+        ({"start": 2, "end": 2}, "end is 2, and start 2"),
+        ({"fps": "fast"}, 'fps is "fast", and no number'),
+        ({"repeats": True}, "repeats is true, and no number"),
+        ({"start": "nan"}, "and no number"),
+        ({"start": [1]}, "and no number"),
+        ({"end": 10**400}, "too long|no number"),
+    ],
+)
+def test_a_part_that_is_none_is_one_message(tmp_path, written, words):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "list.jsonl").write_text(json.dumps({"video": "a.mp4", "caption": "c"} | written), encoding="utf-8")
+    [problem] = list_clips(tmp_path / "list.jsonl").problems
+    assert re.search(words, problem.what)
+    assert "entry 1 (line 1)" in problem.what
+    assert problem.fix
+
+
+def test_two_parts_of_a_file_are_two_clips_and_the_same_part_is_one_too_many(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    rows = [{"video": "a.mp4", "cap": "c", "start": start, "end": end} for start, end in ((0, 1), (1, 2), (0, 1))]
+    (tmp_path / "list.json").write_text(json.dumps(rows), encoding="utf-8")
+    listed = list_clips(tmp_path / "list.json")
+    assert [str(clip.part) for clip in listed.clips] == [" from 0 s to 1 s", " from 1 s to 2 s"]
+    assert [problem.what for problem in listed.problems] == [
+        f"{tmp_path / 'list.json'}, entry 3: a.mp4 from 0 s to 1 s is entry 1 already"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "it is no list"),
+        ("[1]", "entry 1: not an object"),
+        ('[{"video": "a.mp4"},]', "line 1 is not valid JSON"),
+        ("[" * 100_000, "nested too deeply|not valid JSON"),
+        ("[]", "the list is empty"),
+        ('[{"video": "a.mp4", "video": "b.mp4"}]', "video stands twice"),
+        ("[" + "9" * 6000 + "]", "too long"),
+    ],
+)
+def test_a_json_list_that_is_none_is_one_message(tmp_path, text, words):
+    (tmp_path / "list.json").write_text(text, encoding="utf-8")
+    [problem] = list_clips(tmp_path / "list.json").problems
+    assert re.search(words, problem.what), problem.what
+    assert problem.fix
+
+
+@pytest.mark.parametrize("key", ["media_path", "video_path", "path", "file_name"])
+def test_names_that_other_programs_give(tmp_path, key):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({key: "a.mp4", "text": "c"}), encoding="utf-8")
+    assert [(clip.name, clip.caption) for clip in list_clips(tmp_path).clips] == [("a.mp4", "c")]
+
+
+def test_a_file_of_names_and_a_file_of_captions(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).touch()
+    (tmp_path / "videos.txt").write_text("a.mp4\nb.mp4\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("one, with a comma\ntwo\n", encoding="utf-8")
+    assert [(clip.name, clip.caption) for clip in list_clips(tmp_path).clips] == [
+        ("a.mp4", "one, with a comma"),
+        ("b.mp4", "two"),
+    ]
+    (tmp_path / "prompts.txt").write_text("one\n", encoding="utf-8")
+    [problem] = list_clips(tmp_path).problems
+    assert "it has 1 lines, and videos.txt has 2" in problem.what

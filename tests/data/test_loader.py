@@ -135,6 +135,55 @@ def test_the_order_is_a_pure_function_of_seed_and_step():
     assert [there[step] for step in range(length)] != [there[step] for step in range(length, 2 * length)]
 
 
+WEIGHTS = [0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 2.5, 3.7]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    weights=st.lists(st.tuples(st.sampled_from(WEIGHTS), st.sampled_from([WIDE, TALL])), min_size=1, max_size=20),
+    unit=st.integers(1, 4),
+    seed=st.integers(0, 9),
+)
+def test_weights_come_out_exactly_over_whole_turns(weights: list[tuple[float, Bucket]], unit: int, seed: int):
+    sampler = StepSampler([bucket for _, bucket in weights], unit, seed, [weight for weight, _ in weights])
+    epochs = 10  # in which every one of these weights has whole turns
+    seen, least = Counter[int](), Counter[int]()
+    for epoch in range(epochs):
+        steps = [sampler.samples(step) for step in range(sampler.steps_until(epoch), sampler.steps_until(epoch + 1))]
+        assert all(len(step) == unit for step in steps)
+        assert all(len({weights[index][1] for index in step}) == 1 for step in steps)
+        seen.update(itertools.chain.from_iterable(steps))
+        least.update({index: sampler._times(index, epoch) for index in range(len(weights))})
+    for index, (weight, _) in enumerate(weights):
+        assert least[index] == round(10 * weight)
+        assert seen[index] >= least[index], "only what fills a step is shown more often"
+
+
+def test_two_and_a_half_times_are_five_in_two_epochs():
+    sampler = StepSampler([WIDE] * 7, 1, 3, [2.5] * 7)
+    lengths = [sampler.steps_until(epoch + 1) - sampler.steps_until(epoch) for epoch in range(4)]
+    assert sum(lengths[:2]) == sum(lengths[2:]) == 35
+    assert {17, 18} >= set(lengths), "as even as can be"
+    for first in (0, 35):
+        assert Counter(itertools.chain.from_iterable(sampler.samples(first + i) for i in range(35))) == dict.fromkeys(range(7), 5)
+    assert [sampler.place(step)[:2] for step in (0, 34, 35)] == [(0, 0), (1, 34 - lengths[0]), (2, 0)]
+
+
+def test_weights_of_one_change_no_order():
+    buckets = [WIDE] * 7 + [TALL] * 5
+    plain, weighted = StepSampler(buckets, 2, 3), StepSampler(buckets, 2, 3, [1.0] * 12)
+    assert [plain.samples(step) for step in range(30)] == [weighted.samples(step) for step in range(30)]
+
+
+def test_any_step_is_found_without_those_before():
+    def sampler() -> StepSampler:
+        return StepSampler([WIDE] * 5 + [TALL], 2, 3, [0.3] * 5 + [1.7])
+
+    forwards = sampler()
+    there = [forwards.samples(step) for step in range(50)]
+    assert [sampler().samples(step) for step in reversed(range(50))] == there[::-1]
+
+
 def test_the_order_does_not_depend_on_global_randomness():
     import random
 

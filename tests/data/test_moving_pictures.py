@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from common import RULE
 from PIL import Image
 from video_files import encode, numbered
 
@@ -15,7 +16,7 @@ DURATIONS = [40, 40, 120, 40, 200, 40, 40, 40]
 
 
 def pictures(path: Path, frames: tuple[int, ...]) -> np.ndarray:
-    clip = Clip(path, "", content_digest(path), probe(path))
+    clip = Clip(path, "", content_digest(path), probe(path), RULE)
     return FrameReader().read(clip, frames, (96, 160)).permute(0, 2, 3, 1).numpy()
 
 

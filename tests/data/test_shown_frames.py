@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from common import context_of
+from common import RULE, context_of
 from video_files import FRAMES, cut, encode, numbered, write_video_files
 
 from crepatrain.config.plan import read_plan
@@ -40,7 +40,7 @@ def decoded(path: Path) -> list[np.ndarray]:
 
 
 def looked_at(path: Path) -> Clip:
-    return Clip(path, "", content_digest(path), probe(path))
+    return Clip(path, "", content_digest(path), probe(path), RULE)
 
 
 def read(clip: Clip, frames: Sequence[int], reader: FrameReader | None = None) -> list[np.ndarray]:
@@ -139,7 +139,7 @@ def test_marks_of_a_machine_that_rounds_otherwise_do_not_matter(files: Path):
     path = files / "h264-mp4.mp4"
     known = looked_at(path)
     marks = tuple(zlib.crc32(str(mark).encode()) for mark in known.info.marks)
-    elsewhere = Clip(path, "", known.digest, probe(path).__class__(**{**vars(known.info), "marks": marks}))
+    elsewhere = Clip(path, "", known.digest, probe(path).__class__(**{**vars(known.info), "marks": marks}), RULE)
     assert all(map(np.array_equal, read(elsewhere, range(10, 15)), decoded(path)[10:15]))
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from crepatrain.data.buckets import ClipWindows, cut_clips
-from crepatrain.data.clip import ClipInfo
-from crepatrain.data.index import Clip
+from crepatrain.data.buckets import ClipWindows
+from crepatrain.data.clip import Clip, ClipInfo, Rule
+from crepatrain.data.cutting import Cutting, cut_clips
 from crepatrain.errors import UserError
 from crepatrain.preparing.held_out import hold_out, shares_in_words
 
@@ -14,16 +14,9 @@ from crepatrain.preparing.held_out import hold_out, shares_in_words
 def windows_of(*digests: str, frames: int = 10) -> ClipWindows:
     """Clips of these contents, cut into two windows each."""
     info = ClipInfo(64, 96, tuple(i / 16 for i in range(frames)))
-    clips = [Clip(Path(f"{number}.mp4"), "", digest, info) for number, digest in enumerate(digests)]
-    return cut_clips(
-        clips,
-        size=(5, 64, 96),
-        fps=16,
-        multiple=(16, 16),
-        legal_frames=lambda frames: frames % 4 == 1,
-        aspect_buckets=False,
-        max_windows_per_clip=0,
-    )
+    rule = Rule((5, 64, 96), 16.0)
+    clips = [Clip(Path(f"{number}.mp4"), "", digest, info, rule) for number, digest in enumerate(digests)]
+    return cut_clips(clips, 16.0, Cutting((16, 16), lambda frames: frames % 4 == 1))
 
 
 def contents(clips: ClipWindows) -> set[str]:

@@ -346,7 +346,12 @@ def test_dropped_frames_are_counted_by_their_cause(look, clips):
         "33 dropped (6 at ends that fill no window, 27 in windows beyond max_windows_per_clip)"
     )
     facts = dataset_facts(plan, dataset, build_sampler(plan, dataset, world=1))
-    assert facts["frames"] == {"used": 27, "dropped_at_ends": 6, "dropped_by_max_windows_per_clip": 27}
+    assert facts["frames"] == {
+        "used": 27,
+        "dropped_at_ends": 6,
+        "dropped_by_max_windows_per_clip": 27,
+        "dropped_by_clip_mode": 0,
+    }
     assert facts["decided"] == []
     _, dataset, _ = look(train_data=str(clips), fps=16, num_frames=5)
     assert dropped_in_words(dataset.clips) == "0 dropped"

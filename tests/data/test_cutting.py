@@ -2,47 +2,44 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from common import RULE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crepatrain.data.buckets import Bucket, ClipWindows, cut_clips, nearest_aspect
-from crepatrain.data.clip import Clip, ClipInfo
-from crepatrain.data.frames import crop_resize
+from crepatrain.data.buckets import Bucket, ClipWindows
+from crepatrain.data.clip import Clip, ClipInfo, ClipMode, Rule
+from crepatrain.data.cutting import Cutting, cut_clips, nearest_aspect
+from crepatrain.data.frames import CENTRE, Crop, crop_resize
 
 
-def clip(frames: int, *, fps: float = 16, height: int = 64, width: int = 96, name: str = "clip.mp4") -> Clip:
-    return Clip(
-        Path(name), "a caption", f"digest of {name}", ClipInfo(height, width, tuple(round(i / fps, 4) for i in range(frames)))
-    )
+def clip(frames: int, *, fps: float = 16, height: int = 64, width: int = 96, name: str = "clip.mp4", rule: Rule = RULE) -> Clip:
+    info = ClipInfo(height, width, tuple(round(i / fps, 4) for i in range(frames)))
+    return Clip(Path(name), "a caption", f"digest of {name}", info, rule)
 
 
 def image(name: str = "image.png", *, height: int = 64, width: int = 96) -> Clip:
-    return Clip(Path(name), "a caption", f"digest of {name}", ClipInfo(height, width, (0.0,), still=True))
+    return Clip(Path(name), "a caption", f"digest of {name}", ClipInfo(height, width, (0.0,), still=True), RULE)
 
 
 def cut(
     *clips: Clip,
     frames: int = 9,
     fps: float = 16,
-    aspect_buckets: bool = False,
     limit: int = 0,
-    no_images: str | None = None,
     legal: Callable[[int], bool] = lambda frames: frames % 4 == 1,
+    mode: ClipMode = "chunks",
+    **changes: Any,
 ) -> ClipWindows:
-    return cut_clips(
-        clips,
-        size=(frames, 64, 96),
-        fps=fps,
-        multiple=(16, 16),
-        legal_frames=legal,
-        aspect_buckets=aspect_buckets,
-        max_windows_per_clip=limit,
-        no_images=no_images,
-    )
+    """Clips with the usual rule take the others from here; one with a rule of its own keeps it."""
+    usual = replace(RULE, size=(frames, 64, 96), fps=fps, mode=mode)
+    ruled = [replace(each, rule=usual) if each.rule is RULE else each for each in clips]
+    return cut_clips(ruled, fps, Cutting((16, 16), legal, most=limit, **changes))
 
 
 def test_windows_are_consecutive_and_the_end_is_dropped():
@@ -117,7 +114,7 @@ def test_a_slower_clip_runs_faster_by_the_factor_of_the_rates(own: float, factor
 def test_a_clip_of_another_mean_rate_runs_faster_where_its_frames_are_sparse():
     """Two seconds of 4 frames each and two of 60: more than 16 in the mean, yet too few to be resampled to 16."""
     times = (*(i / 4 for i in range(8)), *(2 + i / 60 for i in range(120)))
-    varying = Clip(Path("varying.mp4"), "", "digest", ClipInfo(64, 96, times))
+    varying = Clip(Path("varying.mp4"), "", "digest", ClipInfo(64, 96, times), RULE)
     assert varying.info.fps > 16
     (cut_of,) = cut(varying).cuts
     assert cut_of.faster == pytest.approx(64 / 40, rel=0.02)
@@ -152,7 +149,7 @@ def test_what_is_enlarged_is_the_part_that_the_crop_keeps(height: int, width: in
 
 def test_a_bucket_of_the_clips_own_aspect_crops_less():
     tall = image(height=384, width=96)
-    (at_once,), (own,) = cut(tall).cuts, cut(tall, aspect_buckets=True).cuts
+    (at_once,), (own,) = cut(tall).cuts, cut(tall, aspects=True).cuts
     assert at_once.kept == pytest.approx(1 / 6)
     assert own.kept == pytest.approx(0.8)
 
@@ -216,9 +213,7 @@ def test_a_remedy_that_can_not_keep_all_clips_is_of_the_clip_alone():
 
 
 def test_buckets_are_counted_the_largest_first():
-    result = cut(
-        clip(18, name="wide.mp4", height=64, width=96), clip(9, name="tall.mp4", height=400, width=100), aspect_buckets=True
-    )
+    result = cut(clip(18, name="wide.mp4", height=64, width=96), clip(9, name="tall.mp4", height=400, width=100), aspects=True)
     buckets = list(result.buckets.items())
     assert sum(count for _, count in buckets) == 3
     assert buckets[0][0] == Bucket(9, 64, 96)
@@ -243,7 +238,7 @@ def test_an_image_is_a_window_of_one_frame(suffix: str, limit: int):
 
 
 def test_images_are_cut_by_their_aspect_too():
-    result = cut(image("wide.png"), image("tall.png", height=400, width=100), aspect_buckets=True)
+    result = cut(image("wide.png"), image("tall.png", height=400, width=100), aspects=True)
     wide, tall = (window.bucket for window in result.windows)
     assert wide == Bucket(1, 64, 96)
     assert tall.frames == 1
@@ -319,3 +314,109 @@ def test_a_clip_of_the_wanted_aspect_keeps_the_wanted_size():
 def test_turned_clips_get_a_turned_size():
     height, width = nearest_aspect((1920, 1080), (480, 832), (16, 16))
     assert height > width
+
+
+@pytest.mark.parametrize(
+    ("mode", "limit", "starts"),
+    [
+        ("first", 0, [0]),
+        ("middle", 0, [15]),
+        ("uniform", 3, [0, 15, 31]),
+        ("uniform", 1, [15]),
+        ("uniform", 0, [0, 10, 20, 31]),
+        ("slide", 0, [0, 4, 8, 12, 16, 20, 24, 28]),
+        ("slide", 2, [0, 28]),
+    ],
+)
+def test_modes_choose_where_windows_lie(mode: ClipMode, limit: int, starts: list[int]):
+    result = cut(clip(40), mode=mode, limit=limit)
+    assert [window.frames for window in result.windows] == [tuple(range(start, start + 9)) for start in starts]
+    covered = {frame for window in result.windows for frame in window.frames}
+    assert (result.ends, result.passed_over, result.elsewhere) == (0, 0, 40 - len(covered))
+
+
+@settings(deadline=None)
+@given(length=st.integers(9, 200), limit=st.integers(0, 6), mode=st.sampled_from(["uniform", "slide", "random"]))
+def test_windows_of_every_mode_lie_within_the_clip_and_are_distinct(length: int, limit: int, mode: ClipMode):
+    starts = [window.frames[0] for window in cut(clip(length), mode=mode, limit=limit).windows]
+    assert starts == sorted(set(starts))
+    assert starts[0] >= 0
+    assert starts[-1] <= length - 9
+    assert not limit or len(starts) <= limit
+
+
+def test_random_places_are_those_of_the_seed():
+    def starts(seed: int, *names: str) -> list[list[int]]:
+        result = cut(*(clip(100, name=name) for name in names), mode="random", limit=3, seed=seed)
+        return [[window.frames[0] for window in result.windows if window.path.name == name] for name in names]
+
+    first, other = starts(1, "a.mp4", "b.mp4")
+    assert starts(1, "b.mp4") == [other], "no other clip changes a clip's places"
+    assert first != other
+    assert starts(2, "a.mp4") != [first]
+
+
+def test_a_part_of_a_clip_is_all_there_is_of_it():
+    part = replace(RULE, size=(9, 64, 96), start=1.0, end=2.5)
+    result = cut(clip(80, rule=part))
+    assert [window.frames for window in result.windows] == [tuple(range(16, 25)), tuple(range(25, 34))]
+    assert result.ends == 24 - 18
+    (refusal,) = cut(clip(80, rule=replace(part, end=1.5))).refused
+    assert "8 frames from start to end" in refusal.reason
+    (refusal,) = cut(clip(80, rule=replace(part, start=50.0, end=None))).refused
+    assert "0 frames" in refusal.reason
+
+
+def test_rates_of_their_own():
+    kept = replace(RULE, size=(9, 64, 96), fps=None)
+    slower = replace(RULE, size=(9, 64, 96), fps=8.0)
+    clips = clip(20, fps=30, name="kept.mp4", rule=kept), clip(20, name="slower.mp4", rule=slower), clip(9, name="usual.mp4")
+    for sees_fps, expected in ((True, [30.0, 30.0, 8.0, None]), (False, [None] * 4)):
+        result = cut(*clips, sees_fps=sees_fps)
+        assert [window.frames[:2] for window in result.windows] == [(0, 1), (9, 10), (0, 2), (0, 1)]
+        assert [window.bucket.fps for window in result.windows] == expected
+    assert [found.faster for found in result.cuts] == pytest.approx([1, 1, 1], abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "frames"), [([5, 9, 17], [17, 17, 9, 5]), ("auto", [25, 21, 13, 5]), ([9], [9, 9, 9]), (None, [25])]
+)
+def test_each_clip_takes_the_longest_window_that_it_fills(lengths: Any, frames: list[int]):
+    result = cut(*(clip(n, name=f"{n}.mp4") for n in (30, 23, 16, 5)), frames=25, lengths=lengths, limit=1)
+    assert [window.bucket.frames for window in result.windows] == frames
+    assert len(result.refused) == 4 - len(frames)
+    assert result.fitting_frames == (None if lengths else 5)
+    if lengths == [9]:
+        assert "frame_buckets=[9] are needed" in result.refused[0].reason
+        assert "add 5 to them" in result.refused[0].remedy
+
+
+def test_a_size_of_a_list_is_the_one_nearest_in_shape():
+    sizes = [(64, 96), (96, 64), (80, 80)]
+    clips = [clip(9, height=h, width=w, name=f"{h}.mp4") for h, w in ((108, 192), (192, 108), (100, 110))]
+    assert [(w.bucket.height, w.bucket.width) for w in cut(*clips, aspects=sizes).windows] == [(64, 96), (96, 64), (80, 80)]
+
+
+def test_crops():
+    tall = clip(18, height=192, width=96)
+    (usual,) = {window.crop for window in cut(tall).windows}
+    assert str(usual) == "centre"
+    drawn = [window.crop for window in cut(tall, crop="random", seed=1).windows]
+    assert drawn == [window.crop for window in cut(tall, crop="random", seed=1).windows]
+    assert drawn[0] != drawn[1], "each window has its own"
+    result = cut(tall, crop="none")
+    assert {str(window.crop) for window in result.windows} == {"whole"}
+    (found,) = result.cuts
+    assert (found.kept, found.enlarged, found.squeezed) == (1, 1, 3)
+
+
+@pytest.mark.parametrize(("crop", "rows"), [(Crop(0, 0), 0), (CENTRE, 64), (Crop(1, 1), 128), (Crop(0.25, 0), 32)])
+def test_a_crop_is_the_part_where_it_lies(crop: Crop, rows: int):
+    picture = torch.arange(192, dtype=torch.uint8).view(1, 1, 192, 1).expand(1, 3, 192, 96)
+    assert torch.equal(crop_resize(picture, (64, 96), crop), picture[..., rows : rows + 64, :])
+
+
+def test_a_whole_picture_is_squeezed():
+    picture = torch.arange(192, dtype=torch.uint8).view(1, 1, 192, 1).expand(1, 3, 192, 96)
+    whole = crop_resize(picture, (64, 96), Crop(whole=True))[0, 0, :, 0].float()
+    assert torch.allclose(whole, torch.arange(64) * 3.0 + 1, atol=1.5)
