@@ -66,7 +66,7 @@ def write_alignment_map(root: Path, screen: Screen) -> None:
         caches = filled_caches(context, dataset, teacher=True)
     screen.say(f"measuring {found[-1]}")
     probe = _Probe.load(plan, found[-1], device)
-    samples = build_training_set(plan, probe.family, probe.process, caches, lambda _step: True, drops=False)
+    samples = build_training_set(plan, probe.family, caches, lambda _step: True, drops=False)
     clips = []
     for index, window in enumerate(dataset.clips.windows):
         batch = samples.read([Draw(index, step=0, slot=index)])

@@ -9,6 +9,7 @@ from crepatrain.data.buckets import Bucket, ClipCut, ClipWindows, Window
 from crepatrain.data.clip import Clip, ClipInfo, ClipMode
 from crepatrain.data.frames import Crop, resample_frames
 from crepatrain.data.listing import Refusal
+from crepatrain.data.lists import Part
 
 # A bucket of another aspect ratio may be that much smaller than the configured size.
 _LEAST_AREA = 0.8
@@ -84,8 +85,7 @@ def _length_for(length: int, wanted: int, cutting: Cutting) -> int | None:
 
 def _too_short(clip: Clip, length: int, frames: int | None, fitting: int | None, clips: int, cutting: Cutting) -> Refusal:
     rate = clip.info.fps if clip.rule.fps is None else min(clip.rule.fps, clip.info.fps)
-    part = "" if clip.rule.start == 0 and clip.rule.end is None else " from start to end"
-    held = f"{length} frames{part} at {rate:g} fps"
+    held = f"{length} frames{Part(clip.rule.start, clip.rule.end)} at {rate:g} fps"
     if frames is None:
         what = "too few for the model" if cutting.lengths == "auto" else f"frame_buckets={list(cutting.lengths or ())} are needed"
         own = _largest_legal(length, cutting.legal_frames)

@@ -205,7 +205,7 @@ class TrainingSet(Dataset[Any]):
         fps: of the run; a bucket may have its own.
         captions_drop_together: all of an optimizer step or none, for a model that takes captions of one length alone.
         image_dropout: share of samples trained without their first frame, of those that are conditioned on it.
-        draw_sigma: a sample's noise level, from its generator.
+        draw_sigma: of every bucket: a sample's noise level, from its generator.
         collate_text: pads texts into a batch.
         grids: token grid of every bucket.
         teacher_grids: (rows, columns) of the cached teacher features of every bucket.
@@ -220,7 +220,7 @@ class TrainingSet(Dataset[Any]):
     image_dropout: float
     seed: int
     fps: float
-    draw_sigma: Callable[[torch.Generator], Tensor]
+    draw_sigma: Mapping[Bucket, Callable[[torch.Generator], Tensor]]
     collate_text: Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]
     grids: Mapping[Bucket, TokenGrid]
     teacher_grids: Mapping[Bucket, tuple[int, int]]
@@ -248,7 +248,7 @@ class TrainingSet(Dataset[Any]):
         for draw in draws:
             sample = self.samples[draw.sample]
             generator = keyed_generator(self.seed, draw.step, draw.slot)
-            sigma.append(self.draw_sigma(generator))
+            sigma.append(self.draw_sigma[bucket](generator))
             chance = keyed_generator("captions", self.seed, draw.step) if self.captions_drop_together else generator
             dropped = torch.rand((), generator=chance).item() < self.caption_dropout
             latents.append(self.store.read("latents", sample.latents)["latents"])

@@ -41,7 +41,7 @@ class Evaluation:
         def asks(_step: int) -> bool:
             return run.teacher is not None
 
-        samples = build_training_set(run.context.plan, run.family, run.process, held, asks, drops=False)
+        samples = build_training_set(run.context.plan, run.family, held, asks, drops=False)
         return cls(run, held.dataset.clips.windows, samples)
 
     def evaluate(self) -> None:

@@ -172,7 +172,7 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
         layersync=build.build_layersync(config.layersync),
         state=state,
         sampler=start.sampler,
-        open_batches=_batch_source(plan, family, process, start, accelerator),
+        open_batches=_batch_source(plan, family, start, accelerator),
         total=start.total,
         saved=state.step,
         diverged=torch.zeros((), device=context.device),
@@ -213,9 +213,7 @@ def _restore(checkpoint: Path, models: Mapping[str, Trained]) -> None:
             load_trained_state(transformer.module, read_trained(checkpoint, transformer.module, average=True))
 
 
-def _batch_source(
-    plan: Plan, family: Family, process: FlowMatching, start: RunStart, accelerator: Accelerator
-) -> Callable[[int], Generator[Batch]]:
+def _batch_source(plan: Plan, family: Family, start: RunStart, accelerator: Accelerator) -> Callable[[int], Generator[Batch]]:
     """What opens a stream of micro-batches at a step.
 
     A stream reads features for the steps whose score is needed, as far as is known when it is opened; so it is opened anew when
@@ -225,7 +223,7 @@ def _batch_source(
 
     def open_batches(step: int) -> Generator[Batch]:
         schedule = copy.deepcopy(start.state.schedule)
-        training_set = build_training_set(plan, family, process, start.caches, schedule.needs_score if schedule else _never)
+        training_set = build_training_set(plan, family, start.caches, schedule.needs_score if schedule else _never)
         batches = MicroBatches(
             start.sampler,
             start=step,
@@ -244,7 +242,7 @@ def _never(_step: int) -> bool:
 
 
 def build_training_set(
-    plan: Plan, family: Family, process: FlowMatching, caches: Caches, needs_teacher: Callable[[int], bool], *, drops: bool = True
+    plan: Plan, family: Family, caches: Caches, needs_teacher: Callable[[int], bool], *, drops: bool = True
 ) -> TrainingSet:
     """What reads the samples of a run.
 
@@ -262,7 +260,7 @@ def build_training_set(
         image_dropout=config.data.i2v_dropout if drops else 0.0,
         seed=config.loop.seed,
         fps=plan.fps,
-        draw_sigma=process.draw_sigma,
+        draw_sigma={bucket: build.build_process(plan, grid.tokens).draw_sigma for bucket, grid in caches.dataset.grids.items()},
         collate_text=family.collate_text,
         grids=caches.dataset.grids,
         teacher_grids=caches.teacher_grids,

@@ -84,14 +84,22 @@ def encoder_folder(plan: Plan) -> Path:
     return fetch("crepa_encoder", plan.encoder.repo, None, _ENCODER_FILES)
 
 
-def build_process(plan: Plan) -> FlowMatching:
-    """The diffusion objective of the config, at the noise levels that the transformer is for."""
+def build_process(plan: Plan, tokens: int | None = None) -> FlowMatching:
+    """The diffusion objective of the config, at the noise levels that the transformer is for.
+
+    Args:
+        tokens: of the clips; None: those of the config's size. Where the shift of the noise levels is the checkpoint's own, it
+            is the one that clips of so many tokens have.
+    """
     config = plan.config
+    shift, own = config.diffusion.flow_shift, plan.checkpoint.flow_shift
+    if tokens is not None and shift == own(plan.grid.tokens):
+        shift = own(tokens)
     return FlowMatching(
         config.diffusion.timestep_sampling,
         config.diffusion.logit_mean,
         config.diffusion.logit_std,
-        config.diffusion.flow_shift,
+        shift,
         between=plan.variant.sigmas,
     )
 

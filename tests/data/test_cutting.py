@@ -362,7 +362,7 @@ def test_a_part_of_a_clip_is_all_there_is_of_it():
     assert [window.frames for window in result.windows] == [tuple(range(16, 25)), tuple(range(25, 34))]
     assert result.ends == 24 - 18
     (refusal,) = cut(clip(80, rule=replace(part, end=1.5))).refused
-    assert "8 frames from start to end" in refusal.reason
+    assert "8 frames from 1 s to 1.5 s" in refusal.reason
     (refusal,) = cut(clip(80, rule=replace(part, start=50.0, end=None))).refused
     assert "0 frames" in refusal.reason
 

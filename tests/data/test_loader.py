@@ -68,7 +68,7 @@ def training_set(store: CacheStore) -> TrainingSet:
         image_dropout=0.0,
         seed=7,
         fps=16.0,
-        draw_sigma=FlowMatching("logit_normal").draw_sigma,
+        draw_sigma=dict.fromkeys((WIDE, TALL), FlowMatching("logit_normal").draw_sigma),
         collate_text=tiny_family().collate_text,
         grids={bucket: GEOMETRY.token_grid(bucket.frames, bucket.height, bucket.width) for bucket in (WIDE, TALL)},
         teacher_grids={WIDE: (4, 6), TALL: (6, 4)},
@@ -287,7 +287,7 @@ def test_dropout_leaves_the_other_draws_alone(training_set: TrainingSet):
 def literal_draw(training_set: TrainingSet, step: int, slot: int) -> tuple[torch.Tensor, bool, torch.Tensor]:
     """Sigma, whether the caption is dropped, and noise, in the order in which they were drawn before there was more to draw."""
     generator = keyed_generator(training_set.seed, step, slot)
-    sigma = training_set.draw_sigma(generator)
+    sigma = training_set.draw_sigma[WIDE](generator)
     dropped = torch.rand((), generator=generator).item() < training_set.caption_dropout
     sample = training_set.samples[sampler_of(training_set).samples(step)[slot]]
     shape = training_set.store.read("latents", sample.latents)["latents"].shape
@@ -354,6 +354,7 @@ def test_images_have_no_conditioning_and_never_share_a_batch_with_clips(training
         subject,
         samples=[*subject.samples, *pictures],
         grids={**subject.grids, picture: GEOMETRY.token_grid(1, 64, 96)},
+        draw_sigma={**subject.draw_sigma, picture: subject.draw_sigma[WIDE]},
         teacher_grids={**subject.teacher_grids, picture: (4, 6)},
         needs_teacher=never,
     )
@@ -410,7 +411,8 @@ def test_captions_of_one_length_are_alone_in_their_batch(training_set: TrainingS
         for index, sample in enumerate(training_set.samples)
     ]
     grids = {sample.bucket: GEOMETRY.token_grid(9, sample.bucket.height, sample.bucket.width) for sample in samples}
-    subject = replace(training_set, samples=samples, grids=grids, needs_teacher=never)
+    draws = dict.fromkeys(grids, training_set.draw_sigma[WIDE])
+    subject = replace(training_set, samples=samples, grids=grids, draw_sigma=draws, needs_teacher=never)
     source, seen = batches(subject), set()
     for _ in range(2 * sampler_of(subject).steps_per_epoch):
         found = {lengths[int(key.removeprefix("clip-"))] for key in next(source).keys}

@@ -4,6 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from crepatrain.config.plan import read_plan
+from crepatrain.training.build import build_process
 from crepatrain.training.diffusion import FlowMatching
 
 PROCESSES = {
@@ -208,3 +210,19 @@ def test_a_mask_that_keeps_all_changes_nothing():
     process = FlowMatching("uniform")
     everything = process.loss(prediction, latents, noise, torch.ones(2, 1, 3, 1, 1))
     torch.testing.assert_close(everything, process.loss(prediction, latents, noise, None))
+
+
+def test_a_checkpoints_own_shift_is_that_of_each_size(tiny_checkpoint, config_file):
+    """LTX's scheduler shifts long clips further; a shift that the user has set is the same for all."""
+    folder = str(tiny_checkpoint("ltxvideo", "tiny"))
+    values = {"model_family": "ltxvideo", "pretrained_model_name_or_path": folder, "crepa_encoder": f"{folder}/encoder"}
+    values |= {"height": 64, "width": 96, "num_frames": 9, "timestep_sampling": "shifted"}
+    plan = read_plan(config_file(**values))
+    own = plan.checkpoint.flow_shift
+    assert own(plan.grid.tokens) != own(4 * plan.grid.tokens)
+    for tokens in (plan.grid.tokens, 4 * plan.grid.tokens):
+        assert build_process(plan, tokens).shift == own(tokens)
+    assert build_process(plan) == build_process(plan, plan.grid.tokens)
+    again = read_plan(config_file(**values, flow_shift=plan.config.diffusion.flow_shift))
+    assert build_process(again, 4 * plan.grid.tokens).shift == own(4 * plan.grid.tokens), "as a run's config.json has it"
+    assert build_process(read_plan(config_file(**values, flow_shift=3.0)), 4 * plan.grid.tokens).shift == 3.0
