@@ -12,6 +12,7 @@ from crepatrain.config.alignment_sections import CrepaConfig
 from crepatrain.config.load import parse, read_values
 from crepatrain.config.plan import read_plan
 from crepatrain.config.run_config import KEYS
+from crepatrain.data.cutting import nearest_aspect
 from crepatrain.errors import Problem
 from crepatrain.specs import FAMILIES
 
@@ -34,6 +35,11 @@ def test_every_shipped_config_is_a_plan_without_a_download(path, clips):
     assert plan.config.crepa.crepa_enabled
     assert plan.config.crepa.crepa_scheduler == ("constant" if plan.task == "i2v" else "cosine") or "solid" in path.stem
     assert plan.warnings == ()
+    assert (plan.config.data.aspect_buckets, plan.config.data.frame_buckets) == (True, "auto")
+    for shape in ((1080, 1920), (1920, 1080), (480, 640), (1000, 1000), (500, 2000)):
+        size = nearest_aspect(shape, plan.size[1:], plan.geometry.size_multiple)
+        tokens = plan.geometry.token_grid(plan.size[0], *size).tokens
+        assert tokens <= plan.grid.tokens, "no clip needs more memory than the size that is estimated"
 
 
 def test_every_family_and_task_has_a_config():
