@@ -62,6 +62,15 @@ def decisions(clips: ClipWindows) -> list[dict[str, Any]]:
     ]
 
 
+def clip_warnings(cut: ClipCut) -> list[str]:
+    """What the notes say of kinds, of one clip."""
+    found = [(_is_cropped(cut), f"cropped: {cut.kept:.0%} of the picture is left")]
+    found.append((_is_enlarged(cut), f"enlarged {cut.enlarged:.3g} times"))
+    found.append((_is_squeezed(cut), f"squeezed {cut.squeezed:.3g} times"))
+    found.append((_is_faster(cut), f"{cut.faster:.3g} times as fast"))
+    return [words for holds, words in found if holds]
+
+
 def dropped_in_words(clips: ClipWindows) -> str:
     """How many frames no window holds, by cause."""
     causes = [(clips.ends, "at ends that fill no window"), (clips.passed_over, "in windows beyond max_windows_per_clip")]
