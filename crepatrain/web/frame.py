@@ -13,6 +13,7 @@ from crepatrain.web.clips import Clips
 from crepatrain.web.confinement import Folders
 from crepatrain.web.drafts import Draft
 from crepatrain.web.processes import Processes
+from crepatrain.web.remembered import Remembered
 from crepatrain.web.runs import Runs
 
 
@@ -22,7 +23,7 @@ class Site:
 
     Attributes:
         clips: of the draft, as they were last listed.
-        dry_runs: what was printed for a config's text, the newest last.
+        dry_runs: what was printed for a config's text.
     """
 
     folders: Folders
@@ -30,7 +31,7 @@ class Site:
     processes: Processes
     runs: Runs
     clips: Clips = field(default_factory=lambda: Clips((), ()))
-    dry_runs: dict[tuple[str, ...], str] = field(default_factory=dict)
+    dry_runs: Remembered[str] = field(default_factory=Remembered)
 
 
 @cache

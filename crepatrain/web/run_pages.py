@@ -14,7 +14,7 @@ from crepatrain.records.standing import standing
 from crepatrain.reporting.charts import Chart, figure_charts, sections
 from crepatrain.web.echarts import options_of
 from crepatrain.web.frame import Site, facts, framed, heading, printable, tell
-from crepatrain.web.runs import Row
+from crepatrain.web.runs import Row, written_at
 from crepatrain.web.tools import Tools
 
 # Seconds between two looks at the files; nothing is looked at while no page is open.
@@ -37,9 +37,7 @@ async def runs_page(site: Site) -> None:
             {"name": name, "label": label, "field": name, "align": "left", "sortable": True}
             for name, label in (("name", "Run"), ("state", "State"), ("progress", "Progress"), ("numbers", "Last numbers"))
         ]
-        table = ui.table(columns=columns, rows=_plain(rows), row_key="name", pagination=25, selection="multiple").classes(
-            "card runs w-full"
-        )
+        table = ui.table(columns=columns, rows=_plain(rows), row_key="name", pagination=25, selection="multiple")
         table.classes("card runs w-full").props("flat wrap-cells").add_slot("body-cell-name", _RUN_CELL)
         table.add_slot("body-cell-state", _STATE_CELL)
 
@@ -172,7 +170,7 @@ class _RunView:
         self._tools.place.set_visibility(has_adapter and not at_work)
         self._show_charts()
         videos = self._videos() if self._record else []
-        self._changed("videos", [(words, _mark(path)) for words, path in videos], lambda: self._show_videos(videos))
+        self._changed("videos", [(words, written_at(path)) for words, path in videos], lambda: self._show_videos(videos))
         self._changed(
             "log",
             self._log,
@@ -234,7 +232,7 @@ class _RunView:
             with ui.element("div").classes("videos"):
                 for words, path in videos:
                     # The time is in the address, as a sample of the same name may be made again.
-                    known = {"run": self._name, "file": path.name, "made": _mark(path)}
+                    known = {"run": self._name, "file": path.name, "made": written_at(path)}
                     with ui.element("figure"):
                         video = ui.element("video").props("controls loop muted playsinline preload=metadata")
                         video.props["src"] = f"/video?{urlencode(known, errors='surrogateescape')}"
@@ -294,10 +292,3 @@ def _chart(chart: Chart) -> ui.echart:
         ui.label(chart.title).classes("text-weight-medium")
         ui.label(chart.note).classes("help")
         return ui.echart(options_of(chart)).classes("chart").props(f'role=img aria-label="{chart.title}"')
-
-
-def _mark(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
