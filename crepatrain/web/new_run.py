@@ -9,6 +9,7 @@ from nicegui.events import ValueChangeEventArguments
 
 from crepatrain.errors import UserError
 from crepatrain.web.data_page import clip_list
+from crepatrain.web.fitting import fitting
 from crepatrain.web.form import Form
 from crepatrain.web.frame import Site, facts, framed, heading, printable, steps_row, tell, words_of
 from crepatrain.web.loss_functions import loss_functions
@@ -16,6 +17,9 @@ from crepatrain.web.model_page import begin_from
 from crepatrain.web.processes import Printed, dry_run
 from crepatrain.web.steps import STEPS, Step
 from crepatrain.web.words import Words
+
+# The pages that say what fits the card; on the others nothing is estimated.
+_ESTIMATED = {"model", "training", "memory"}
 
 
 def address_of(step: Step) -> str:
@@ -45,8 +49,11 @@ async def step_page(site: Site, name: str) -> None:
             _command(site, form, "Estimate memory", words, ("--estimate-vram",))
         if step.name == "review":
             _review(site, form)
+        begin_estimate = await fitting(site, form, address_of(step)) if step.name in _ESTIMATED else None
         _onward(step)
         form.mark()
+        if begin_estimate:
+            begin_estimate()
 
 
 def _onward(step: Step) -> None:

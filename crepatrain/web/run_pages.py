@@ -15,7 +15,7 @@ from crepatrain.reporting.charts import Chart, figure_charts, sections
 from crepatrain.web.echarts import options_of
 from crepatrain.web.frame import Site, facts, framed, heading, printable, tell
 from crepatrain.web.runs import Row, written_at
-from crepatrain.web.tools import Tools
+from crepatrain.web.tools import Hub, Tools
 
 # Seconds between two looks at the files; nothing is looked at while no page is open.
 _LIST_SECONDS, _RUN_SECONDS = 5.0, 2.0
@@ -98,6 +98,7 @@ class _RunView:
         self._log = ""
         self._drawn: dict[str, ui.echart] = {}
         self._parts: dict[str, object] = {}
+        self._report_address = f"/report?{urlencode({'run': name}, errors='surrogateescape')}"
 
     async def read(self) -> None:
         """Read what has changed, without holding up other pages."""
@@ -140,8 +141,9 @@ class _RunView:
             self._further = ui.button("Go on", on_click=self._go_on).props("no-caps outline")
             self._length = ui.input("up to step").props("dense outlined stack-label inputmode=numeric").style("width: 120px")
             self._again = ui.button("New run from this config", on_click=self._begin_from).props("no-caps flat")
-            self._report = ui.link("Report", f"/report?{urlencode({'run': self._name}, errors='surrogateescape')}", new_tab=True)
-        self._tools = Tools(self._root, self._expect_usable)
+            self._report = ui.link("Report", self._report_address, new_tab=True)
+        self._tools = Tools(self._root, self._expect_usable, self._report_address)
+        self._hub = Hub(self._root, self._hub_keys(), self._expect_usable)
         self._chart_place = ui.element("div")
         self._video_place = ui.element("div")
         # The end of the log stays in sight.
@@ -149,6 +151,11 @@ class _RunView:
             self._log_text = ui.label()
         with ui.expansion("Config").classes("card"):
             self._config_text = ui.label().classes("pre")
+
+    def _hub_keys(self) -> tuple[str, bool]:
+        config = self._record.config if self._record else {}
+        repo, private = config.get("hub_model_id"), config.get("hub_private_repo")
+        return repo if isinstance(repo, str) else "", private is not False
 
     async def refresh(self) -> None:
         """Show what has changed."""
@@ -167,7 +174,8 @@ class _RunView:
         for element in (self._report, self._again):
             element.set_visibility(self._record is not None and bool(self._record.lines))
         has_adapter = self._record is not None and self._record.layout.result_adapter.is_file()
-        self._tools.place.set_visibility(has_adapter and not at_work)
+        for part in (self._tools, self._hub):
+            part.place.set_visibility(has_adapter and not at_work)
         self._show_charts()
         videos = self._videos() if self._record else []
         self._changed("videos", [(words, written_at(path)) for words, path in videos], lambda: self._show_videos(videos))
