@@ -22,6 +22,9 @@ _LIST_SECONDS, _RUN_SECONDS = 5.0, 2.0
 _VIDEOS_SHOWN = 12
 
 _RUN_CELL = '<q-td :props="props"><a :href="props.row.address">{{ props.row.name }}</a></q-td>'
+# A checkbox of a table has no name of its own.
+_CHOOSE_CELL = '<q-td auto-width><q-checkbox v-model="props.selected" dense :aria-label="`Choose ${props.row.name}`" /></q-td>'
+_CHOOSE_ALL = '<q-checkbox v-model="props.selected" dense aria-label="Choose all" />'
 _STATE_CELL = (
     '<q-td :props="props"><span :class="`state state-${props.row.state}`">{{ props.row.state }}</span>'
     '<div class="help" v-if="props.row.words !== props.row.state">{{ props.row.words }}</div></q-td>'
@@ -40,6 +43,8 @@ async def runs_page(site: Site) -> None:
         table = ui.table(columns=columns, rows=_plain(rows), row_key="name", pagination=25, selection="multiple")
         table.classes("card runs w-full").props("flat wrap-cells").add_slot("body-cell-name", _RUN_CELL)
         table.add_slot("body-cell-state", _STATE_CELL)
+        table.add_slot("body-selection", _CHOOSE_CELL)
+        table.add_slot("header-selection", _CHOOSE_ALL)
 
         def compare() -> None:
             if not table.selected:

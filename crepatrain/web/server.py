@@ -67,6 +67,7 @@ def _listening(host: str, port: int) -> socket.socket:
         if os.name == "posix":  # elsewhere it would share the port with another program
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
+        made.listen()  # who asks while the server still begins is kept waiting, not refused
     except OSError as error:
         made.close()
         raise UserError(f"{host}, port {port}: {error.strerror or error}", "give another --port or --host") from error
