@@ -37,7 +37,7 @@ def _curve(site: Site, form: Form) -> None:
     with ui.element("section").classes("card"):
         heading("Weight of CREPA over the run")
         words = ui.label().classes("help").props("aria-live=polite")
-        chart = ui.echart({}).classes("w-full").style("height: 220px")
+        chart = ui.echart({}).classes("w-full").style("height: 220px").props('role=img aria-label="Weight of CREPA over the run"')
 
     def draw() -> None:
         found = site.draft.weights()

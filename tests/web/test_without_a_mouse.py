@@ -23,6 +23,7 @@ FOCUSED = """() => {
 }"""
 # What a screen reader says of an open list, whose options don't get the focus.
 ACTIVE_OPTION = "() => document.getElementById(document.activeElement.getAttribute('aria-activedescendant'))?.textContent.trim()"
+CHARTS_WITHOUT_WORDS = "[...document.querySelectorAll('canvas')].filter(one => !one.closest('[role=img][aria-label]')).length"
 
 
 def nameless(page) -> list[str]:
@@ -45,6 +46,7 @@ def test_every_control_has_an_accessible_name(tmp_path: Path, trained, wan, clip
                 folded.click()
             page.wait_for_timeout(500)
             assert nameless(page) == [], path
+            assert page.evaluate(CHARTS_WITHOUT_WORDS) == 0, path
             for selected in page.get_by_role("combobox").all()[:1]:
                 selected.click()
                 page.get_by_role("option").first.wait_for()
