@@ -80,6 +80,8 @@ class _Fitting:
             return None
         if problems:
             values["max_train_steps"] = 1
+        if self._site.folders.problems_of(values):  # another page may have changed the draft since it was checked
+            return None
         # What is chosen for a card depends on it.
         is_open = "auto" in {values.get("memory"), values.get("block_offload")}
         return values, ("--fits", f"{self._room():g}" if self._card == 0 else str(self._card)) if is_open else ()

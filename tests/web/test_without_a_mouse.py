@@ -37,6 +37,8 @@ def nameless(page) -> list[str]:
 def test_every_control_has_an_accessible_name(tmp_path: Path, trained, wan, clips):
     for name in ("run", "other"):
         shutil.copytree(trained, tmp_path / "runs" / name)
+    (tmp_path / "runs" / ".ui").mkdir()
+    (tmp_path / "runs" / ".ui" / "draft.json").write_text('{"crepa_enabled": true}')  # the curve of its weight is drawn
     with served(tmp_path, "--data", str(clips), "--data", str(wan)) as (address, _), opened(address) as page:
         for path in ("/", "/run/run", *(f"/new/{step.name}" for step in STEPS_OF_A_RUN)):
             page.goto(address + path)
