@@ -24,8 +24,10 @@ from crepatrain.web.confinement import Folders, expanded
 from crepatrain.web.fields import fields, off_default
 from crepatrain.web.steps import CREPA_PRESETS, SCHEDULE_KEYS
 
-# Points of the drawn weight, and the length of a run that is drawn while its own is not known.
-_POINTS, _ASSUMED_STEPS = 400, 1000
+# Points of the drawn weight.
+_POINTS = 400
+ASSUMED_STEPS = 1000
+"""The length of a run that is drawn while its own is not known."""
 # What decides about the token grid and the score; the rest of a config may still be missing.
 _OF_THE_SCORE = frozenset(
     key for key, info in KEYS.items() if info.section in {"model", "crepa"} or key in {"height", "width", "num_frames", "fps"}
@@ -196,7 +198,7 @@ class Draft:
         config, wrong = parse(self.values, [])
         if any(key.startswith("crepa_") for key in wrong):
             return None
-        total = config.loop.max_train_steps or _ASSUMED_STEPS
+        total = config.loop.max_train_steps or ASSUMED_STEPS
         schedule = build_schedule(config.crepa, total)
         if schedule is None:
             return None

@@ -12,7 +12,9 @@ from crepatrain.errors import Problem, UserError
 from crepatrain.web.clips import Clips
 from crepatrain.web.confinement import Folders
 from crepatrain.web.drafts import Draft
+from crepatrain.web.estimates import Estimates
 from crepatrain.web.processes import Processes
+from crepatrain.web.remembered import Remembered
 from crepatrain.web.runs import Runs
 
 
@@ -21,16 +23,19 @@ class Site:
     """What the pages of one server share.
 
     Attributes:
+        card: that drafts are estimated for, in GB as it is sold; 0: this machine's; None: none was chosen yet.
         clips: of the draft, as they were last listed.
-        dry_runs: what was printed for a config's text, the newest last.
+        dry_runs: what was printed for a config's text.
     """
 
     folders: Folders
     draft: Draft
     processes: Processes
     runs: Runs
+    estimates: Estimates
+    card: int | None = None
     clips: Clips = field(default_factory=lambda: Clips((), ()))
-    dry_runs: dict[tuple[str, ...], str] = field(default_factory=dict)
+    dry_runs: Remembered[str] = field(default_factory=Remembered)
 
 
 @cache

@@ -4,6 +4,7 @@ from functools import partial
 
 from nicegui import ui
 
+from crepatrain.web.drafts import ASSUMED_STEPS
 from crepatrain.web.echarts import weight_options
 from crepatrain.web.form import Form
 from crepatrain.web.frame import Site, heading
@@ -36,7 +37,7 @@ def _curve(site: Site, form: Form) -> None:
     with ui.element("section").classes("card"):
         heading("Weight of CREPA over the run")
         words = ui.label().classes("help").props("aria-live=polite")
-        chart = ui.echart({}).classes("w-full").style("height: 220px")
+        chart = ui.echart({}).classes("w-full").style("height: 220px").props('role=img aria-label="Weight of CREPA over the run"')
 
     def draw() -> None:
         found = site.draft.weights()
@@ -46,7 +47,9 @@ def _curve(site: Site, form: Form) -> None:
             return
         steps, weights = found
         length = (
-            "" if site.draft.values.get("max_train_steps") else ", for a run of 1000 steps, as the length of this one is not set"
+            ""
+            if site.draft.values.get("max_train_steps")
+            else f", for a run of {ASSUMED_STEPS} steps, as the length of this one is not set"
         )
         words.set_text(
             f"From {weights[0]:.3g} at step 0 over {max(weights):.3g} to {weights[-1]:.3g} at step {steps[-1]}{length}."

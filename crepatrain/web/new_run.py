@@ -9,12 +9,17 @@ from nicegui.events import ValueChangeEventArguments
 
 from crepatrain.errors import UserError
 from crepatrain.web.data_page import clip_list
+from crepatrain.web.fitting import fitting
 from crepatrain.web.form import Form
 from crepatrain.web.frame import Site, facts, framed, heading, printable, steps_row, tell, words_of
 from crepatrain.web.loss_functions import loss_functions
 from crepatrain.web.model_page import begin_from
-from crepatrain.web.processes import dry_run
+from crepatrain.web.processes import Printed, dry_run
 from crepatrain.web.steps import STEPS, Step
+from crepatrain.web.words import Words
+
+# The pages that say what fits the card; on the others nothing is estimated.
+_ESTIMATED = {"model", "training", "memory"}
 
 
 def address_of(step: Step) -> str:
@@ -44,8 +49,11 @@ async def step_page(site: Site, name: str) -> None:
             _command(site, form, "Estimate memory", words, ("--estimate-vram",))
         if step.name == "review":
             _review(site, form)
+        begin_estimate = await fitting(site, form, address_of(step)) if step.name in _ESTIMATED else None
         _onward(step)
         form.mark()
+        if begin_estimate:
+            begin_estimate()
 
 
 def _onward(step: Step) -> None:
@@ -61,35 +69,28 @@ def _command(site: Site, form: Form, title: str, words: str, options: tuple[str,
     """A dry run with what it prints; the last one is shown as long as the config is the same."""
 
     def known() -> str:
-        return site.dry_runs.get((site.draft.text(), *options), "")
+        return site.dry_runs.get((site.draft.text(), *options)) or ""
+
+    def prepare() -> Callable[[], Printed]:
+        values = dict(site.draft.values)
+        if problems := site.folders.problems_of(values):
+            raise UserError.of(problems)
+        return lambda: dry_run(site.folders, values, options)
 
     async def begin() -> None:
-        button.disable()
-        show("reading ...")
-        text, values = site.draft.text(), dict(site.draft.values)
-        try:
-            problems = site.folders.problems_of(values)
-            if problems:
-                raise UserError.of(problems)
-            printed = await run.io_bound(dry_run, site.folders, values, options)
-            site.dry_runs[(text, *options)] = printable(printed or "")
-        except UserError as error:
-            tell(error)
-        finally:
-            button.enable()
-            show(known())
-
-    def show(text: str) -> None:
-        shown.set_text(text)
-        shown.set_visibility(bool(text))
+        text = site.draft.text()
+        if printed := await shown.of(prepare):
+            site.dry_runs.put((text, *options), printed.text)
+            shown.show(known())  # the draft may be another one by now
 
     with ui.element("section").classes("card"):
         heading(title)
         ui.label(words).classes("help")
         button = ui.button(title, on_click=begin).props("no-caps outline")
-        shown = ui.label().classes("pre").props("aria-live=polite")
-    show(known())
-    form.listeners.append(lambda: show(known()))
+        shown = Words()
+        shown.buttons.append(button)
+    shown.show(known())
+    form.listeners.append(lambda: shown.show(known()))
 
 
 def _review(site: Site, form: Form) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,15 @@ def _key(output_dir: Path) -> Path:
     return output_dir.resolve()
 
 
-def dry_run(folders: Folders, values: Mapping[str, Any], options: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class Printed:
+    """What a command has printed, messages included, and the code with which it ended."""
+
+    text: str
+    code: int
+
+
+def dry_run(folders: Folders, values: Mapping[str, Any], options: Sequence[str]) -> Printed:
     """What `crepatrain dry-run` prints for a config, with the problems that it finds.
 
     Raises:
@@ -158,8 +167,8 @@ def dry_run(folders: Folders, values: Mapping[str, Any], options: Sequence[str])
             config.unlink()
 
 
-def printed_by(arguments: Sequence[str]) -> str:
-    """What a command prints, messages included.
+def printed_by(arguments: Sequence[str]) -> Printed:
+    """Run a command to its end.
 
     Raises:
         UserError: it takes too long.
@@ -177,4 +186,4 @@ def printed_by(arguments: Sequence[str]) -> str:
     except subprocess.TimeoutExpired as error:
         what = f"crepatrain {arguments[0]} took more than {_LONGEST_SECONDS} seconds"
         raise UserError(what, "run it in a terminal") from error
-    return done.stdout.decode(errors="replace")
+    return Printed(done.stdout.decode(errors="replace"), done.returncode)

@@ -14,14 +14,17 @@ from crepatrain.records.standing import standing
 from crepatrain.reporting.charts import Chart, figure_charts, sections
 from crepatrain.web.echarts import options_of
 from crepatrain.web.frame import Site, facts, framed, heading, printable, tell
-from crepatrain.web.runs import Row
-from crepatrain.web.tools import Tools
+from crepatrain.web.runs import Row, written_at
+from crepatrain.web.tools import Hub, Tools
 
 # Seconds between two looks at the files; nothing is looked at while no page is open.
 _LIST_SECONDS, _RUN_SECONDS = 5.0, 2.0
 _VIDEOS_SHOWN = 12
 
 _RUN_CELL = '<q-td :props="props"><a :href="props.row.address">{{ props.row.name }}</a></q-td>'
+# A checkbox of a table has no name of its own.
+_CHOOSE_CELL = '<q-td auto-width><q-checkbox v-model="props.selected" dense :aria-label="`Choose ${props.row.name}`" /></q-td>'
+_CHOOSE_ALL = '<q-checkbox v-model="props.selected" dense aria-label="Choose all" />'
 _STATE_CELL = (
     '<q-td :props="props"><span :class="`state state-${props.row.state}`">{{ props.row.state }}</span>'
     '<div class="help" v-if="props.row.words !== props.row.state">{{ props.row.words }}</div></q-td>'
@@ -37,11 +40,11 @@ async def runs_page(site: Site) -> None:
             {"name": name, "label": label, "field": name, "align": "left", "sortable": True}
             for name, label in (("name", "Run"), ("state", "State"), ("progress", "Progress"), ("numbers", "Last numbers"))
         ]
-        table = ui.table(columns=columns, rows=_plain(rows), row_key="name", pagination=25, selection="multiple").classes(
-            "card runs w-full"
-        )
+        table = ui.table(columns=columns, rows=_plain(rows), row_key="name", pagination=25, selection="multiple")
         table.classes("card runs w-full").props("flat wrap-cells").add_slot("body-cell-name", _RUN_CELL)
         table.add_slot("body-cell-state", _STATE_CELL)
+        table.add_slot("body-selection", _CHOOSE_CELL)
+        table.add_slot("header-selection", _CHOOSE_ALL)
 
         def compare() -> None:
             if not table.selected:
@@ -100,6 +103,7 @@ class _RunView:
         self._log = ""
         self._drawn: dict[str, ui.echart] = {}
         self._parts: dict[str, object] = {}
+        self._report_address = f"/report?{urlencode({'run': name}, errors='surrogateescape')}"
 
     async def read(self) -> None:
         """Read what has changed, without holding up other pages."""
@@ -142,8 +146,9 @@ class _RunView:
             self._further = ui.button("Go on", on_click=self._go_on).props("no-caps outline")
             self._length = ui.input("up to step").props("dense outlined stack-label inputmode=numeric").style("width: 120px")
             self._again = ui.button("New run from this config", on_click=self._begin_from).props("no-caps flat")
-            self._report = ui.link("Report", f"/report?{urlencode({'run': self._name}, errors='surrogateescape')}", new_tab=True)
-        self._tools = Tools(self._root, self._expect_usable)
+            self._report = ui.link("Report", self._report_address, new_tab=True)
+        self._tools = Tools(self._root, self._expect_usable, self._report_address)
+        self._hub = Hub(self._root, self._hub_keys(), self._expect_usable)
         self._chart_place = ui.element("div")
         self._video_place = ui.element("div")
         # The end of the log stays in sight.
@@ -151,6 +156,11 @@ class _RunView:
             self._log_text = ui.label()
         with ui.expansion("Config").classes("card"):
             self._config_text = ui.label().classes("pre")
+
+    def _hub_keys(self) -> tuple[str, bool]:
+        config = self._record.config if self._record else {}
+        repo, private = config.get("hub_model_id"), config.get("hub_private_repo")
+        return repo if isinstance(repo, str) else "", private is not False
 
     async def refresh(self) -> None:
         """Show what has changed."""
@@ -169,10 +179,11 @@ class _RunView:
         for element in (self._report, self._again):
             element.set_visibility(self._record is not None and bool(self._record.lines))
         has_adapter = self._record is not None and self._record.layout.result_adapter.is_file()
-        self._tools.place.set_visibility(has_adapter and not at_work)
+        for part in (self._tools, self._hub):
+            part.place.set_visibility(has_adapter and not at_work)
         self._show_charts()
         videos = self._videos() if self._record else []
-        self._changed("videos", [(words, _mark(path)) for words, path in videos], lambda: self._show_videos(videos))
+        self._changed("videos", [(words, written_at(path)) for words, path in videos], lambda: self._show_videos(videos))
         self._changed(
             "log",
             self._log,
@@ -234,7 +245,7 @@ class _RunView:
             with ui.element("div").classes("videos"):
                 for words, path in videos:
                     # The time is in the address, as a sample of the same name may be made again.
-                    known = {"run": self._name, "file": path.name, "made": _mark(path)}
+                    known = {"run": self._name, "file": path.name, "made": written_at(path)}
                     with ui.element("figure"):
                         video = ui.element("video").props("controls loop muted playsinline preload=metadata")
                         video.props["src"] = f"/video?{urlencode(known, errors='surrogateescape')}"
@@ -294,10 +305,3 @@ def _chart(chart: Chart) -> ui.echart:
         ui.label(chart.title).classes("text-weight-medium")
         ui.label(chart.note).classes("help")
         return ui.echart(options_of(chart)).classes("chart").props(f'role=img aria-label="{chart.title}"')
-
-
-def _mark(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0

@@ -64,7 +64,7 @@ class Runs:
         names = self._folders.run_names()
         for gone in self._seen.keys() - set(names):
             self._seen.pop(gone, None)
-        order = {name: (_mark(RunLayout(self._folders.runs / name).status_file) or (0, 0))[0] for name in names}
+        order = {name: written_at(RunLayout(self._folders.runs / name).status_file) for name in names}
         waiting = [self._pending(name) for name in self._processes.pending()]
         return waiting + [self._row(name) for name in sorted(names, key=lambda name: (-order[name], name))]
 
@@ -87,6 +87,12 @@ class Runs:
             return Row(name, "damaged", error.problems[0].what)
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
             return Row(name, "damaged", f"{type(error).__name__}: {error}")
+
+
+def written_at(path: Path) -> int:
+    """When a file was last written to, in nanoseconds; 0 where it is not there."""
+    mark = _mark(path)
+    return mark[0] if mark else 0
 
 
 def _mark(path: Path) -> tuple[int, int] | None:

@@ -21,6 +21,7 @@ from crepatrain.reporting.report import MOST_RUNS
 from crepatrain.screen import Screen
 from crepatrain.web.confinement import Folders
 from crepatrain.web.drafts import Draft
+from crepatrain.web.estimates import Estimates
 from crepatrain.web.frame import Site
 from crepatrain.web.gate import Gate
 from crepatrain.web.new_run import step_page
@@ -66,6 +67,7 @@ def _listening(host: str, port: int) -> socket.socket:
         if os.name == "posix":  # elsewhere it would share the port with another program
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
+        made.listen()  # who asks while the server still begins is kept waiting, not refused
     except OSError as error:
         made.close()
         raise UserError(f"{host}, port {port}: {error.strerror or error}", "give another --port or --host") from error
@@ -75,7 +77,7 @@ def _listening(host: str, port: int) -> socket.socket:
 def _application(folders: Folders) -> FastAPI:
     processes = Processes(folders)
     runs = Runs(folders, processes)
-    site = Site(folders, Draft(folders), processes, runs)
+    site = Site(folders, Draft(folders), processes, runs, Estimates(folders))
     application = FastAPI(openapi_url=None)
 
     @application.get("/video")

@@ -242,3 +242,45 @@ def test_a_run_is_sampled_and_verified_and_compared_with_another(tmp_path: Path,
         with page.expect_popup() as popup:
             page.get_by_role("button", name="Compare the chosen runs").click()
         popup.value.get_by_role("heading", name="first, second").wait_for()
+
+
+def test_a_run_is_pushed_only_when_asked_and_its_map_opens_in_the_report(
+    tmp_path, trained, wan, clips, tmp_path_factory, monkeypatch
+):
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "nobody"))  # without a login
+    shutil.copytree(trained, tmp_path / "runs" / "run")
+    roots = [
+        word for path in (wan, clips, tmp_path_factory.getbasetemp() / "cache", trained.parent) for word in ("--data", str(path))
+    ]
+    with served(tmp_path, *roots) as (address, _), opened(f"{address}/run/run") as page:
+        page.get_by_text("Hugging Face hub").click()
+        page.get_by_role("button", name="Push").click()
+        page.get_by_text("no repository is given").wait_for()
+        fill(page, "Repository", "me/adapter")
+        for answer, words in (("Cancel", "Nothing was uploaded."), ("Upload", "the hub does not know who you are")):
+            page.get_by_role("button", name="Push").click()
+            asked = page.get_by_role("dialog")
+            asked.get_by_text("pytorch_lora_weights.safetensors").wait_for(timeout=60_000)
+            asked.get_by_text("private: only you see it").wait_for()
+            asked.get_by_role("button", name=answer).click()
+            page.get_by_text(words).wait_for(timeout=60_000)
+        page.get_by_role("button", name="Alignment map").click()
+        page.wait_for_url("**/report?run=run", timeout=120_000)
+        page.get_by_role("heading", name="Alignment map").wait_for()
+
+
+def test_what_fits_a_card_follows_the_draft_and_a_remedy_changes_it(tmp_path: Path, values, wan, clips):
+    kept = {key: value for key, value in values.items() if key not in {"max_train_steps", "cache_dir"}}
+    draft_of(tmp_path, **kept | {"output_dir": "runs/run"})
+    with served(tmp_path, "--data", str(wan), "--data", str(clips)) as (address, _), opened(f"{address}/new/model") as page:
+        page.get_by_text("estimating ...").wait_for()
+        fill(page, "LoRA rank", "8")  # no field waits for the estimate
+        page.get_by_text(re.compile("^Fits a card of 24 GB with")).wait_for(timeout=120_000)
+        page.get_by_role("button", name="Use base_quantization: int8").click()
+        draft = tmp_path / "runs" / ".ui" / "draft.json"
+        until(lambda: json.loads(draft.read_text()).get("base_quantization") == "int8")
+        assert json.loads(draft.read_text())["lora_rank"] == 8
+        fill(page, "LoRA rank", "no number")
+        page.get_by_text("It is estimated once nothing of the draft is missing or wrong.").wait_for()
