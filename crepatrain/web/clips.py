@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from crepatrain.config.datasets import LISTS, read_datasets
 from crepatrain.data.listing import list_clips
 from crepatrain.errors import UserError
 from crepatrain.files import written_aside
@@ -50,12 +51,19 @@ class Clips:
 
 
 def read_clips(folders: Folders, train_data: Path) -> Clips:
-    """The clips of a dataset.
+    """The clips of a dataset, or of all that a file names.
 
     Raises:
-        UserError: it, or a list in it, lies outside of the page's folders.
+        UserError: one, or a list in it, lies outside of the page's folders; or the file can't be read.
     """
-    listing = [path for path in train_data.iterdir() if path.suffix.lower() in {".jsonl", ".csv"}] if train_data.is_dir() else []
+    if not folders.holds(train_data):
+        raise UserError(f"{train_data}: outside of the folders of this page", "start the page with another --data")
+    read = [_read(folders, dataset.path) for dataset in read_datasets(str(train_data))]
+    return Clips(tuple(clip for each in read for clip in each.clips), tuple(note for each in read for note in each.notes))
+
+
+def _read(folders: Folders, train_data: Path) -> Clips:
+    listing = [path for path in train_data.iterdir() if path.suffix.lower() in LISTS] if train_data.is_dir() else []
     for path in (train_data, *listing):
         if not folders.holds(path):
             raise UserError(f"{path}: outside of the folders of this page", "start the page with another --data")

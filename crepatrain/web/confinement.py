@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from crepatrain.config.datasets import read_datasets
 from crepatrain.errors import Problem, UserError
 from crepatrain.records.layout import RunLayout
 from crepatrain.records.reading import no_run
@@ -68,7 +69,18 @@ class Folders:
                     where = f"give a folder in {self.runs}" if key == "output_dir" else f"give one in {listed}"
                     fix = f"{where}, or start the page with another --{'runs' if key == 'output_dir' else 'data'}"
                     problems.append(Problem(f"{key}={text}: outside of the folders of this page", fix, (key,)))
-        return problems
+        return problems + self._datasets_outside(values.get("train_data"), f"give folders in {listed}")
+
+    def _datasets_outside(self, train_data: Any, fix: str) -> list[Problem]:
+        """The datasets that a config, or a file that it names, lists and that lie outside."""
+        if isinstance(train_data, str) and not (train_data and self.holds(expanded(train_data))):
+            return []  # it is outside itself, and not opened
+        try:
+            datasets = read_datasets(str(expanded(train_data)) if isinstance(train_data, str) else train_data)
+        except (UserError, TypeError):  # which the check of the config reports
+            return []
+        outside = [dataset for dataset in datasets if dataset.where and not self.holds(dataset.path)]
+        return [Problem(f"{each.where}: outside of the folders of this page", fix, ("train_data",)) for each in outside]
 
     def name_of(self, output_dir: Path) -> str | None:
         """A run's path below the folder of runs; None where it is not there, or would not be found there."""

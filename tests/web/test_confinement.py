@@ -133,3 +133,29 @@ def test_a_caption_is_written_beside_its_clip(folders):
     write_caption(folders, clip, "a cat\nsleeps")
     assert (folders.data[0] / "clip.txt").read_text() == "a cat sleeps\n"
     assert read_clips(folders, folders.data[0]).clips[0].caption == "a cat sleeps"
+
+
+@pytest.mark.parametrize("written", ["inline", "file"])
+def test_datasets_that_are_named_lie_inside_too(folders, tmp_path, written):
+    (folders.data[0] / "mine").mkdir()
+    entries = [{"path": str(folders.data[0] / "mine")}, {"path": str(tmp_path / "outside")}, {"path": "../outside"}]
+    file = folders.data[0] / "sets.json"
+    file.write_text(json.dumps({"datasets": entries}), encoding="utf-8")
+    train_data = entries if written == "inline" else str(file)
+    problems = folders.problems_of({"train_data": train_data})
+    assert [problem.what.split(" (")[0] for problem in problems] == ["dataset 2", "dataset 3"]
+    if written == "file":
+        with pytest.raises(UserError, match=r"outside: outside of the folders"):
+            read_clips(folders, file)
+    assert folders.problems_of({"train_data": entries[:1]}) == []
+    assert folders.problems_of({"train_data": None}) == folders.problems_of({"train_data": 5}) == []
+
+
+def test_the_clips_of_several_datasets_are_shown(folders):
+    for name in ("a", "b"):
+        (folders.data[0] / name).mkdir()
+        (folders.data[0] / name / "clip.mp4").touch()
+        (folders.data[0] / name / "clip.txt").write_text(name, encoding="utf-8")
+    file = folders.data[0] / "sets.yaml"
+    file.write_text("- path: a\n- path: b\n", encoding="utf-8")
+    assert [(clip.path.parent.name, clip.caption) for clip in read_clips(folders, file).clips] == [("a", "a"), ("b", "b")]
