@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crepatrain.config.plan import Plan
-from crepatrain.data.buckets import ClipCut, Window
+from crepatrain.data.buckets import Window
 from crepatrain.data.clip import Unreadable
 from crepatrain.data.decode import FrameReader
 from crepatrain.data.watched import PATIENCE, Beat, read_ahead
 from crepatrain.errors import UserError
 from crepatrain.preparing.captions import read_captions
 from crepatrain.preparing.context import Context
-from crepatrain.preparing.decisions import clip_warnings
 from crepatrain.preparing.preflight import Dataset
+from crepatrain.preparing.window_rows import WindowRow, window_rows
 from crepatrain.training.build import cut_captions
 
 _AHEAD = 3
@@ -29,42 +29,6 @@ _FROZEN = 8.0
 # Bits by which the marks of two windows may differ, of 64 for each of three pictures, and they still show the same.
 _ALIKE = 12
 _ROWS, _COLUMNS = 8, 8
-
-
-@dataclass(frozen=True)
-class WindowRow:
-    """One window, as plain values.
-
-    Attributes:
-        clip: path of the file.
-        start: of its first frame, in seconds from the first picture.
-        first, last, frames: numbers of its frames in the file, and how many there are.
-        source: (height, width) of the file's pictures.
-        kept: share of the picture's area that the crop leaves.
-        enlarged: how the cropped picture is scaled.
-        weight: how often it is trained on in an epoch, on average.
-        warnings: what its owner should look at.
-    """
-
-    clip: str
-    start: float
-    first: int
-    last: int
-    frames: int
-    source: tuple[int, int]
-    source_fps: float
-    crop: str
-    kept: float
-    enlarged: float
-    faster: float
-    bucket: str
-    weight: float
-    caption: str
-    warnings: tuple[str, ...]
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def inspect(
@@ -98,12 +62,11 @@ def inspect(
             marks.append(mark(frames))
             each(window, frames)
             advance()
-    cuts = {cut.clip: cut for cut in dataset.clips.cuts}
     of_captions = _caption_warnings(context.plan, windows)
     alike = _alike(windows, np.stack(marks))
     return [
-        _row(window, cuts[window.clip], (*clip_warnings(cuts[window.clip]), *of_captions[window.clip.caption], *pixels, *same))
-        for window, pixels, same in zip(windows, seen, alike, strict=True)
+        replace(row, warnings=(*row.warnings, *of_captions[row.caption], *pixels, *same))
+        for row, pixels, same in zip(window_rows(dataset.clips), seen, alike, strict=True)
     ]
 
 
@@ -159,24 +122,3 @@ def _caption_warnings(plan: Plan, windows: Sequence[Window]) -> Mapping[str, lis
         if cut:
             found[caption].append(f"long caption: {cut.tokens} tokens, and {cut.read} are read")
     return found
-
-
-def _row(window: Window, cut: ClipCut, warnings: tuple[str, ...]) -> WindowRow:
-    info, frames = window.clip.info, window.frames
-    return WindowRow(
-        clip=str(window.path),
-        start=round(info.timestamps[frames[0]] - info.timestamps[0], 3),
-        first=frames[0],
-        last=frames[-1],
-        frames=len(frames),
-        source=(info.height, info.width),
-        source_fps=round(info.fps, 3),
-        crop=str(window.crop),
-        kept=round(cut.kept, 3),
-        enlarged=round(cut.enlarged, 3),
-        faster=round(cut.faster, 3),
-        bucket=str(window.bucket),
-        weight=window.clip.rule.weight,
-        caption=window.clip.caption,
-        warnings=warnings,
-    )

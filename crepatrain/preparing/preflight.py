@@ -26,6 +26,7 @@ from crepatrain.preparing.captions import note_captions, read_captions, rule_of
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.decisions import decision_notes, decisions, dropped_in_words
 from crepatrain.preparing.held_out import hold_out, shares_in_words
+from crepatrain.preparing.window_rows import WindowRow, window_rows
 from crepatrain.screen import Screen
 from crepatrain.training.build import count_caption_tokens
 
@@ -366,8 +367,14 @@ def dataset_facts(plan: Plan, dataset: Dataset, sampler: StepSampler) -> dict[st
             }
             for bucket, count in clips.buckets.items()
         ],
+        "each": [_window_facts(row) for row in window_rows(clips)],
         "captions": [{"file": clip.path.name, "windows": count, "caption": clip.caption} for clip, count in windows.items()],
     }
+
+
+def _window_facts(row: WindowRow) -> dict[str, Any]:
+    """A window for a run's folder, where captions stand by clip and files by name."""
+    return {"file": Path(row.clip).name} | {key: value for key, value in row.plain().items() if key not in {"clip", "caption"}}
 
 
 def in_words(count: float) -> str:

@@ -58,6 +58,19 @@ class _Clip(_Expected):
     caption: str
 
 
+class _Window(_Expected):
+    file: str
+    start: _Number
+    frames: _Count
+    source: Annotated[list[_Count], Field(min_length=2, max_length=2)]
+    source_fps: _Number
+    crop: str
+    kept: _Number
+    bucket: str
+    weight: _Number
+    warnings: list[str]
+
+
 class _Dataset(_Expected):
     train_data: str
     clips: _Count
@@ -68,6 +81,7 @@ class _Dataset(_Expected):
     steps: _Count
     buckets: list[_Bucket]
     captions: list[_Clip]
+    each: list[_Window] = []
 
 
 class _Change(_Expected):

@@ -5,6 +5,7 @@ import html
 import json
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
 from crepatrain.config.run_config import KEYS
 from crepatrain.labels import LABELS
@@ -15,6 +16,7 @@ from crepatrain.reporting.heatmap import map_section
 # The size of all videos in a report together; the newest are kept.
 _VIDEO_BYTES = 24 << 20
 _CLIPS_SHOWN = 40
+_WINDOWS_SHOWN = 200
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; media-src data:"
 # The numbers of the summary.
@@ -158,9 +160,29 @@ def _dataset(runs: Sequence[RunRecord]) -> str:
         clips = [(_escape(clip["file"]), str(clip["windows"]), _escape(clip["caption"])) for clip in facts["captions"]]
         more = len(clips) - _CLIPS_SHOWN
         listed = _table(("clip", "#windows", "caption"), clips[:_CLIPS_SHOWN]) + (f"<p>and {more} more</p>" if more > 0 else "")
-        listed = f"<details><summary>captions</summary>{listed}</details>"
+        listed = f"<details><summary>captions</summary>{listed}</details>{_windows(facts.get('each', []))}"
         parts.append(f"<h2>{_escape(title)}</h2>{_table(header, rows)}<p>{words}</p>{listed}")
     return "".join(parts)
+
+
+def _windows(each: Sequence[dict[str, Any]]) -> str:
+    """Where each window of a dataset is from; empty for a run of a version that did not write it."""
+    if not each:
+        return ""
+    rows = [
+        (
+            _escape(f"{window['file']} from {window['start']:g} s"),
+            f"{window['source'][1]} x {window['source'][0]}, {window['source_fps']:g} fps",
+            _escape(f"{window['crop']}, {window['kept']:.0%} left"),
+            _escape(window["bucket"]),
+            f"{window['weight']:g}",
+            _escape("; ".join(window["warnings"])),
+        )
+        for window in each[:_WINDOWS_SHOWN]
+    ]
+    more = f"<p>and {len(each) - _WINDOWS_SHOWN} more</p>" if len(each) > _WINDOWS_SHOWN else ""
+    table = _table(("window", "file", "crop", "bucket", "#times an epoch", "warnings"), rows)
+    return f"<details><summary>windows</summary>{table}{more}</details>"
 
 
 def _config(runs: Sequence[RunRecord]) -> str:
