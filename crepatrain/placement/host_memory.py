@@ -1,5 +1,6 @@
 """Pinned host memory: how much of it there may be, and some of it for weights."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,28 @@ class HostMemory:
         if piece is None:
             piece = self._pieces[index] = torch.empty(self._sizes[index], dtype=torch.uint8, pin_memory=self._pinned)
         return piece
+
+
+@contextlib.contextmanager
+def pinning(key: str, setting: str, size: int, fix: str) -> Iterator[None]:
+    """Say in words that the system does not pin so much memory.
+
+    Args:
+        key: of the config, that needs the memory; setting: as it is set.
+        size: bytes that are pinned in all.
+        fix: what to do about it.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"{setting}: the system does not pin {pinned_bytes(size) / _GIB:.1f} GiB of host memory ({str(error).splitlines()[0]})",
+            f"{fix}; Windows' subsystem for Linux pins about half of the machine's memory at most",
+            (key,),
+        ) from error
 
 
 def expect_host_memory(key: str, setting: str, size: int, *, processes: int = 1) -> None:

@@ -676,7 +676,7 @@ def test_captured_states_carry_gradient_with_and_without_checkpointing(case):
             torch.manual_seed(parameter.numel())
             parameter.data.normal_(std=0.1)
         config = LoopConfig(output_dir="unused", gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
-        checkpoint_blocks(config, live)
+        checkpoint_blocks(config, case.family, live)
         live.train()
         term, blocks = align_term(case), case.family.blocks(live)
         losses = training_loss(case.family, FlowMatching("uniform"), live, blocks, with_teacher(case, make_batch(case)), term)

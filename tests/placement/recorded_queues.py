@@ -16,7 +16,8 @@ class Recorded(InOrder):
     """Copies at once, which is the earliest that a device may.
 
     Attributes:
-        log: (mark, queue, number), (wait, queue, number), (copy, buffer), (reads, buffer), (done, buffer); buffers by address.
+        log: (mark, queue, number), (wait, queue, number), (copy, target, source), and reads, done, written and freed with a
+            tensor; tensors by their storage's address.
     """
 
     def __init__(self) -> None:
@@ -32,14 +33,24 @@ class Recorded(InOrder):
         self.log.append(("wait", queue, mark))
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        self.log.append(("copy", target.untyped_storage().data_ptr()))
+        self.log.append(("copy", _address(target), _address(source)))
         super().copy(target, source)
 
+    def written(self, tensor: Tensor) -> None:
+        self.log.append(("written", _address(tensor)))
+
+    def freed(self, tensor: Tensor) -> None:
+        self.log.append(("freed", _address(tensor)))
+
     def reads(self, buffer: Tensor) -> None:
-        self.log.append(("reads", buffer.data_ptr()))
+        self.log.append(("reads", _address(buffer)))
 
     def done(self, buffer: Tensor) -> None:
-        self.log.append(("done", buffer.data_ptr()))
+        self.log.append(("done", _address(buffer)))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class Late(Recorded):
@@ -51,8 +62,8 @@ class Late(Recorded):
         self._hidden: dict[int, Tensor] = {}
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        self.log.append(("copy", target.untyped_storage().data_ptr()))
-        self._hidden.pop(target.untyped_storage().data_ptr(), None)
+        self.log.append(("copy", _address(target), _address(source)))
+        self._hidden.pop(_address(target), None)
         target.fill_(_NO_NUMBER)
         self._pending.append((target, source))
 
@@ -69,12 +80,12 @@ class Late(Recorded):
 
     def reads(self, buffer: Tensor) -> None:
         super().reads(buffer)
-        if buffer.data_ptr() in self._hidden:
-            buffer.copy_(self._hidden.pop(buffer.data_ptr()))
+        if _address(buffer) in self._hidden:
+            buffer.copy_(self._hidden.pop(_address(buffer)))
 
     def done(self, buffer: Tensor) -> None:
         super().done(buffer)
-        self._hidden[buffer.data_ptr()] = buffer.clone()
+        self._hidden[_address(buffer)] = buffer.clone()
         buffer.fill_(_NO_NUMBER)
 
 
@@ -85,8 +96,9 @@ def wrong_order(log: Sequence[tuple[Any, ...]]) -> str | None:
     """
     marks: dict[int, tuple[str, int]] = {}
     known = {"compute": -1, "copies": -1}  # of the other queue, the entries that are done
-    written: dict[int, int] = {}
+    written: dict[int, tuple[str, int]] = {}  # by which queue, and where
     read: dict[int, int | None] = {}  # None: until now
+    copied: dict[int, int] = {}
     for place, (kind, what, *number) in enumerate(log):
         if kind == "mark":
             marks[number[0]] = (what, place)
@@ -97,12 +109,22 @@ def wrong_order(log: Sequence[tuple[Any, ...]]) -> str | None:
             if of != what:
                 known[what] = max(known[what], at)
         elif kind == "copy":
-            until = read.get(what, 0)
+            until, (by, at) = read.get(what, 0), written.get(number[0], ("copies", 0))
             if until is None or known["copies"] < until:
                 return f"{place}: a buffer is written before its last reader is done"
-            written[what] = place
+            if by == "compute" and known["copies"] < at:
+                return f"{place}: a tensor is copied before it is written"
+            written[what] = "copies", place
+            copied[number[0]] = place
+        elif kind == "written":
+            written[what] = "compute", place
+            copied.pop(what, None)
+        elif kind == "freed":
+            last = max(copied.pop(what, 0), written.pop(what)[1] if written.get(what, ("", 0))[0] == "copies" else 0)
+            if known["compute"] < last:
+                return f"{place}: memory is used again before its copy is done"
         elif kind == "reads":
-            if what not in written or known["compute"] < written[what]:
+            if what not in written or known["compute"] < written[what][1]:
                 return f"{place}: a buffer is read before it is written"
             read[what] = None
         elif kind == "done":
