@@ -269,9 +269,9 @@ class LoopConfig(Section, frozen=True):
     )
     nested_checkpointing: bool = Field(
         False,
-        description="When a block is computed again, compute its self-attention, cross-attention and feed-forward once more, each "
-        "where its backward begins: less memory within a block, for about as much more time as gradient_checkpointing costs. The "
-        "numbers of a run stay the same to the bit. Only where gradient_checkpointing is true.",
+        description="When a block is computed again, compute its self-attention, cross-attention and feed-forward once more, "
+        "each where its own backward begins: less memory within a block, for as much more time as gradient_checkpointing costs. "
+        "The numbers of a run stay the same to the bit. Only where gradient_checkpointing is true.",
         json_schema_extra=MAY_CHANGE,
     )
     block_offload: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(

@@ -1,8 +1,8 @@
 """The inputs of checkpointed blocks, which wait in host memory for the backward pass.
 
 Gradient checkpointing keeps what each block was given. Most of that are the hidden states, a tensor for every block; captions,
-timesteps and positions are the same tensors for all blocks, and stay. Here the hidden states are copied to host memory while their
-block computes, and back while the backward pass is in the block behind it.
+timesteps and positions are the same tensors for all blocks, and stay. Here the hidden states are copied to host memory while
+their block computes, and back while the backward pass is in the block behind it.
 
 Two queues work on one memory, so what must be true of the order is made so, and left to no allocator:
 
@@ -17,7 +17,7 @@ Two queues work on one memory, so what must be true of the order is made so, and
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class BlockInputs:
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], device: torch.device, queues: Queues | None = None, *, values: bool = True
+        self, blocks: Iterable[nn.Module], device: torch.device, queues: Queues | None = None, *, values: bool = True
     ) -> None:
         self._numbers = {id(block): number for number, block in enumerate(blocks)}
         self._pinned, self._values = device.type == "cuda", values
@@ -115,7 +115,7 @@ class BlockInputs:
     def of(self, block: nn.Module, hidden: Tensor) -> Iterator[None]:
         """What gradient checkpointing keeps of a block's hidden states within this goes to host memory.
 
-        The last block's stay, as the backward pass begins with them, and so do those of blocks that are not the transformer's own.
+        The last block's stay, as the backward pass begins with them, and so do those of blocks that are not among these.
         """
         self._let_go()
         number, before = self._numbers.get(id(block)), self._last

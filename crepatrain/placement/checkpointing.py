@@ -51,7 +51,7 @@ def _part_again(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     def by_place(*values: Any) -> Any:
         return forward(*values[: len(inputs)], **dict(zip(named, values[len(inputs) :], strict=True)))
 
-    # By place, since checkpoint holds on to tensors that it is given by name, also while all of the block waits to be computed again.
+    # By place: checkpoint holds on to tensors that it is given by name, even while all of the block waits to be computed again.
     return checkpoint(by_place, *inputs, *named.values(), use_reentrant=False)
 
 

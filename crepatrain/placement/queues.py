@@ -5,7 +5,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-# One computes, and the other copies from host memory or to it; each does what it is given in order, and waits for the other only at marks.
+# One computes, and the other copies from host memory or to it; each does what it is given in order, and waits for the other only
+# at marks.
 Queue = Literal["compute", "copies"]
 
 

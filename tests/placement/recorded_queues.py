@@ -94,39 +94,58 @@ def wrong_order(log: Sequence[tuple[Any, ...]]) -> str | None:
 
     A queue does its own entries in order. Of the other it knows what lies before the marks that it has waited for.
     """
-    marks: dict[int, tuple[str, int]] = {}
-    known = {"compute": -1, "copies": -1}  # of the other queue, the entries that are done
-    written: dict[int, tuple[str, int]] = {}  # by which queue, and where
-    read: dict[int, int | None] = {}  # None: until now
-    copied: dict[int, int] = {}
-    for place, (kind, what, *number) in enumerate(log):
-        if kind == "mark":
-            marks[number[0]] = (what, place)
-        elif kind == "wait":
-            if number[0] not in marks:
-                return f"{place}: waits for a mark that is not there"
-            of, at = marks[number[0]]
-            if of != what:
-                known[what] = max(known[what], at)
-        elif kind == "copy":
-            until, (by, at) = read.get(what, 0), written.get(number[0], ("copies", 0))
-            if until is None or known["copies"] < until:
-                return f"{place}: a buffer is written before its last reader is done"
-            if by == "compute" and known["copies"] < at:
-                return f"{place}: a tensor is copied before it is written"
-            written[what] = "copies", place
-            copied[number[0]] = place
-        elif kind == "written":
-            written[what] = "compute", place
-            copied.pop(what, None)
-        elif kind == "freed":
-            last = max(copied.pop(what, 0), written.pop(what)[1] if written.get(what, ("", 0))[0] == "copies" else 0)
-            if known["compute"] < last:
-                return f"{place}: memory is used again before its copy is done"
-        elif kind == "reads":
-            if what not in written or known["compute"] < written[what][1]:
-                return f"{place}: a buffer is read before it is written"
-            read[what] = None
-        elif kind == "done":
-            read[what] = place
+    order = _Order()
+    for place, (kind, *values) in enumerate(log):
+        wrong = getattr(order, kind)(place, *values)
+        if wrong:
+            return f"{place}: {wrong}"
     return None
+
+
+class _Order:
+    """What has been given to the queues so far; a method for each kind of entry."""
+
+    def __init__(self) -> None:
+        self._marks: dict[int, tuple[str, int]] = {}
+        self._known = {"compute": -1, "copies": -1}  # of the other queue, the entries that are done
+        self._written: dict[int, tuple[str, int]] = {}  # by which queue, and where
+        self._read: dict[int, int | None] = {}  # by compute; None: until now
+        self._copied: dict[int, int] = {}  # from there
+
+    def mark(self, place: int, queue: str, number: int) -> None:
+        self._marks[number] = (queue, place)
+
+    def wait(self, _place: int, queue: str, number: int) -> str | None:
+        if number not in self._marks:
+            return "waits for a mark that is not there"
+        of, at = self._marks[number]
+        if of != queue:
+            self._known[queue] = max(self._known[queue], at)
+        return None
+
+    def copy(self, place: int, target: int, source: int) -> str | None:
+        until, (by, at) = self._read.get(target, 0), self._written.get(source, ("copies", 0))
+        if until is None or self._known["copies"] < until:
+            return "a buffer is written before its last reader is done"
+        if by == "compute" and self._known["copies"] < at:
+            return "a tensor is copied before it is written"
+        self._written[target], self._copied[source] = ("copies", place), place
+        return None
+
+    def written(self, place: int, tensor: int) -> None:
+        self._written[tensor] = ("compute", place)
+        self._copied.pop(tensor, None)
+
+    def freed(self, _place: int, tensor: int) -> str | None:
+        by, at = self._written.pop(tensor, ("compute", 0))
+        last = max(self._copied.pop(tensor, 0), at if by == "copies" else 0)
+        return "memory is used again before its copy is done" if self._known["compute"] < last else None
+
+    def reads(self, _place: int, tensor: int) -> str | None:
+        if tensor not in self._written or self._known["compute"] < self._written[tensor][1]:
+            return "a buffer is read before it is written"
+        self._read[tensor] = None
+        return None
+
+    def done(self, place: int, tensor: int) -> None:
+        self._read[tensor] = place
