@@ -48,10 +48,13 @@ def _part_again(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **named)
 
-    def by_place(*values: Any) -> Any:
-        return forward(*values[: len(inputs)], **dict(zip(named, values[len(inputs) :], strict=True)))
+    # By place, and no tensor in what is called: checkpoint holds on to all but what it is given by place, for as long as all of
+    # the block waits to be computed again.
+    count, names = len(inputs), tuple(named)
 
-    # By place: checkpoint holds on to tensors that it is given by name, even while all of the block waits to be computed again.
+    def by_place(*values: Any) -> Any:
+        return forward(*values[:count], **dict(zip(names, values[count:], strict=True)))
+
     return checkpoint(by_place, *inputs, *named.values(), use_reentrant=False)
 
 

@@ -1,4 +1,4 @@
-"""Runs with blocks in host memory are the runs without, to the bit, whatever comes between two steps."""
+"""Runs with blocks or their inputs in host memory are the runs without, to the bit, whatever comes between two steps."""
 
 import json
 import os
@@ -59,6 +59,35 @@ def test_a_run_is_the_same_to_the_bit(config_file: Write, tmp_path: Path, change
     assert videos[resident].keys() == videos[ringed].keys() == {0, 2, 4}
     for step, video in videos[resident].items():
         assert np.array_equal(videos[ringed][step], video), step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{}, {**BACKBONE, "crepa_block_index": 0}, {"base_quantization": "int8", "lora_dropout": 0.1}]
+)
+def test_a_run_with_fewer_activations_is_the_same_to_the_bit(config_file: Write, tmp_path: Path, changes: dict):
+    plain, saving = (tmp_path / name for name in ("plain", "saving"))
+    train(config_file, output_dir=str(plain), **EVERYTHING | changes)
+    begun: dict[str, Any] = {"max_train_steps": 2, "checkpoint_offload": True}
+    train(config_file, output_dir=str(saving), **EVERYTHING | changes | begun)
+    train(
+        config_file,
+        output_dir=str(saving),
+        **EVERYTHING | changes,
+        checkpoint_offload=True,
+        nested_checkpointing=True,
+        block_offload=7,
+    )
+    expect_same_run(plain, saving)
+
+
+def test_a_run_may_go_on_with_fewer_activations(config_file: Write, tmp_path: Path):
+    plain, saving = (tmp_path / name for name in ("plain", "saving"))
+    train(config_file, output_dir=str(plain), max_train_steps=3)
+    train(config_file, output_dir=str(saving), max_train_steps=1, nested_checkpointing=True)
+    train(config_file, output_dir=str(saving), max_train_steps=2, checkpoint_offload=True)
+    train(config_file, output_dir=str(saving), max_train_steps=3)
+    expect_same_run(plain, saving)
 
 
 def test_auto_is_a_number_in_the_folder(config_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
