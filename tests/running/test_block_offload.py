@@ -125,7 +125,14 @@ def test_memory_is_chosen_and_kept_where_a_run_can_not_change_it(
 @pytest.mark.slow
 def test_compiled_blocks_in_host_memory_train_the_same(config_file: Write, tmp_path: Path):
     runs = [
-        train(config_file, output_dir=str(tmp_path / str(count)), block_offload=count, compile=True, max_train_steps=2)
+        train(
+            config_file,
+            output_dir=str(tmp_path / str(count)),
+            block_offload=count,
+            checkpoint_offload=count > 0,
+            compile=True,
+            max_train_steps=2,
+        )
         for count in (0, 10)
     ]
     expect_same_run(*runs)
@@ -136,7 +143,8 @@ def test_two_processes_have_a_ring_each(config_file: Write, tmp_path: Path):
     resident, ringed = tmp_path / "resident", tmp_path / "ringed"
     for folder, count in ((resident, 0), (ringed, 10)):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "crepatrain", "fit"]
-        config = config_file(output_dir=str(folder), block_offload=count, max_train_steps=2)
+        saving = {"checkpoint_offload": count > 0, "nested_checkpointing": count > 0}
+        config = config_file(output_dir=str(folder), block_offload=count, max_train_steps=2, **saving)
         ended = subprocess.run(
             [*command, str(config)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
         )
