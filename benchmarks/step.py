@@ -78,7 +78,7 @@ def ours(transformer: Any, batch: Batch) -> Callable[[], None]:
 
 def selective(transformer: Any, batch: Batch) -> Callable[[], None]:
     """Ours with `gradient_checkpointing: selective`."""
-    checkpoint_blocks(LoopConfig(output_dir="unused", gradient_checkpointing="selective"), transformer)
+    checkpoint_blocks(LoopConfig(output_dir="unused", gradient_checkpointing="selective"), FAMILY, transformer)
     return ours(transformer, batch)
 
 

@@ -92,7 +92,7 @@ class _Probe:
         family = build.build_family(plan)
         transformer, crepa = build.load_transformer(plan, family, device), build.build_crepa(plan).to(device)
         build.adapt(plan, family, transformer)
-        place(plan.config.loop, transformer, family.blocks(transformer), device)
+        place(plan.config.loop, family, transformer, device)
         restore_modules(checkpoint, transformer, crepa, average=plan.config.optim.use_ema)  # the average is the run's result
         process, teacher = build.build_process(plan), build.build_teacher(plan, family, device)
         return cls(plan, family, process, transformer.eval(), crepa, teacher)

@@ -71,7 +71,7 @@ def estimate_vram(
         verdict = "yes" if estimate.peak <= card.total_memory else "no"
         lines.append(("this machine", f"{card.name} of {_gib(card.total_memory)} GiB: {verdict}"))
     if estimate.on_host:
-        lines.append(("host memory", f"{_gib(estimate.on_host)} GiB, pinned by each process for block_offload"))
+        lines.append(("host memory", f"{_gib(estimate.on_host)} GiB, pinned by each process"))
     for number, (source, share) in enumerate(estimate.crepa.items()):
         lines.append((f"CREPA, {source}", f"{_gib(share)} GiB of training's peak{'' if number else ', as configured'}"))
     lines += [(change, f"{_gib(peak)} GiB in training") for change, peak in estimate.remedies]

@@ -19,6 +19,7 @@ from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
 from crepatrain.labels import LABELS
 from crepatrain.memory.choosing import choose_memory
+from crepatrain.memory.estimate import largest_bucket
 from crepatrain.memory.offload import expect_room_on_host
 from crepatrain.placement.devices import free_bytes, keep_compiled, open_device
 from crepatrain.placement.host_memory import pinnable_memory
@@ -87,7 +88,7 @@ def fit(plan: Plan, screen: Screen, *, rehearsed: bool = False, subscribers: Seq
                 if not before.validate:
                     _close(folder, start.state.step, events, screen)
                     return
-            expect_room_on_host(plan, context.device)
+            expect_room_on_host(plan, largest_bucket(plan, list(start.caches.dataset.clips.buckets)), context.device)
             expect_gradients(plan, build_family(plan), context.device)
             held = fill_all_caches(context, start)
         expect_one_start(start, accelerator)

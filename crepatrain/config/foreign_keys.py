@@ -1,4 +1,8 @@
-"""Names that SimpleTuner, musubi-tuner, diffusers' scripts, finetrainers, ai-toolkit and diffusion-pipe give to our keys."""
+"""Names that other trainers give to our keys.
+
+They are those of SimpleTuner, musubi-tuner, diffusers' scripts, finetrainers, ai-toolkit, OneTrainer, DiffSynth-Studio and
+diffusion-pipe.
+"""
 
 from collections.abc import Mapping
 
@@ -111,6 +115,18 @@ FOREIGN_KEYS: Mapping[str, str] = {
     "layer_offloading": "block_offload",
     "enable_group_offload": "block_offload",
     "group_offload": "block_offload",
+    "activation_checkpointing": "gradient_checkpointing",
+    "enable_gradient_checkpointing": "gradient_checkpointing",
+    "gradient_checkpointing_cpu_offload": "checkpoint_offload",
+    "gradient_checkpointing_offload": "checkpoint_offload",
+    "gradient_checkpointing_unsloth_offload": "checkpoint_offload",
+    "gradient_checkpointing_backend": "checkpoint_offload",
+    "use_gradient_checkpointing_offload": "checkpoint_offload",
+    "enable_activation_offloading": "checkpoint_offload",
+    "activation_offload": "checkpoint_offload",
+    "activation_offloading": "checkpoint_offload",
+    "activation_cpu_offloading": "checkpoint_offload",
+    "offload_activations": "checkpoint_offload",
     "crepa_weight": "crepa_lambda",
     "crepa_distance": "crepa_adjacent_distance",
     "crepa_tau": "crepa_adjacent_tau",

@@ -17,11 +17,27 @@ def open_keys(config: LoopConfig) -> frozenset[str]:
 
 
 def check_checkpointing(config: LoopConfig) -> list[Problem]:
-    """A compiled block is one operator, of which nothing can be kept."""
-    if config.gradient_checkpointing != "selective" or not config.compile:
-        return []
-    what = "gradient_checkpointing=selective with compile=true: the attentions inside a compiled block can't be kept"
-    return [Problem(what, "set gradient_checkpointing to true, or compile to false", ("gradient_checkpointing", "compile"))]
+    """A compiled block is one operator, of which nothing can be kept; the other keys change what gradient checkpointing does."""
+    how, problems = config.gradient_checkpointing, []
+    if how == "selective" and config.compile:
+        what = "gradient_checkpointing=selective with compile=true: the attentions inside a compiled block can't be kept"
+        fix = "set gradient_checkpointing to true, or compile to false"
+        problems.append(Problem(what, fix, ("gradient_checkpointing", "compile")))
+    if config.checkpoint_offload and not how:
+        what = "checkpoint_offload=true with gradient_checkpointing=false: then it is not the blocks' inputs that are kept"
+        fix = "set gradient_checkpointing to true or selective, or checkpoint_offload to false"
+        problems.append(Problem(what, fix, ("checkpoint_offload", "gradient_checkpointing")))
+    if config.nested_checkpointing and how is not True:
+        what = (
+            f"nested_checkpointing=true with gradient_checkpointing={str(how).lower()}: it is for blocks of which nothing is kept"
+        )
+        fix = "set gradient_checkpointing to true, or nested_checkpointing to false"
+        problems.append(Problem(what, fix, ("nested_checkpointing", "gradient_checkpointing")))
+    if config.nested_checkpointing and config.compile:
+        what = "nested_checkpointing=true with compile=true: the compiler decides what is kept inside a block"
+        fix = "set one of them to false"
+        problems.append(Problem(what, fix, ("nested_checkpointing", "compile")))
+    return problems
 
 
 def check_offload(config: ResolvedConfig, depth: int) -> list[Problem]:

@@ -282,6 +282,20 @@ class LoopConfig(Section, frozen=True):
         "tensor of the size of the hidden states more for every block.",
         json_schema_extra=IF_ALLOWED,
     )
+    checkpoint_offload: bool = Field(
+        False,
+        description="Keep the hidden states that gradient checkpointing needs of every block in pinned host memory from its "
+        "forward to its backward, copied beside the work. The numbers of a run stay the same to the bit. Needs "
+        "gradient_checkpointing.",
+        json_schema_extra=MAY_CHANGE,
+    )
+    nested_checkpointing: bool = Field(
+        False,
+        description="When a block is computed again, compute its self-attention, cross-attention and feed-forward once more, "
+        "each where its own backward begins: less memory within a block, for as much more time as gradient_checkpointing costs. "
+        "The numbers of a run stay the same to the bit. Only where gradient_checkpointing is true.",
+        json_schema_extra=MAY_CHANGE,
+    )
     block_offload: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         0,
         description="Number of blocks whose frozen weights live in pinned host memory and are copied to the GPU ahead of their "

@@ -28,8 +28,8 @@ def summarize(plan: Plan) -> list[tuple[str, str]]:
     ]
     if plan.open_keys:
         rows.append(("memory", f"{', '.join(sorted(plan.open_keys))} as the GPU at hand needs"))
-    elif config.loop.block_offload:
-        rows.append(("host memory", _offload(config.loop, geometry.depth)))
+    if offloaded := _offloaded(plan):
+        rows.append(("host memory", "; ".join(offloaded)))
     if config.crepa.crepa_enabled:
         rows += _crepa(plan)
     else:
@@ -53,8 +53,14 @@ def _rate(data: ResolvedData) -> str:
     return "their own rate" if data.fps == "keep" else f"{data.fps:g} fps"
 
 
-def _offload(config: LoopConfig, depth: int) -> str:
-    return f"the frozen weights of {config.block_offload} of {depth} blocks, copied to the GPU ahead of their use"
+def _offloaded(plan: Plan) -> list[str]:
+    loop, found = plan.config.loop, []
+    if loop.block_offload and "block_offload" not in plan.open_keys:
+        depth = plan.geometry.depth
+        found.append(f"the frozen weights of {loop.block_offload} of {depth} blocks, copied to the GPU ahead of their use")
+    if loop.checkpoint_offload:
+        found.append("the blocks' inputs from forward to backward")
+    return found
 
 
 def _model(plan: Plan) -> str:
@@ -89,8 +95,11 @@ def _precision(config: ResolvedConfig) -> str:
 
 
 def _checkpointing(plan: Plan) -> str:
-    open_yet = "gradient_checkpointing" in plan.open_keys
-    return "" if open_yet else f"; gradient checkpointing {_CHECKPOINTING[plan.config.loop.gradient_checkpointing]}"
+    loop = plan.config.loop
+    if "gradient_checkpointing" in plan.open_keys:
+        return ""
+    nested = ", and in each part of a block" if loop.nested_checkpointing else ""
+    return f"; gradient checkpointing {_CHECKPOINTING[loop.gradient_checkpointing]}{nested}"
 
 
 def _crepa(plan: Plan) -> list[tuple[str, str]]:

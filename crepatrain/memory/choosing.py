@@ -10,7 +10,7 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
-from crepatrain.memory.offload import BlockSizes
+from crepatrain.memory.offload import BlockSizes, inputs_on_host
 from crepatrain.memory.stages import GIB, Stage, sampling_stage, training_stage
 from crepatrain.placement.ring import BUFFERS
 from crepatrain.screen import Screen
@@ -91,7 +91,7 @@ class Chooser:
         Raises:
             UserError: the model's step can't run on fake tensors.
         """
-        refused: list[Choice] = []
+        refused, beside = list[Choice](), inputs_on_host(self._plan, self._bucket)
         for config, offloads in self._settings():
             if not offloads and self._needs_more(config, room):
                 continue
@@ -101,13 +101,15 @@ class Chooser:
             numbers: Sequence[int] = [before]
             if offloads:
                 # The buffers hold as many blocks as there are of them.
-                numbers = [n for n in range(BUFFERS + 1, sizes.depth + 1) if host is None or sizes.on_host(n) <= host] or [0]
+                numbers = [
+                    n for n in range(BUFFERS + 1, sizes.depth + 1) if host is None or sizes.on_host(n) + beside <= host
+                ] or [0]
             peaks = {n: max(sizes.changed(stage, before, n).peak for stage in stages) for n in numbers}
             count = next((n for n in numbers if peaks[n] <= room), numbers[-1])
             values = {key: count if key == "block_offload" else config.value(key) for key in _COSTS if key in self._open}
             copied = 2 * sizes.moved(count) * config.loop.gradient_accumulation_steps
             not_enough = [(other.values, other.peak) for other in refused]
-            choice = Choice(values, peaks[count], sizes.on_host(count), copied, peaks[count] <= room, not_enough)
+            choice = Choice(values, peaks[count], sizes.on_host(count) + beside, copied, peaks[count] <= room, not_enough)
             if choice.fits:
                 return choice
             refused.append(choice)

@@ -12,11 +12,12 @@ from typing import Any
 
 from crepatrain.config.plan import Plan, make_plan
 from crepatrain.config.resolved import ResolvedConfig
+from crepatrain.config.sections import LoopConfig
 from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
 from crepatrain.memory.account import allocated_bytes
 from crepatrain.memory.beside import begin_beside
-from crepatrain.memory.offload import BlockSizes
+from crepatrain.memory.offload import BlockSizes, inputs_on_host
 from crepatrain.memory.stages import GIB, Stage, caching_stage, empty_trained, sampling_stage, text_stage, training_stage
 from crepatrain.placement.states import empty_states
 from crepatrain.screen import Screen
@@ -43,7 +44,7 @@ class Estimate:
         crepa: bytes that CREPA adds to the training step with a teacher source, beginning with the config's own.
         remedies: changes to the config that make the training step's peak smaller, each with the bytes that are left; best first.
         without_use: changes that were tried, and make it no smaller.
-        on_host: bytes of pinned host memory that block_offload takes.
+        on_host: bytes of pinned host memory that block_offload and checkpoint_offload take.
     """
 
     stages: Mapping[str, Stage]
@@ -146,20 +147,47 @@ def estimate_memory(
     sizes = BlockSizes.of(plan)
     checkpointed = training if config.loop.gradient_checkpointing else found.get(("remedy", "gradient_checkpointing: true"))
     if config.model.model_type == "lora" and checkpointed:
-        remedies += _offloads(plan, checkpointed, sizes)
+        remedies += _offloads(plan, checkpointed, found, sizes)
     smaller = sorted(((name, peak) for name, peak in remedies if peak < training.peak), key=lambda item: item[1])
     without_use = tuple(name for name in offered if peaks.get(("remedy", name), 0) >= training.peak)
     count = config.loop.block_offload
-    return Estimate(stages, shares, smaller, without_use, on_host=sizes.on_host(count) if isinstance(count, int) else 0)
+    on_host = inputs_on_host(plan, largest) + (sizes.on_host(count) if isinstance(count, int) else 0)
+    return Estimate(stages, shares, smaller, without_use, on_host)
 
 
-def _offloads(plan: Plan, checkpointed: Stage, sizes: BlockSizes) -> list[tuple[str, int]]:
-    """Half of the blocks and all of them in host memory, where gradients are checkpointed, each with its peak."""
+def _offloads(
+    plan: Plan, checkpointed: Stage, found: Mapping[tuple[str, str], Stage], sizes: BlockSizes
+) -> list[tuple[str, int]]:
+    """Half of the blocks and all of them in host memory, each with its peak.
+
+    Args:
+        checkpointed: the step where gradients are checkpointed.
+        found: other steps by their names. All blocks are tried with all that saves activations too.
+    """
     before, depth = plan.config.loop.block_offload, plan.geometry.depth
     assert isinstance(before, int), "auto is chosen before anything is estimated"
     also = "" if plan.config.loop.gradient_checkpointing else "gradient_checkpointing: true, "
     numbers = [count for count in (depth // 2, depth) if count > before]
-    return [(f"{also}block_offload: {count}", sizes.changed(checkpointed, before, count).peak) for count in numbers]
+    offloads = [(f"{also}block_offload: {count}", sizes.changed(checkpointed, before, count).peak) for count in numbers]
+    words = _words(_least_activations(plan.config.loop))
+    if numbers and ("remedy", words) in found:
+        offloads.append((f"{words}, block_offload: {depth}", sizes.changed(found["remedy", words], before, depth).peak))
+    return offloads
+
+
+def _least_activations(loop: LoopConfig) -> dict[str, Any]:
+    """The changes that leave as few activations on the GPU as possible."""
+    least: dict[str, Any] = {"checkpoint_offload": True}
+    if not loop.compile:
+        least |= {"nested_checkpointing": True, "gradient_checkpointing": True}
+    elif not loop.gradient_checkpointing:
+        least["gradient_checkpointing"] = True
+    values = dict(loop)
+    return {key: value for key, value in least.items() if values[key] != value}
+
+
+def _words(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
 
 
 def _crepa_variants(plan: Plan, *, everything: bool) -> dict[str, ResolvedConfig]:
@@ -182,15 +210,25 @@ def _crepa_variants(plan: Plan, *, everything: bool) -> dict[str, ResolvedConfig
 
 def remedies_of(plan: Plan, bucket: Bucket, *, everything: bool = False) -> dict[str, tuple[ResolvedConfig, Bucket]]:
     """Configs and buckets whose training may need less memory, by the change that they are."""
-    config, found = plan.config, {}
+    config, found = plan.config, dict[str, tuple[ResolvedConfig, Bucket]]()
+
+    def offer(**changes: Any) -> None:
+        found[_words(changes)] = (config.changed(**changes), bucket)
+
     for less in {False: ("selective", True), "selective": (True,), True: ()}[config.loop.gradient_checkpointing]:
-        found[f"gradient_checkpointing: {str(less).lower()}"] = (config.changed(gradient_checkpointing=less), bucket)
+        offer(gradient_checkpointing=less)
+    any_checkpointing = {} if config.loop.gradient_checkpointing else {"gradient_checkpointing": True}
     if config.model.model_type == "lora" and config.loop.base_quantization == "none":
-        changes = {"base_quantization": "int8"} | ({} if config.loop.gradient_checkpointing else {"gradient_checkpointing": True})
-        found[", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())] = (config.changed(**changes), bucket)
+        offer(base_quantization="int8", **any_checkpointing)
+    least = _least_activations(config.loop)
+    if "checkpoint_offload" in least:
+        offer(checkpoint_offload=True, **any_checkpointing)
+    if "nested_checkpointing" in least:
+        offer(**{key: value for key, value in least.items() if key != "checkpoint_offload"})
+    if least:
+        offer(**least)
     if config.loop.train_batch_size > 1:
-        half = config.loop.train_batch_size // 2
-        found[f"train_batch_size: {half}"] = (config.changed(train_batch_size=half), bucket)
+        offer(train_batch_size=config.loop.train_batch_size // 2)
     frames = next((n for n in range(bucket.frames // 2 + 1, 0, -1) if plan.geometry.legal_frames(n)), bucket.frames)
     if frames < bucket.frames:
         found[f"num_frames: {frames}"] = (config, replace(bucket, frames=frames))

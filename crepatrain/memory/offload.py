@@ -1,4 +1,4 @@
-"""What block_offload saves on the device and takes on the host."""
+"""What block_offload saves on the device, and what it and checkpoint_offload take on the host."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from crepatrain.config.plan import Plan
+from crepatrain.data.buckets import Bucket
 from crepatrain.memory.account import allocated_bytes
 from crepatrain.memory.stages import Stage, empty_trained
+from crepatrain.placement.block_inputs import host_bytes
 from crepatrain.placement.flat import Layout, plain_tensors
 from crepatrain.placement.host_memory import expect_host_memory, pinned_bytes
+from crepatrain.placement.precision import weights_dtype
 from crepatrain.placement.processes import local_processes
 from crepatrain.placement.ring import BUFFERS, frozen_parameters, streamed
 from crepatrain.training.build import build_family
@@ -61,16 +64,35 @@ class BlockSizes:
         return replace(stage, by_owner={**stage.by_owner, "transformer": weights})
 
 
-def expect_room_on_host(plan: Plan, device: torch.device) -> None:
-    """Make sure, before anything is cached, that the host memory of block_offload can be had.
+def inputs_on_host(plan: Plan, bucket: Bucket) -> int:
+    """Bytes of the host that checkpoint_offload takes for clips of a size, at most; 0 where it is off.
 
-    On a CPU the weights are in host memory anyway.
+    With model_type full some families compute hidden states in bf16 from weights in fp32, and need half.
+    """
+    if not plan.config.loop.checkpoint_offload:
+        return 0
+    tokens = plan.geometry.token_grid(bucket.frames, bucket.height, bucket.width).tokens
+    numbers = plan.config.loop.train_batch_size * tokens * plan.geometry.width
+    return pinned_bytes(host_bytes(plan.geometry.depth, numbers * weights_dtype(plan.config).itemsize))
+
+
+def expect_room_on_host(plan: Plan, bucket: Bucket, device: torch.device) -> None:
+    """Make sure, before anything is cached, that the host memory of block_offload and checkpoint_offload can be had.
+
+    On a CPU weights and activations are in host memory anyway.
+
+    Args:
+        bucket: the largest clips.
 
     Raises:
         UserError: it can't.
     """
     count = plan.config.loop.block_offload
     assert count != "auto"
-    if count and device.type == "cuda":
-        size = BlockSizes.of(plan).on_host(count)
-        expect_host_memory("block_offload", f"block_offload={count}", size, processes=local_processes())
+    needed = {
+        "block_offload": BlockSizes.of(plan).on_host(count) if count else 0,
+        "checkpoint_offload": inputs_on_host(plan, bucket),
+    }
+    if any(needed.values()) and device.type == "cuda":
+        settings = {key: str(plan.config.value(key)).lower() for key, size in needed.items() if size}
+        expect_host_memory(settings, sum(needed.values()), processes=local_processes())

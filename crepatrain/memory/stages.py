@@ -226,7 +226,7 @@ class TrainingStep:
         # Compiled graphs have no place for tensors without values; a run's attention backend is set apart from `place`.
         plain = config.loop.model_copy(update={"compile": False})
         with account.of("transformer"):
-            place(plain, transformer, self._family.blocks(transformer), device)
+            place(plain, self._family, transformer, device)
         for owner, module in {**self._trained, **self._of_teacher}.items():
             if owner != "transformer":
                 with account.of(owner):

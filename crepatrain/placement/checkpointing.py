@@ -1,24 +1,61 @@
 """Gradient checkpointing of the blocks: all of a block computed again in the backward pass, or all but its self-attention."""
 
+import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint, create_selective_checkpoint_contexts
+import torch
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from crepatrain.config.sections import LoopConfig
+from crepatrain.families.base import Family
+from crepatrain.placement.block_inputs import BlockInputs
 
 
-def checkpoint_blocks(config: LoopConfig, transformer: Any) -> None:
-    """Set the config's gradient checkpointing on a transformer of diffusers; nothing where it is off."""
+def checkpoint_blocks(config: LoopConfig, family: Family, transformer: Any, inputs: BlockInputs | None = None) -> None:
+    """Set the config's gradient checkpointing on a transformer of diffusers; nothing where it is off.
+
+    Args:
+        inputs: what keeps the blocks' inputs in host memory, with `checkpoint_offload`.
+    """
+    if not config.gradient_checkpointing:
+        return
+    contexts: Any = noop_context_fn
     if config.gradient_checkpointing == "selective":
-        transformer.enable_gradient_checkpointing(_all_but_attention)
-    elif config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        contexts = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+
+    def computed_again(block: Any, hidden: Any, *others: Any) -> Any:
+        with inputs.of(block, hidden) if inputs else contextlib.nullcontext():
+            return checkpoint(block.__call__, hidden, *others, use_reentrant=False, context_fn=contexts)
+
+    transformer.enable_gradient_checkpointing(computed_again)
+    if config.nested_checkpointing:
+        for block in family.blocks(transformer):
+            for name in family.spec.block_parts:
+                part = getattr(block, name)
+                part.forward = functools.partial(_part_again, part.forward)
 
 
-def _all_but_attention(block: Any, *inputs: Any) -> Any:
-    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
-    return checkpoint(block.__call__, *inputs, use_reentrant=False, context_fn=contexts)
+def _part_again(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    """A part of a block, computed again where its own backward begins: only one part's activations are there at a time."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+
+    # By place, and no tensor in what is called: checkpoint holds on to all but what it is given by place, for as long as all of
+    # the block waits to be computed again.
+    count, names = len(inputs), tuple(named)
+
+    def by_place(*values: Any) -> Any:
+        return forward(*values[:count], **dict(zip(names, values[count:], strict=True)))
+
+    return checkpoint(by_place, *inputs, *named.values(), use_reentrant=False)
 
 
 def _keep_attention(_context: SelectiveCheckpointContext, operator: Any, *arguments: Any, **_: Any) -> CheckpointPolicy:

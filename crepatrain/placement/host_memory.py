@@ -1,6 +1,7 @@
 """Pinned host memory: how much of it there may be, and some of it for weights."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -55,13 +56,36 @@ class HostMemory:
         return piece
 
 
-def expect_host_memory(key: str, setting: str, size: int, *, processes: int = 1) -> None:
+@contextlib.contextmanager
+def pinning(key: str, setting: str, size: int, fix: str) -> Iterator[None]:
+    """Say in words that the system does not pin so much memory.
+
+    Args:
+        key: of the config, that needs the memory; setting: as it is set.
+        size: bytes that are pinned in all.
+        fix: what to do about it.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        needed, reason = pinned_bytes(size) / _GIB, str(error).splitlines()[0]
+        raise UserError(
+            f"{setting}: the system does not pin {needed:.1f} GiB of host memory ({reason})",
+            f"{fix}; Windows' subsystem for Linux pins about half of the machine's memory at most",
+            (key,),
+        ) from error
+
+
+def expect_host_memory(settings: Mapping[str, str], size: int, *, processes: int = 1) -> None:
     """Make sure that the machine can pin so much memory, before any of it is taken.
 
     The limit on locked memory (ulimit -l) is not looked at: CUDA's driver pins memory itself, and no such limit holds for it.
 
     Args:
-        key: of the config, that needs the memory; setting: as it is set.
+        settings: keys of the config that need the memory, as they are set.
         size: bytes that each process pins.
         processes: on this machine.
 
@@ -72,11 +96,13 @@ def expect_host_memory(key: str, setting: str, size: int, *, processes: int = 1)
     if needed + _SPARE <= room:
         return
     each = f" ({processes} processes with {size / _GIB:.1f} GiB each)" if processes > 1 else ""
+    setting = ", ".join(f"{key}={value}" for key, value in settings.items())
+    smaller = [f"set {key} to false" if value == "true" else f"lower {key}" for key, value in settings.items()]
     raise UserError(
         f"{setting}: {needed / _GIB:.1f} GiB of host memory would be pinned{each} and {_SPARE / _GIB:.0f} GiB are left for "
         f"everything else, but {room / _GIB:.1f} GiB are available",
-        f"lower {key}, end other programs, or use a machine with more memory",
-        (key,),
+        f"{' or '.join(smaller)}, end other programs, or use a machine with more memory",
+        tuple(settings),
     )
 
 

@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
+from crepatrain.placement.block_inputs import BlockInputs
 from crepatrain.placement.checkpointing import checkpoint_blocks
 from crepatrain.placement.ring import leave_to_ring, ring_of
 
 
-def place(config: LoopConfig, transformer: Any, blocks: nn.ModuleList, device: torch.device) -> None:
+def place(config: LoopConfig, family: Family, transformer: Any, device: torch.device) -> None:
     """Put a transformer on a device in training mode, with gradient checkpointing and compiled blocks.
 
     Of so many blocks as block_offload says the frozen weights go to host memory instead. A transformer on the meta device gets
@@ -26,15 +27,16 @@ def place(config: LoopConfig, transformer: Any, blocks: nn.ModuleList, device: t
 
     Args:
         transformer: of diffusers, adapted where an adapter is trained.
-        blocks: of this transformer.
 
     Raises:
         UserError: the system does not pin as much host memory as block_offload needs.
     """
-    checkpoint_blocks(config, transformer)
+    blocks, values = family.blocks(transformer), not next(transformer.parameters()).is_meta
+    inputs = BlockInputs(blocks, device, values=values) if config.checkpoint_offload else None
+    checkpoint_blocks(config, family, transformer, inputs)
     ring = ring_of(config, blocks, device)
     with ring.apart() if ring else contextlib.nullcontext():
-        if next(transformer.parameters()).is_meta:
+        if not values:
             materialise(transformer, device)
         else:
             transformer.to(device)

@@ -1,16 +1,17 @@
-"""What a device does in which order: the seam between the ring of blocks and CUDA's streams, which a test can record."""
+"""What a device does in which order: the seam between what is kept in host memory and CUDA's streams, which a test can record."""
 
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-# One computes, and the other copies from host memory; each does what it is given in order, and waits for the other only at marks.
+# One computes, and the other copies from host memory or to it; each does what it is given in order, and waits for the other only
+# at marks.
 Queue = Literal["compute", "copies"]
 
 
 class Queues(Protocol):
-    """Where the ring's work goes. Nothing here waits on the host."""
+    """Where the work goes. Nothing here waits on the host."""
 
     def mark(self, queue: Queue) -> Any:
         """A mark behind everything that a queue was given so far."""
@@ -21,7 +22,19 @@ class Queues(Protocol):
         ...
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Give the queue of copies one from host memory."""
+        """Give the queue of copies one from host memory or to it; whoever frees the device's side does so behind a mark."""
+        ...
+
+    def fills(self, buffer: Tensor) -> None:
+        """A buffer that copies go to until it is freed, which the end of a run may do at any time."""
+        ...
+
+    def written(self, tensor: Tensor) -> None:
+        """All that writes a tensor has been given to compute."""
+        ...
+
+    def freed(self, tensor: Tensor) -> None:
+        """What is given to compute from here on may have a tensor's memory."""
         ...
 
     def reads(self, buffer: Tensor) -> None:
@@ -43,6 +56,12 @@ class InOrder:
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
+
+    def fills(self, buffer: Tensor) -> None: ...
+
+    def written(self, tensor: Tensor) -> None: ...
+
+    def freed(self, tensor: Tensor) -> None: ...
 
     def reads(self, buffer: Tensor) -> None: ...
 
@@ -67,10 +86,21 @@ class CudaQueues:
         self._stream(queue).wait_event(mark)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        target.record_stream(self._copies)  # should it be freed at the end of a run, then not before what was queued
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
+
+    def fills(self, buffer: Tensor) -> None:
+        buffer.record_stream(self._copies)  # it is freed behind the copies that were queued
+
+    def written(self, tensor: Tensor) -> None: ...
+
+    def freed(self, tensor: Tensor) -> None: ...
 
     def reads(self, buffer: Tensor) -> None: ...
 
     def done(self, buffer: Tensor) -> None: ...
+
+
+def queues_of(device: torch.device) -> Queues:
+    """The queues of a device, with a stream of their own for copies where it has streams."""
+    return CudaQueues(device) if device.type == "cuda" else InOrder()

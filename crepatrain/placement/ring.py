@@ -19,13 +19,11 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
 from crepatrain.placement.flat import Layout, plain_tensors
-from crepatrain.placement.host_memory import HostMemory, pinned_bytes
-from crepatrain.placement.queues import CudaQueues, InOrder, Queues
+from crepatrain.placement.host_memory import HostMemory, pinning
+from crepatrain.placement.queues import Queues, queues_of
 
 BUFFERS = 2
 """On the device: one that is read, and one that is filled meanwhile."""
-
-_GIB = 1 << 30
 
 
 def streamed(depth: int, count: int) -> list[int]:
@@ -137,7 +135,7 @@ class BlockRing:
         self, blocks: Sequence[nn.Module], device: torch.device, queues: Queues | None = None, *, buffers: int = BUFFERS
     ) -> None:
         self._device = device
-        self._queues = queues or (CudaQueues(device) if device.type == "cuda" else InOrder())
+        self._queues = queues or queues_of(device)
         self._blocks: list[_Streamed] = []
         total = 0
         for block in blocks:
@@ -163,12 +161,14 @@ class BlockRing:
         if not any(parameter.is_meta for parameters in taken for parameter in parameters):
             self._host = HostMemory(self._total, pinned=self._device.type == "cuda")
             for number in range(len(taken)):
-                with self._pinning():
+                with pinning("block_offload", f"block_offload={len(self._blocks)}", self._total, "lower block_offload"):
                     self._keep(self._blocks[number], taken[number])
                 taken[number] = []  # so the host never holds much more than the weights once
         yield
         size = max(block.layout.size for block in self._blocks)
         made = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in self._oldest]
+        for memory in made:
+            self._queues.fills(memory)
         free = self._queues.mark("compute")  # what had this memory before may still be read by what was queued then
         self._buffers = [_Buffer(memory, free) for memory in made]
         for number, block in enumerate(self._blocks):
@@ -176,18 +176,6 @@ class BlockRing:
                 block.know(buffer.memory)
             block.leave()
             block.block.register_forward_pre_hook(functools.partial(self._before, number), prepend=True)
-
-    @contextlib.contextmanager
-    def _pinning(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise UserError(
-                f"block_offload={len(self._blocks)}: the system does not pin {pinned_bytes(self._total) / _GIB:.1f} GiB of host "
-                f"memory ({str(error).splitlines()[0]})",
-                "lower block_offload; Windows' subsystem for Linux pins about half of the machine's memory at most",
-                ("block_offload",),
-            ) from error
 
     @torch.no_grad()
     def _keep(self, block: _Streamed, weights: Sequence[nn.Parameter]) -> None:

@@ -117,7 +117,9 @@ def _does_not_fit(run: Run, bucket: Bucket) -> UserError:
         estimate = estimate_memory(context.plan, [bucket], context.screen, what="working out what would fit", stop=context.stop)
     except UserError:  # no estimate for this model
         return UserError(
-            what, "set block_offload, or lower num_frames, height and width, or train_batch_size; nothing was trained yet"
+            what,
+            "set block_offload or checkpoint_offload, or lower num_frames, height and width, or train_batch_size; "
+            "nothing was trained yet",
         )
     training = estimate.stages["training"]
     remedies = "; ".join(f"{change} ({peak / GIB:.1f} GiB)" for change, peak in estimate.remedies)

@@ -143,7 +143,7 @@ def build_run(context: Context, accelerator: Accelerator, folder: RunFolder, eve
         copy_into_adapter(transformer, start.adapter)
         screen.say(f"starting from the adapter {config.lora.init_adapter}")
     set_attention(config.loop, family, transformer)
-    place(config.loop, transformer, family.blocks(transformer), context.device)
+    place(config.loop, family, transformer, context.device)
     if config.loop.compile:
         screen.note(
             "the blocks are compiled in the first step, and once more for a second bucket: that takes minutes, the rest is faster"

@@ -282,6 +282,8 @@ class FamilySpec:
         linears: every Linear layer that a block may have, by its name inside the block.
         blocks: attribute of the transformer that holds its blocks.
         depth_key: of the transformer's config: how many blocks it has.
+        block_parts: attributes of a block that hold its self-attention, its cross-attention and its feed-forward, which
+            `nested_checkpointing` computes again one by one.
         unmasked_attentions: names of the attention modules that are given no mask, at the end of a module's name; a kernel of
             `attention_backend` is set on these alone. Empty: it has none.
         text_length: tokens of a caption at most, of a variant that has no number of its own.
@@ -307,6 +309,7 @@ class FamilySpec:
     linears: tuple[str, ...]
     blocks: str
     depth_key: str
+    block_parts: tuple[str, ...]
     unmasked_attentions: tuple[str, ...]
     text_length: int
     text_parameters: int

@@ -117,6 +117,7 @@ KANDINSKY5_VIDEO = FamilySpec(
     ),
     blocks="visual_transformer_blocks",
     depth_key="num_visual_blocks",
+    block_parts=("self_attention", "cross_attention", "feed_forward"),
     unmasked_attentions=("self_attention", "cross_attention"),
     text_length=512,
     text_parameters=8_415_227_136,

@@ -152,6 +152,7 @@ LTXVIDEO = FamilySpec(
     ),
     blocks="transformer_blocks",
     depth_key="num_layers",
+    block_parts=("attn1", "attn2", "ff"),
     unmasked_attentions=("attn1",),
     text_length=128,
     text_parameters=4_762_310_656,

@@ -60,6 +60,7 @@ SANAVIDEO = FamilySpec(
     linears=ATTENTIONS,
     blocks="transformer_blocks",
     depth_key="num_layers",
+    block_parts=("attn1", "attn2", "ff"),
     unmasked_attentions=(),  # its self-attention is linear, and its cross-attention has a mask
     text_length=300,
     text_parameters=2_614_341_888,

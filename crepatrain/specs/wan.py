@@ -148,6 +148,7 @@ WAN = FamilySpec(
     ),
     blocks="blocks",
     depth_key="num_layers",
+    block_parts=("attn1", "attn2", "ffn"),
     unmasked_attentions=("attn1", "attn2"),
     text_length=512,
     text_parameters=5_680_910_336,

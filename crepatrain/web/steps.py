@@ -86,7 +86,7 @@ STEPS = (
             Group("Run", ("output_dir", "output_name", "max_train_steps", "num_train_epochs", "checkpointing_steps")),
             Group("Optimizer", ("optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps")),
             Group("Step", ("train_batch_size", "gradient_accumulation_steps", "mixed_precision", "gradient_checkpointing")),
-            Group("Memory", ("memory", "base_quantization", "block_offload")),
+            Group("Memory", ("memory", "base_quantization", "block_offload", "checkpoint_offload", "nested_checkpointing")),
             Group(
                 "More of the run",
                 (

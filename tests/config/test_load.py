@@ -261,6 +261,9 @@ def test_a_misspelt_key_is_answered_with_the_one_meant(key, ours):
         ("target_modules", "lora_targets"),
         ("blocks_to_swap", "block_offload"),
         ("ramtorch", "block_offload"),
+        ("gradient_checkpointing_cpu_offload", "checkpoint_offload"),
+        ("enable_activation_offloading", "checkpoint_offload"),
+        ("activation_checkpointing", "gradient_checkpointing"),
         # however it is spelt
         ("--network-dim", "lora_rank"),
         ("Rank", "lora_rank"),

@@ -271,6 +271,20 @@ def test_attention_in_a_compiled_block_can_not_be_kept(problems):
     assert problem.keys == ("gradient_checkpointing", "compile")
 
 
+def test_what_is_computed_again_needs_gradient_checkpointing(plan, problems):
+    assert plan(checkpoint_offload=True, gradient_checkpointing="selective").config.loop.checkpoint_offload
+    assert plan(checkpoint_offload=True, nested_checkpointing=True, model_type="full").config.loop.nested_checkpointing
+    [problem] = problems(checkpoint_offload=True, gradient_checkpointing=False)
+    assert problem.keys == ("checkpoint_offload", "gradient_checkpointing")
+    for how in (False, "selective"):
+        [problem] = problems(nested_checkpointing=True, gradient_checkpointing=how)
+        assert f"gradient_checkpointing={str(how).lower()}: it is for blocks of which nothing is kept" in problem.what
+        assert problem.keys == ("nested_checkpointing", "gradient_checkpointing")
+    assert plan(checkpoint_offload=True, compile=True).config.loop.compile
+    [problem] = problems(nested_checkpointing=True, compile=True)
+    assert problem.keys == ("nested_checkpointing", "compile")
+
+
 def test_blocks_in_host_memory_are_frozen_and_computed_again(plan, problems):
     assert plan().config.loop.block_offload == 0
     assert plan(block_offload="auto", gradient_checkpointing="selective").config.loop.block_offload == "auto"

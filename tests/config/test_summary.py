@@ -36,6 +36,18 @@ def test_the_summary_tells_what_is_trained_of_what_for_what(plan, tiny):
     assert r"every layer that blocks\..*to_q matches" in summary(plan(lora_targets=r"blocks\..*to_q"))["trained"]
 
 
+def test_the_summary_tells_what_is_in_host_memory(plan):
+    assert "host memory" not in summary(plan())
+    rows = summary(plan(checkpoint_offload=True, nested_checkpointing=True))
+    assert rows["host memory"] == "the blocks' inputs from forward to backward"
+    assert "gradient checkpointing on, and in each part of a block" in rows["precision"]
+    rows = summary(plan(checkpoint_offload=True, block_offload=3))
+    assert rows["host memory"].startswith("the frozen weights of 3 of ")
+    rows = summary(plan(checkpoint_offload=True, memory="auto"))
+    assert rows["host memory"] == "the blocks' inputs from forward to backward"
+    assert "block_offload" in rows["memory"]
+
+
 def test_the_summary_tells_block_and_teacher(plan, wan):
     words = summary(plan())["CREPA"]
     assert "block 8 of 0 to 9" in words

@@ -676,7 +676,7 @@ def test_captured_states_carry_gradient_with_and_without_checkpointing(case):
             torch.manual_seed(parameter.numel())
             parameter.data.normal_(std=0.1)
         config = LoopConfig(output_dir="unused", gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
-        checkpoint_blocks(config, live)
+        checkpoint_blocks(config, case.family, live)
         live.train()
         term, blocks = align_term(case), case.family.blocks(live)
         losses = training_loss(case.family, FlowMatching("uniform"), live, blocks, with_teacher(case, make_batch(case)), term)
@@ -692,6 +692,61 @@ def test_captured_states_carry_gradient_with_and_without_checkpointing(case):
         assert torch.equal(gradient, recomputed[name]), name
         assert torch.equal(gradient, attention_kept[name]), name
     assert max(gradient.abs().max() for gradient in plain.values()) > 0
+
+
+@pytest.mark.parametrize("case", **named(CASES))
+def test_the_parts_of_a_block_do_its_work(case):
+    """What is outside of self-attention, cross-attention and feed-forward is norms and modulation."""
+    spec = case.family.spec
+    assert len(spec.block_parts) == 3
+    for block in case.family.blocks(case.transformer):
+        parts = [getattr(block, name) for name in spec.block_parts]
+        inside = {id(module) for part in parts for module in part.modules()}
+        heavy = {
+            name: module
+            for name, module in block.named_modules()
+            if isinstance(module, (torch.nn.Linear, torch.nn.modules.conv._ConvNd))
+        }
+        assert sum(len(list(part.modules())) for part in parts) == len(inside), "no part in another"
+        assert all(id(module) in inside or "modulation" in name for name, module in heavy.items())
+        attentions = [part for part in parts if hasattr(part, "processor")]
+        assert parts[:2] == attentions
+
+
+@pytest.mark.parametrize("case", **named(sparing(TRAINABLE)))
+def test_parts_that_are_computed_again_change_no_gradient(case):
+    gradients, calls = [], []
+    for nested in (False, True):
+        live, _ = live_adapter(case)
+        for parameter in trainable_parameters(live):
+            torch.manual_seed(parameter.numel())
+            parameter.data.normal_(std=0.1)
+        block, count = case.family.blocks(live)[1], dict.fromkeys(case.family.spec.block_parts, 0)
+        for name in count:
+            part = getattr(block, name)
+
+            def counted(*inputs, _forward=part.forward, _name=name, _count=count, **more):
+                _count[_name] += 1
+                return _forward(*inputs, **more)
+
+            part.forward = counted
+        config = LoopConfig(output_dir="unused", nested_checkpointing=nested)
+        checkpoint_blocks(config, case.family, live.train())
+        losses = training_loss(
+            case.family,
+            FlowMatching("uniform"),
+            live,
+            case.family.blocks(live),
+            with_teacher(case, make_batch(case)),
+            align_term(case),
+        )
+        losses.total.backward()
+        gradients.append({name: p.grad for name, p in live.named_parameters() if p.requires_grad})
+        calls.append(list(count.values()))
+    assert calls == [[2, 2, 2], [3, 3, 3]]
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+    assert any(gradient.any() for gradient in gradients[0].values())
 
 
 @pytest.mark.parametrize("targets", [pytest.param("all-linear", marks=pytest.mark.slow), "default"])

@@ -75,14 +75,14 @@ def test_host_memory_is_looked_at_before_the_start(plan_of, monkeypatch):
     needed = BlockSizes.of(plan).on_host(4)
     spare = host_memory._SPARE
     monkeypatch.setattr(host_memory, "available_memory", lambda: needed + spare)
-    expect_room_on_host(plan, CUDA)
-    expect_room_on_host(plan_of(), CUDA)
+    expect_room_on_host(plan, bucket_of(plan), CUDA)
+    expect_room_on_host(plan_of(), bucket_of(plan), CUDA)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"block_offload=4: .* GiB of host memory .*2 processes") as raised:
-        expect_room_on_host(plan, CUDA)
-    expect_room_on_host(plan, torch.device("cpu"))
+        expect_room_on_host(plan, bucket_of(plan), CUDA)
+    expect_room_on_host(plan, bucket_of(plan), torch.device("cpu"))
     assert "lower block_offload" in raised.value.problems[0].fix
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setattr(host_memory, "available_memory", lambda: needed + spare - 1)
     with pytest.raises(UserError, match="are available"):
-        expect_room_on_host(plan, CUDA)
+        expect_room_on_host(plan, bucket_of(plan), CUDA)

@@ -22,7 +22,7 @@ def test_a_transformer_without_values_is_placed_like_one_with_weights(tiny_check
     family, placed = build.build_family(plan), []
     for transformer in (build.load_transformer(plan, family, CPU), build.empty_transformer(plan, family)):
         build.adapt(plan, family, transformer)
-        place(plan.config.loop, transformer, family.blocks(transformer), CPU)
+        place(plan.config.loop, family, transformer, CPU)
         placed.append(transformer)
     for tensors in ("named_parameters", "named_buffers"):
         full, empty = (

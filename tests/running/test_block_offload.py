@@ -1,4 +1,4 @@
-"""Runs with blocks in host memory are the runs without, to the bit, whatever comes between two steps."""
+"""Runs with blocks or their inputs in host memory are the runs without, to the bit, whatever comes between two steps."""
 
 import json
 import os
@@ -61,6 +61,35 @@ def test_a_run_is_the_same_to_the_bit(config_file: Write, tmp_path: Path, change
         assert np.array_equal(videos[ringed][step], video), step
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{}, {**BACKBONE, "crepa_block_index": 0}, {"base_quantization": "int8", "lora_dropout": 0.1}]
+)
+def test_a_run_with_fewer_activations_is_the_same_to_the_bit(config_file: Write, tmp_path: Path, changes: dict):
+    plain, saving = (tmp_path / name for name in ("plain", "saving"))
+    train(config_file, output_dir=str(plain), **EVERYTHING | changes)
+    begun: dict[str, Any] = {"max_train_steps": 2, "checkpoint_offload": True}
+    train(config_file, output_dir=str(saving), **EVERYTHING | changes | begun)
+    train(
+        config_file,
+        output_dir=str(saving),
+        **EVERYTHING | changes,
+        checkpoint_offload=True,
+        nested_checkpointing=True,
+        block_offload=7,
+    )
+    expect_same_run(plain, saving)
+
+
+def test_a_run_may_go_on_with_fewer_activations(config_file: Write, tmp_path: Path):
+    plain, saving = (tmp_path / name for name in ("plain", "saving"))
+    train(config_file, output_dir=str(plain), max_train_steps=3)
+    train(config_file, output_dir=str(saving), max_train_steps=1, nested_checkpointing=True)
+    train(config_file, output_dir=str(saving), max_train_steps=2, checkpoint_offload=True)
+    train(config_file, output_dir=str(saving), max_train_steps=3)
+    expect_same_run(plain, saving)
+
+
 def test_auto_is_a_number_in_the_folder(config_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """And the run with all of its blocks in host memory is the one with none."""
     written, folders = [], []
@@ -96,7 +125,14 @@ def test_memory_is_chosen_and_kept_where_a_run_can_not_change_it(
 @pytest.mark.slow
 def test_compiled_blocks_in_host_memory_train_the_same(config_file: Write, tmp_path: Path):
     runs = [
-        train(config_file, output_dir=str(tmp_path / str(count)), block_offload=count, compile=True, max_train_steps=2)
+        train(
+            config_file,
+            output_dir=str(tmp_path / str(count)),
+            block_offload=count,
+            checkpoint_offload=count > 0,
+            compile=True,
+            max_train_steps=2,
+        )
         for count in (0, 10)
     ]
     expect_same_run(*runs)
@@ -107,7 +143,8 @@ def test_two_processes_have_a_ring_each(config_file: Write, tmp_path: Path):
     resident, ringed = tmp_path / "resident", tmp_path / "ringed"
     for folder, count in ((resident, 0), (ringed, 10)):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "crepatrain", "fit"]
-        config = config_file(output_dir=str(folder), block_offload=count, max_train_steps=2)
+        saving = {"checkpoint_offload": count > 0, "nested_checkpointing": count > 0}
+        config = config_file(output_dir=str(folder), block_offload=count, max_train_steps=2, **saving)
         ended = subprocess.run(
             [*command, str(config)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
         )
