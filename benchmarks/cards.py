@@ -4,12 +4,12 @@ The estimate of the training step alone, on tensors without values: no GPU and n
 """
 
 import argparse
-import sys
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import write
+from common import RESULTS, write
 
 from crepatrain.config.memory_checks import MEMORY_KEYS
 from crepatrain.config.plan import Plan, make_plan
@@ -20,6 +20,7 @@ from crepatrain.memory.choosing import Choice, Chooser
 from crepatrain.specs import FAMILIES
 
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
+RESULT = RESULTS / "cards.json"
 BEGIN, END = "<!-- what fits, by benchmarks/cards.py -->\n", "<!-- end of what fits -->\n"
 MODELS: Mapping[str, str] = {
     "wan2.1-1.3b": "Wan 2.1 1.3B",
@@ -65,38 +66,47 @@ def cell(choice: Choice) -> str:
     """A choice in a few words."""
     if not choice.fits:
         return "no"
-    words = {False: "keep all", "selective": "selective", True: "recompute"}[choice.values["gradient_checkpointing"]]
+    words = [{False: "keep all", "selective": "selective", True: "recompute"}[choice.values["gradient_checkpointing"]]]
     blocks = choice.values["block_offload"]
-    return words + (f", {blocks} blocks" if blocks else "")
+    words += [f"{blocks} blocks"] if blocks else []
+    words += ["inputs"] if choice.values["checkpoint_offload"] else []
+    words += ["nested"] if choice.values["nested_checkpointing"] else []
+    return ", ".join(words)
 
 
-def tables(found: Mapping[str, Mapping[int, Mapping[int, str]]]) -> str:
-    """Markdown: a table for each number of frames."""
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a table for each number of frames, of the models that are known."""
+    cells = {(row["model"], row["frames"], row["GB"]): row["settings"] for row in rows}
     head = " | ".join(f"{size} GB" for size in SOLD)
     lines = []
     for frames in FRAMES:
         lines += ["", f"{frames} frames of 480 x 832:", "", f"| | {head} |", "|---" * (len(SOLD) + 1) + "|"]
         for name, title in MODELS.items():
-            lines.append(f"| {title} | {' | '.join(found[name][frames][size] for size in SOLD)} |")
+            if (name, frames, SOLD[0]) in cells:
+                lines.append(f"| {title} | {' | '.join(cells[name, frames, size] for size in SOLD)} |")
     return "\n".join([*lines, "", ""])
 
 
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """All cells of a model."""
+    rows = []
+    for frames in FRAMES:
+        for size, choice in choices(name, frames).items():
+            peaks = {"peak GiB": choice.peak / (1 << 30), "host GiB": choice.on_host / (1 << 30)}
+            rows.append({"model": name, "frames": frames, "GB": size, "settings": cell(choice), **peaks})
+    return rows
+
+
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    found: dict[str, dict[int, dict[int, str]]] = {}
-    rows: list[dict[str, Any]] = []
-    for name in MODELS:
-        for frames in FRAMES:
-            chosen = choices(name, frames)
-            found.setdefault(name, {})[frames] = {size: cell(choice) for size, choice in chosen.items()}
-            for size, choice in chosen.items():
-                peaks = {"peak GiB": choice.peak / (1 << 30), "host GiB": choice.on_host / (1 << 30)}
-                rows.append({"model": name, "frames": frames, "GB": size, "settings": cell(choice), **peaks})
-            print(name, frames, found[name][frames], flush=True)
-    write("cards", " ".join(["python", *sys.argv]), rows)
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    PAGE.write_text(before + BEGIN + tables(found) + END + rest.split(END)[1], encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), help="Only these; the rows of the others stay.")
+    for name in parser.parse_args().models:
+        known = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.is_file() else []
+        rows = [row for row in known if row["model"] != name] + rows_of(name)
+        write("cards", "python benchmarks/cards.py", rows)
+        page = PAGE.read_text(encoding="utf-8")
+        before, rest = page.split(BEGIN)
+        PAGE.write_text(before + BEGIN + tables(rows) + END + rest.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

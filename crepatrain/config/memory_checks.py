@@ -7,7 +7,9 @@ from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import Problem
 
 # What `memory: auto` chooses.
-MEMORY_KEYS = frozenset({"gradient_checkpointing", "block_offload", "base_quantization"})
+MEMORY_KEYS = frozenset(
+    {"gradient_checkpointing", "block_offload", "checkpoint_offload", "nested_checkpointing", "base_quantization"}
+)
 
 
 def open_keys(config: LoopConfig) -> frozenset[str]:

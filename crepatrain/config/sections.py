@@ -271,8 +271,9 @@ class LoopConfig(Section, frozen=True):
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Number of forward passes in one optimizer step.")
     memory: Literal["manual", "auto"] = Field(
         "manual",
-        description="With auto, gradient_checkpointing, block_offload and base_quantization are chosen for the GPU at hand where "
-        "they are not set: by the estimate, what costs the least time of what fits.",
+        description="With auto, gradient_checkpointing, block_offload, checkpoint_offload, nested_checkpointing and "
+        "base_quantization are chosen for the GPU at hand where they are not set: by the estimate, what costs the least time of "
+        "what fits.",
         json_schema_extra=MAY_CHANGE,
     )
     gradient_checkpointing: bool | Literal["selective"] = Field(

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import starmap
 from typing import Any
 
 from crepatrain.config.memory_checks import MEMORY_KEYS, check_checkpointing, check_offload, check_quantization
@@ -15,25 +14,35 @@ from crepatrain.memory.stages import GIB, Stage, sampling_stage, training_stage
 from crepatrain.placement.ring import BUFFERS
 from crepatrain.screen import Screen
 
-# From the least time to the most; `block_offload` is whether weights may be in host memory, of as few blocks as possible: they
-# are copied beside the work. Quantisation comes last, as it alone changes numbers: it halves the host memory of the blocks, for
-# machines that have not enough.
+# From the least time to the most: what each rung sets beside those before it. `block_offload` is whether weights may be in host
+# memory, of as few blocks as possible: they are copied beside the work, as the blocks' inputs are with `checkpoint_offload`.
+# Quantisation comes last, as it alone changes numbers: it halves the host memory of the blocks, for machines with too little.
+_USUAL: Mapping[str, Any] = {
+    "gradient_checkpointing": True,
+    "block_offload": True,
+    "checkpoint_offload": False,
+    "nested_checkpointing": False,
+    "base_quantization": "none",
+}
 _LADDER: Sequence[Mapping[str, Any]] = (
-    {"gradient_checkpointing": False, "base_quantization": "none", "block_offload": False},
-    {"gradient_checkpointing": "selective", "base_quantization": "none", "block_offload": False},
-    {"gradient_checkpointing": True, "base_quantization": "none", "block_offload": False},
-    {"gradient_checkpointing": "selective", "base_quantization": "none", "block_offload": True},
-    {"gradient_checkpointing": True, "base_quantization": "none", "block_offload": True},
-    {"gradient_checkpointing": True, "base_quantization": "int8", "block_offload": True},
+    _USUAL | {"gradient_checkpointing": False, "block_offload": False},
+    _USUAL | {"gradient_checkpointing": "selective", "block_offload": False},
+    _USUAL | {"block_offload": False},
+    _USUAL | {"gradient_checkpointing": "selective"},
+    _USUAL,
+    _USUAL | {"checkpoint_offload": True},
+    _USUAL | {"checkpoint_offload": True, "nested_checkpointing": True},
+    _USUAL | {"base_quantization": "int8"},
+    _USUAL | {"base_quantization": "int8", "checkpoint_offload": True},
+    _USUAL | {"base_quantization": "int8", "checkpoint_offload": True, "nested_checkpointing": True},
 )
-_COSTS = {
-    "gradient_checkpointing": {
-        False: "nothing is computed twice",
-        "selective": "the blocks are computed again in the backward pass, but for self-attention",
-        True: "the blocks are computed again in the backward pass, which is a third more work",
-    },
-    "block_offload": {0: "all weights stay on the GPU"},
-    "base_quantization": {"none": "no rounding", "int8": "gradients with an error of 0.1 to 0.3 %"},
+# What a setting costs; what is not here costs nothing, and is not spoken of.
+_COSTS: Mapping[tuple[str, Any], str] = {
+    ("gradient_checkpointing", False): "nothing is computed twice",
+    ("gradient_checkpointing", "selective"): "the blocks are computed again in the backward pass, but for self-attention",
+    ("gradient_checkpointing", True): "the blocks are computed again in the backward pass, which is a third more work",
+    ("nested_checkpointing", True): "the parts of the blocks are computed once more, which is another third",
+    ("base_quantization", "int8"): "gradients with an error of 0.1 to 0.3 %",
 }
 
 
@@ -45,7 +54,8 @@ class Choice:
         values: of the keys that were open.
         peak: bytes of the GPU, by the estimate.
         on_host: bytes of host memory that each process pins.
-        copied: bytes that are copied to the GPU in an optimizer step.
+        copied: bytes of weights that are copied to the GPU in an optimizer step.
+        inputs: bytes of the blocks' inputs that go to host memory and come back in one.
         fits: whether that is no more than there is; if not, these are the settings that need least.
         not_enough: cheaper settings, with the bytes that they need.
     """
@@ -54,18 +64,23 @@ class Choice:
     peak: int
     on_host: int
     copied: int
+    inputs: int
     fits: bool
     not_enough: Sequence[tuple[Mapping[str, Any], int]]
 
     def rows(self) -> list[tuple[str, str]]:
         """The settings, each with what it costs, and what was not enough; for people."""
-        rows = []
-        for key, value in self.values.items():
-            words = _COSTS[key].get(value)
-            if words is None:
-                words = f"{_gib(self.copied)} copied to the GPU in a step, beside the work; {_gib(self.on_host)} of host memory"
-            rows.append((_words(key, value), words))
-        less = [f"{', '.join(starmap(_words, values.items()))}: {_gib(peak)}" for values, peak in self.not_enough]
+        costs = {
+            **_COSTS,
+            ("checkpoint_offload", True): f"{_gib(self.inputs)} to host memory and back in a step, beside the work",
+        }
+        blocks = self.values.get("block_offload", 0)
+        if blocks:
+            costs["block_offload", blocks] = f"{_gib(self.copied)} copied to the GPU in a step, beside the work"
+        rows = [(_words({key: value}), costs[key, value]) for key, value in self.values.items() if (key, value) in costs]
+        if self.on_host:
+            rows.append(("host memory", f"{_gib(self.on_host)}, pinned"))
+        less = [f"{_words(values)}: {_gib(peak)}" for values, peak in self.not_enough]
         return [*rows, *([("not enough", "; ".join(less))] if less else [])]
 
 
@@ -91,9 +106,11 @@ class Chooser:
         Raises:
             UserError: the model's step can't run on fake tensors.
         """
-        refused, beside = list[Choice](), inputs_on_host(self._plan, self._bucket)
+        refused: list[Choice] = []
         for config, offloads in self._settings():
-            if not offloads and self._needs_more(config, room):
+            inputs = inputs_on_host(replace(self._plan, config=config), self._bucket)
+            lacks_host = "checkpoint_offload" in self._open and host is not None and inputs > host
+            if lacks_host or (not offloads and self._needs_more(config, room)):
                 continue
             stages, sizes = self._estimated(config)
             before = config.loop.block_offload
@@ -101,15 +118,21 @@ class Chooser:
             numbers: Sequence[int] = [before]
             if offloads:
                 # The buffers hold as many blocks as there are of them.
-                numbers = [
-                    n for n in range(BUFFERS + 1, sizes.depth + 1) if host is None or sizes.on_host(n) + beside <= host
-                ] or [0]
+                several = range(BUFFERS + 1, sizes.depth + 1)
+                numbers = [n for n in several if host is None or sizes.on_host(n) + inputs <= host] or [0]
             peaks = {n: max(sizes.changed(stage, before, n).peak for stage in stages) for n in numbers}
             count = next((n for n in numbers if peaks[n] <= room), numbers[-1])
-            values = {key: count if key == "block_offload" else config.value(key) for key in _COSTS if key in self._open}
-            copied = 2 * sizes.moved(count) * config.loop.gradient_accumulation_steps
-            not_enough = [(other.values, other.peak) for other in refused]
-            choice = Choice(values, peaks[count], sizes.on_host(count) + beside, copied, peaks[count] <= room, not_enough)
+            values = {key: count if key == "block_offload" else config.value(key) for key in _USUAL if key in self._open}
+            steps = config.loop.gradient_accumulation_steps
+            choice = Choice(
+                values,
+                peaks[count],
+                sizes.on_host(count) + inputs,
+                copied=2 * sizes.moved(count) * steps,
+                inputs=2 * inputs * steps,
+                fits=peaks[count] <= room,
+                not_enough=[(other.values, other.peak) for other in refused],
+            )
             if choice.fits:
                 return choice
             refused.append(choice)
@@ -124,13 +147,13 @@ class Chooser:
 
     def _settings(self) -> Iterator[tuple[ResolvedConfig, bool]]:
         """Configs, and whether blocks go to host memory, each once."""
-        seen = []
+        seen, depth = [], self._plan.geometry.depth
         for rung in _LADDER:
-            offloads = rung["block_offload"] and "block_offload" in self._open
             values = {key: value for key, value in rung.items() if key in self._open and key != "block_offload"}
             config = self._plan.config.changed(**values, **({"block_offload": 0} if "block_offload" in self._open else {}))
-            tried = config.changed(block_offload=1) if offloads else config
-            wrong = check_checkpointing(tried.loop) + check_offload(tried, self._plan.geometry.depth) + check_quantization(tried)
+            offloads = rung["block_offload"] and "block_offload" in self._open
+            offloads = offloads and not check_offload(config.changed(block_offload=1), depth)
+            wrong = check_checkpointing(config.loop) + check_offload(config, depth) + check_quantization(config)
             if (values, offloads) not in seen and not wrong:
                 seen.append((values, offloads))
                 yield config, offloads
@@ -185,8 +208,10 @@ def _settled(plan: Plan, values: Mapping[str, Any]) -> Plan:
     return replace(plan, config=plan.config.changed(**values), open_keys=frozenset())
 
 
-def _words(key: str, value: Any) -> str:
-    return f"{key}: {str(value).lower()}"
+def _words(values: Mapping[str, Any]) -> str:
+    """Settings for people, without those that are switched off."""
+    spoken = {key: value for key, value in values.items() if value not in (0, "none") or key == "gradient_checkpointing"}
+    return ", ".join(f"{key}: {str(value).lower()}" for key, value in spoken.items())
 
 
 def _gib(size: int) -> str:

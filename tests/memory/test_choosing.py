@@ -47,48 +47,64 @@ def test_block_offload_alone_is_the_smallest_number_that_fits(plan_of):
     assert choose_memory(resident, bucket_of(plan), None, None, Screen(quiet=True)) is resident
 
 
+USUAL = {"block_offload": 0, "checkpoint_offload": False, "nested_checkpointing": False, "base_quantization": "none"}
+
+
 def test_the_cheapest_in_time_comes_first(plan_of):
     plan, depth = plan_of(memory="auto"), plan_of().geometry.depth
     assert plan.open_keys == MEMORY_KEYS
-    none, selective, full = (peak_with(plan_of, gradient_checkpointing=value) for value in (False, "selective", True))
-    kept = peak_with(plan_of, gradient_checkpointing="selective", block_offload=depth)
-    least = peak_with(plan_of, block_offload=depth)
-    assert least < kept < full < selective < none
-    resident = {"base_quantization": "none", "block_offload": 0}
-    assert chosen(plan, none) == {"gradient_checkpointing": False} | resident
-    assert chosen(plan, none - 1) == chosen(plan, selective) == {"gradient_checkpointing": "selective"} | resident
-    assert chosen(plan, full) == {"gradient_checkpointing": True} | resident
-    offloaded = {"gradient_checkpointing": "selective", "base_quantization": "none", "block_offload": depth}
-    assert chosen(plan, kept) == offloaded
-    assert chosen(plan, least) == offloaded | {"gradient_checkpointing": True}
+    rungs = [
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing": "selective"},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": "selective", "block_offload": depth},
+        {"gradient_checkpointing": True, "block_offload": depth},
+        {"gradient_checkpointing": True, "block_offload": depth, "checkpoint_offload": True},
+        {"gradient_checkpointing": True, "block_offload": depth, "checkpoint_offload": True, "nested_checkpointing": True},
+    ]
+    peaks = [peak_with(plan_of, **rung) for rung in rungs]
+    assert peaks == sorted(set(peaks), reverse=True), "each of them saves something here"
+    for rung, peak in zip(rungs, peaks, strict=True):
+        found = chosen(plan, peak)
+        assert {**found, "block_offload": depth if found["block_offload"] else 0} == USUAL | rung
+    assert chosen(plan, peaks[0] - 1) == chosen(plan, peaks[1])
+    assert chosen(plan, 1) == USUAL | rungs[-1], "the rehearsal says that nothing fits"
 
 
 def test_what_is_set_stays(plan_of):
-    plan = plan_of(memory="auto", gradient_checkpointing=True, block_offload=0)
+    plan = plan_of(
+        memory="auto", gradient_checkpointing=True, block_offload=0, checkpoint_offload=False, nested_checkpointing=False
+    )
     assert plan.open_keys == {"base_quantization"}
     assert chosen(plan, EVERYTHING) == {"base_quantization": "none"}
     plan = plan_of(memory="auto", gradient_checkpointing="selective", base_quantization="int8", block_offload="auto")
-    assert plan.open_keys == {"block_offload"}
-    assert chosen(plan, EVERYTHING) == {"block_offload": 0}
-    assert chosen(plan, 1) == {"block_offload": plan.geometry.depth}
+    assert plan.open_keys == {"block_offload", "checkpoint_offload", "nested_checkpointing"}
+    assert chosen(plan, EVERYTHING) == {"block_offload": 0, "checkpoint_offload": False, "nested_checkpointing": False}
+    depth = plan.geometry.depth
+    assert chosen(plan, 1) == {"block_offload": depth, "checkpoint_offload": True, "nested_checkpointing": False}
     full = plan_of(memory="auto", model_type="full", crepa_enabled=False)
-    assert chosen(full, 1) == {"gradient_checkpointing": True, "block_offload": 0, "base_quantization": "none"}
+    least = {"gradient_checkpointing": True, "checkpoint_offload": True, "nested_checkpointing": True}
+    assert chosen(full, 1) == USUAL | least, "weights that are trained stay on the GPU"
     compiled = plan_of(memory="auto", compile=True)
     assert chosen(compiled, peak_with(plan_of, gradient_checkpointing="selective"))["gradient_checkpointing"] is True
+    assert chosen(compiled, 1)["nested_checkpointing"] is False
 
 
 def test_a_machine_without_the_host_memory_quantises(plan_of):
-    plan = plan_of(memory="auto", mixed_precision="bf16")
+    plan = plan_of(memory="auto", mixed_precision="bf16", gradient_checkpointing=True)
     depth = plan.geometry.depth
     sizes, halved = (BlockSizes.of(plan_of(mixed_precision="bf16", base_quantization=how)) for how in ("none", "int8"))
     room, host = peak_with(plan_of, mixed_precision="bf16", block_offload=depth), sizes.on_host(depth)
-    whole = {"gradient_checkpointing": True, "base_quantization": "none", "block_offload": depth}
+    whole = USUAL | {"block_offload": depth}
     assert chosen(plan, room, host) == whole
     assert halved.on_host(depth) < host - 1
-    quantised = chosen(plan, peak_with(plan_of, mixed_precision="bf16", base_quantization="int8", block_offload=depth), host - 1)
-    assert quantised["base_quantization"] == "int8"
-    assert quantised["block_offload"] <= depth
-    assert chosen(plan, 1, 0)["block_offload"] == 0, "no number of blocks has room on the host"
+    quantised = chosen(plan, peak_with(plan_of, mixed_precision="bf16", base_quantization="int8", block_offload=depth), 1)
+    assert quantised == USUAL | {"base_quantization": "int8"} or quantised["block_offload"] == 0
+    found = chosen(plan, peak_with(plan_of, mixed_precision="bf16", base_quantization="int8", block_offload=depth), host - 1)
+    assert found["base_quantization"] == "int8"
+    assert 0 < found["block_offload"] <= depth
+    least = chosen(plan, 1, 0)
+    assert (least["block_offload"], least["checkpoint_offload"]) == (0, False), "nothing of it has room on the host"
 
 
 def test_cards_share_what_was_estimated(plan_of, monkeypatch):
@@ -102,14 +118,18 @@ def test_cards_share_what_was_estimated(plan_of, monkeypatch):
     chooser = Chooser(plan, MEMORY_KEYS, bucket_of(plan))
     for room in (EVERYTHING, 1, EVERYTHING, 1):
         chooser.choose(room, None)
-    assert len(made) == 4, "three ways to checkpoint, and int8"
+    assert len(made) == 8, "three ways to checkpoint, inputs in host memory, parts alone, and the same with int8"
 
 
 def test_it_says_what_it_chose_and_what_that_costs(plan_of):
     plan, screen = plan_of(memory="auto"), Listening()
     choose_memory(plan, bucket_of(plan), 1, None, screen)
     words = screen.lists["memory: auto"]
-    assert "host memory" in words[f"block_offload: {plan.geometry.depth}"]
+    assert "copied to the GPU" in words[f"block_offload: {plan.geometry.depth}"]
+    assert "to host memory and back" in words["checkpoint_offload: true"]
+    assert words["nested_checkpointing: true"]
+    assert words["host memory"].endswith("GiB, pinned")
+    assert "base_quantization: none" not in words, "what costs nothing is not spoken of"
     assert words["gradient_checkpointing: true"]
     assert "gradient_checkpointing: selective" in words["not enough"]
     assert "more than" in words["needed"]
@@ -126,7 +146,8 @@ def test_without_an_estimate_it_says_so(plan_of):
 
 def test_what_would_fit_is_said_of_a_config_that_does_not(plan_of):
     plan, screen = plan_of(), Listening()
-    needed, depth = peak_with(plan_of, block_offload=plan.geometry.depth), plan.geometry.depth
+    depth = plan.geometry.depth
+    needed = peak_with(plan_of, block_offload=depth)
     estimate = estimate_memory(plan, [bucket_of(plan)], Screen(quiet=True), what="estimating")
     for gigabytes in (needed / (1 << 30), 0.0):
         assert not fits(plan, [bucket_of(plan)], estimate, gigabytes, screen)

@@ -105,7 +105,7 @@ def test_memory_is_chosen_and_kept_where_a_run_can_not_change_it(
     config_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A run that began on a large card goes on on one where nothing fits, with the numbers that it would have had."""
-    keys = ("memory", "gradient_checkpointing", "block_offload", "base_quantization")
+    keys = ("memory", "gradient_checkpointing", "block_offload", "checkpoint_offload", "base_quantization")
     resident = train(config_file, output_dir=str(tmp_path / "resident"), gradient_checkpointing="selective")
 
     def run(room: int, steps: int) -> list[object]:
@@ -116,8 +116,8 @@ def test_memory_is_chosen_and_kept_where_a_run_can_not_change_it(
 
     plan = read_plan(config_file(gradient_checkpointing="selective"))
     enough = training_stage(plan, Bucket(*plan.size)).peak
-    assert run(enough, 2) == ["auto", "selective", 0, "none"]
-    assert run(1, 3) == ["auto", "selective", 10, "none"]
+    assert run(enough, 2) == ["auto", "selective", 0, False, "none"]
+    assert run(1, 3) == ["auto", "selective", 10, True, "none"]
     expect_same_run(resident, tmp_path / "chosen")
     validate(read_plan(config_file(output_dir=str(tmp_path / "chosen"), memory="auto", max_train_steps=4)), Screen(quiet=True))
 
