@@ -30,6 +30,9 @@ def _possible_path(text: str) -> str:
 Quantization = Annotated[Literal["none", "int8", "fp8", "nf4"], BeforeValidator(lambda value: "none" if value is None else value)]
 """How the frozen base is kept."""
 
+TextQuantization = Annotated[Literal["none", "int8", "nf4"], BeforeValidator(lambda value: "none" if value is None else value)]
+"""How text encoders are kept."""
+
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_possible_path)]
 
 

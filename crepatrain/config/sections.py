@@ -13,6 +13,7 @@ from crepatrain.config.fields import (
     PathText,
     Quantization,
     Section,
+    TextQuantization,
 )
 
 
@@ -163,6 +164,11 @@ class DiffusionConfig(Section, frozen=True):
     vae_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision in which the VAE encodes the clips, and decodes a run's videos."
     )
+    vae_tiling: bool = Field(
+        False,
+        description="Let the VAE encode and decode in overlapping tiles, which are blended: less memory for large frames, and "
+        "slightly other latents.",
+    )
 
 
 class OptimConfig(Section, frozen=True):
@@ -286,6 +292,18 @@ class LoopConfig(Section, frozen=True):
         description="Keep the weights of the frozen blocks in fewer bits and compute as mixed_precision says: int8 halves their "
         "memory at hardly any error, fp8 at a larger one; nf4 (bitsandbytes) leaves less than a third, at the largest. For an "
         "adapter alone.",
+    )
+    text_encoder_offload: bool | Literal["auto"] = Field(
+        "auto",
+        description="Leave the weights of the text encoder's blocks in host memory and copy each block to the GPU ahead of its "
+        "use; the captions stay the same to the bit. auto: where the weights do not fit into three quarters of the GPU's free "
+        "memory.",
+        json_schema_extra=MAY_CHANGE,
+    )
+    text_encoder_quantization: TextQuantization = Field(
+        "none",
+        description="Keep the weights of the text encoder's blocks in fewer bits: int8 at a small error of the encoded captions, "
+        "nf4 (bitsandbytes) at a larger one. text_encoder_offload needs less memory, at no error.",
     )
     checkpointing_steps: int = Field(
         500, ge=1, description="Number of optimizer steps between two checkpoints.", json_schema_extra=MAY_CHANGE

@@ -25,6 +25,7 @@ from crepatrain.config.sections import OptimConfig
 from crepatrain.data.buckets import Bucket
 from crepatrain.data.frames import as_video
 from crepatrain.errors import UserError
+from crepatrain.families.autoencoders import tile_vae
 from crepatrain.families.base import Family
 from crepatrain.memory.account import DeviceAccount, StorageAccount
 from crepatrain.memory.cuda_autocast import cuda_autocast_lists
@@ -324,7 +325,10 @@ def _vision_encoder(plan: Plan) -> VisionEncoder:
 
 
 def _vae(plan: Plan, family: Family) -> nn.Module:
-    return family.empty_vae().to(getattr(torch, plan.config.diffusion.vae_dtype)).eval()
+    vae = family.empty_vae().to(getattr(torch, plan.config.diffusion.vae_dtype)).eval()
+    if plan.config.diffusion.vae_tiling:
+        tile_vae(vae)
+    return vae
 
 
 def _batch(plan: Plan, family: Family, bucket: Bucket) -> Batch:
