@@ -30,6 +30,8 @@ def summarize(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("memory", f"{', '.join(sorted(plan.open_keys))} as the GPU at hand needs"))
     elif config.loop.block_offload:
         rows.append(("host memory", _offload(config.loop, geometry.depth)))
+    if held := _encoders(config):
+        rows.append(("encoders", held))
     if config.crepa.crepa_enabled:
         rows += _crepa(plan)
     else:
@@ -43,6 +45,18 @@ def summarize(plan: Plan) -> list[tuple[str, str]]:
 
 def _offload(config: LoopConfig, depth: int) -> str:
     return f"the frozen weights of {config.block_offload} of {depth} blocks, copied to the GPU ahead of their use"
+
+
+def _encoders(config: ResolvedConfig) -> str:
+    """What is not as it is by default."""
+    words = []
+    if config.loop.text_encoder_quantization != "none":
+        words.append(f"the text encoder's blocks in {config.loop.text_encoder_quantization}")
+    if config.loop.text_encoder_offload is True:
+        words.append("the text encoder's blocks in host memory")
+    if config.diffusion.vae_tiling:
+        words.append("the VAE in tiles")
+    return ", ".join(words)
 
 
 def _model(plan: Plan) -> str:

@@ -80,10 +80,12 @@ class Nf4Linear(nn.Linear):
         """The weight [out, in]."""
         import bitsandbytes  # noqa: F401 - its operators are torch's once it is imported
 
-        shape = (self.out_features, self.in_features)
-        return torch.ops.bitsandbytes.dequantize_4bit(
-            self.weight.view(torch.uint8), self.scales, _NF4_BLOCK, "nf4", shape, self._dtype
-        )
+        count = self.out_features * self.in_features
+        # bitsandbytes' kernel for CPUs takes each row for whole blocks, and gives wrong numbers of a row that ends inside one.
+        shape = (count // _NF4_BLOCK, _NF4_BLOCK) if count % _NF4_BLOCK == 0 else (count,)
+        packed = self.weight.view(torch.uint8)
+        numbers = torch.ops.bitsandbytes.dequantize_4bit(packed, self.scales, _NF4_BLOCK, "nf4", shape, self._dtype)
+        return numbers.view(self.out_features, self.in_features)
 
 
 def quantize_blocks(family: Family, transformer: Any, how: Quantization) -> None:

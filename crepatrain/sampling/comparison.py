@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from crepatrain.placement.placing import free_memory
 from crepatrain.placement.quantizing import load_quantized
 from crepatrain.sampling.pipeline import call
 from crepatrain.screen import Screen
+from crepatrain.specs.base import has_part
 from crepatrain.training.text_encoders import TextEncoding, encode_prompts
 
 _GIB = 1 << 30
@@ -38,7 +39,7 @@ class Held:
         offload: whether the weights of these blocks stay in host memory; auto: where they do not fit on the device.
     """
 
-    text: TextEncoding = TextEncoding()
+    text: TextEncoding = field(default_factory=TextEncoding)
     vae_tiling: bool = False
     base_quantization: Quantization = "none"
     offload: bool | Literal["auto"] = "auto"
@@ -60,7 +61,7 @@ class TrainedModel:
     revision: str | None
     adapters: Mapping[str, Path]
     transformer: Path | None
-    held: Held = Held()
+    held: Held = field(default_factory=Held)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def candidates(model: TrainedModel, strengths: Sequence[float]) -> list[Candidat
 
 
 def encode_texts(model: TrainedModel, prompt: str, negative: str, device: torch.device, screen: Screen) -> dict[str, Any]:
-    """The arguments of the pipeline for a prompt and a negative one. The text encoder is given up before any other part is loaded.
+    """The arguments of the pipeline for a prompt and a negative one.
+
+    The text encoder is given up before any other part is loaded.
 
     Raises:
         UserError: a file of it is missing or damaged.
@@ -128,10 +131,8 @@ def open_pipeline(model: TrainedModel, device: torch.device, screen: Screen) -> 
     largest = max(transformers, key=lambda transformer: weights_bytes([transformer]))  # one is on the device at a time
     offload = is_offloaded(model.held.offload, [largest], device)
     if offload:
-        screen.say(
-            f"the transformer's {weights_bytes([largest]) / _GIB:.1f} GiB stay in host memory, and each of its blocks is copied to "
-            "the device ahead of its use"
-        )
+        size = f"{weights_bytes([largest]) / _GIB:.1f} GiB"
+        screen.say(f"the transformer's {size} stay in host memory, and each block is copied to the device ahead of its use")
         place_frozen(transformers, device, offload=True)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module) and part not in transformers:
@@ -150,9 +151,7 @@ def _expect_possible(model: TrainedModel) -> None:
 
 def _transformers(model: TrainedModel) -> list[str]:
     """The names of the parts of the base's pipeline that are transformers: two where there are two experts."""
-    own = model.family.variant.transformer
-    index = model.family.checkpoint.model_index
-    return [own, *(name for name in ("transformer", "transformer_2") if name != own and any(index.get(name) or ()))]
+    return ["transformer", *(["transformer_2"] if has_part(model.family.checkpoint.model_index, "transformer_2") else [])]
 
 
 def _dtype(device: torch.device) -> torch.dtype:

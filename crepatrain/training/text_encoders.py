@@ -49,8 +49,8 @@ def load_text_encoder(family: Family, folder: Path, device: torch.device, how: T
     offload = is_offloaded(how.offload, models, device)
     if offload:
         screen.say(
-            f"text_encoder_offload: the text encoder's {weights_bytes(models) / _GIB:.1f} GiB stay in host memory, and each of "
-            "its blocks is copied to the device ahead of its use"
+            f"text_encoder_offload: the text encoder's {weights_bytes(models) / _GIB:.1f} GiB stay in host memory, and each "
+            "block is copied to the device ahead of its use"
         )
     place_frozen(models, device, offload=offload)
     return encoder

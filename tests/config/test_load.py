@@ -261,6 +261,9 @@ def test_a_misspelt_key_is_answered_with_the_one_meant(key, ours):
         ("target_modules", "lora_targets"),
         ("blocks_to_swap", "block_offload"),
         ("ramtorch", "block_offload"),
+        ("fp8_t5", "text_encoder_quantization"),
+        ("text_encoder_1_precision", "text_encoder_quantization"),
+        ("vae_enable_tiling", "vae_tiling"),
         # however it is spelt
         ("--network-dim", "lora_rank"),
         ("Rank", "lora_rank"),
