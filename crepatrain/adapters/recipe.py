@@ -103,6 +103,8 @@ def recipe(
             "t_range": list(family.variant.sigmas),
             "base_dtype": "bfloat16" if config.loop.mixed_precision == "bf16" else "float32",
             "quant": None if config.loop.base_quantization == "none" else config.loop.base_quantization,
+            "text_quant": None if config.loop.text_encoder_quantization == "none" else config.loop.text_encoder_quantization,
+            "vae_tiling": config.diffusion.vae_tiling,
             "resolutions": [[height, width]],
             "aspect_buckets": config.data.aspect_buckets,
             "frames": frames,

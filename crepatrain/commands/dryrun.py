@@ -77,7 +77,11 @@ def estimate_vram(
     lines += [(change, f"{_gib(peak)} GiB in training") for change, peak in estimate.remedies]
     lines += [(change, "no less in training") for change in estimate.without_use]
     if estimate.largest == "caching text":
-        lines.append(("caching text", "fill the cache once on a larger GPU: `crepatrain cache` with the same cache_dir"))
+        less = "" if plan.config.loop.text_encoder_offload else "set text_encoder_offload to auto, or "
+        words = f"{less}fill the cache once on a larger GPU: `crepatrain cache` with the same cache_dir"
+        lines.append(("caching text", words))
+    elif estimate.largest == "caching clips" and not plan.config.diffusion.vae_tiling:
+        lines.append(("caching clips", "vae_tiling: true encodes frames in tiles"))
     if plan.config.crepa.crepa_enabled and plan.config.crepa.crepa_feature_source == "cached":
         lines.append(
             ("a smaller crepa_encoder", "changes nothing in training, as its features are cached; it does while caching")

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from PIL import Image
 
 from crepatrain.adapters.adapter_file import read_adapter
 from crepatrain.adapters.recipe import SCHEMA, public_name
+from crepatrain.config.data_section import DataConfig
 from crepatrain.config.datasets import read_datasets
+from crepatrain.config.fields import Quantization, TextQuantization
 from crepatrain.config.resolved import ResolvedConfig
-from crepatrain.config.sections import DataConfig
 from crepatrain.config.sources import BASE_KEY, read_checkpoint
 from crepatrain.data.encode import grid_video, write_video
 from crepatrain.data.listing import choose_captions, list_clips
@@ -26,10 +28,11 @@ from crepatrain.placement.devices import open_device
 from crepatrain.records.layout import BESIDE_BASE, RunLayout, checkpoints, step_of
 from crepatrain.records.opening import adapter_name, config_of
 from crepatrain.records.whole import expect_whole_transformer
-from crepatrain.sampling.comparison import TrainedModel, candidates, open_pipeline, sample_candidate
+from crepatrain.sampling.comparison import Held, TrainedModel, candidates, encode_texts, open_pipeline, sample_candidate
 from crepatrain.sampling.pipeline import first_frame
 from crepatrain.screen import Screen
 from crepatrain.specs import FAMILIES, Expert, Task
+from crepatrain.training.text_encoders import TextEncoding
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class SampleOptions:
         at: optimizer steps of a run whose adapters are compared.
         strengths: of the adapter, beside 0.
         base: pipeline folder or hub id in place of the recipe's.
+        base_quantization: how the blocks of the transformers are held; the recipe names that of the training, which is not taken.
     """
 
     prompt: str | None = None
@@ -55,6 +59,10 @@ class SampleOptions:
     strengths: tuple[float, ...] = (1.0,)
     base: str | None = None
     output: Path | None = None
+    base_quantization: Quantization = "none"
+    text_encoder_offload: bool | None = None
+    text_encoder_quantization: TextQuantization | None = None
+    vae_tiling: bool | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +101,11 @@ def sample(target: Path, options: SampleOptions, screen: Screen) -> None:
     prompt = options.prompt if options.prompt is not None else source.prompt
     if prompt is None:
         raise UserError("--prompt is missing", "give it")
-    texts = {"prompt": prompt, "negative_prompt": settings["negative_prompt"]}
-    arguments = family.pipeline_arguments(settings) | texts | _image(family, options, settings)
+    arguments = family.pipeline_arguments(settings) | _image(family, options, settings)
     path = _output(options.output or _new_name(source.folder, f"sample-{options.seed}"))
     screen.say(f"loading {model.base}")
-    pipeline = open_pipeline(model, device)
+    arguments |= encode_texts(model, prompt, settings["negative_prompt"], device, screen)
+    pipeline = open_pipeline(model, device, screen)
     compared = candidates(model, options.strengths)
     with screen.progress("denoising", settings["steps"] * len(compared)) as advance:
         videos = [(str(one), sample_candidate(pipeline, model, one, arguments, options.seed, advance)) for one in compared]
@@ -181,8 +189,26 @@ def _open_run(root: Path, options: SampleOptions, screen: Screen) -> _Source:
         settings, step = dict(recipe["sample"]), None if options.at else recipe["step"]
     prompts = config.validation.validation_prompts
     prompt = prompts[0] if prompts else _some_caption(config.data)
-    model = TrainedModel(family, base, revision, adapters, transformer)
+    held = _held(options, config.loop.text_encoder_quantization, tiled=config.diffusion.vae_tiling)
+    model = TrainedModel(family, base, revision, adapters, transformer, held)
     return _Source(model, settings, prompt, not prompts, layout.samples, step)
+
+
+def _held(options: SampleOptions, text_quantization: TextQuantization, *, tiled: bool) -> Held:
+    """How the model's parts are held: as in training, and as the user asks.
+
+    Raises:
+        UserError: a package for it is not installed.
+    """
+    text = options.text_encoder_quantization or text_quantization
+    for option, how in (("--base-quantization", options.base_quantization), ("--text-encoder-quantization", text)):
+        if how == "nf4" and find_spec("bitsandbytes") is None:
+            raise UserError(f"{option} nf4: bitsandbytes is not installed", 'run pip install "crepatrain[8bit]", or use int8')
+    return Held(
+        TextEncoding("auto" if options.text_encoder_offload is None else options.text_encoder_offload, text),
+        tiled if options.vae_tiling is None else options.vae_tiling,
+        options.base_quantization,
+    )
 
 
 def _trained_files(
@@ -233,7 +259,9 @@ def _open_adapter(path: Path, options: SampleOptions) -> _Source:
         raise UserError(f"{path}: its base was a local folder called {base}", "give that folder with --base")
     revision = None if options.base else recipe["base"]["revision"]
     family = _family_on(base, revision, recipe["family"], recipe["task"], recipe["expert"], given=options.base is not None)
-    model = TrainedModel(family, base, revision, {"adapter": path}, None)
+    trained = recipe["train"]  # an earlier version's lacks both keys
+    held = _held(options, trained.get("text_quant") or "none", tiled=trained.get("vae_tiling", False))
+    model = TrainedModel(family, base, revision, {"adapter": path}, None, held)
     return _Source(model, dict(recipe["sample"]), recipe["train"]["trigger"], False, path.parent, recipe["step"])
 
 

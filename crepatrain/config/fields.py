@@ -36,6 +36,9 @@ ClipMode = Literal["chunks", "first", "middle", "uniform", "slide", "random"]
 Size = Annotated[list[Annotated[int, Field(ge=16, le=4096)]], Field(min_length=2, max_length=2)]
 """[height, width] in pixels."""
 
+TextQuantization = Annotated[Literal["none", "int8", "nf4"], BeforeValidator(lambda value: "none" if value is None else value)]
+"""How text encoders are kept."""
+
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_possible_path)]
 
 

@@ -79,3 +79,11 @@ def check_quantization(config: ResolvedConfig) -> list[Problem]:
         fix = 'run pip install "crepatrain[8bit]", or use int8'
         problems.append(Problem(f"{what}: bitsandbytes is not installed", fix, ("base_quantization",)))
     return problems
+
+
+def check_text_encoder(config: LoopConfig) -> list[Problem]:
+    """What keeps a text encoder in 4 bits is a package of its own."""
+    if config.text_encoder_quantization != "nf4" or find_spec("bitsandbytes"):
+        return []
+    what, fix = "text_encoder_quantization=nf4: bitsandbytes is not installed", 'run pip install "crepatrain[8bit]", or use int8'
+    return [Problem(what, fix, ("text_encoder_quantization",))]

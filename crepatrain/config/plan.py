@@ -148,6 +148,7 @@ def make_plan(config: RunConfig, *, online: bool = True, without: frozenset[str]
     problems += checks.check_allowed(resolved.loop)
     problems += memory_checks.check_checkpointing(resolved.loop)
     problems += memory_checks.check_quantization(resolved)
+    problems += memory_checks.check_text_encoder(resolved.loop)
     problems += checks.check_eval(resolved.validation)
     problems += checks.check_init_adapter(resolved)
     problems += checks.check_optimizer(resolved)

@@ -3,8 +3,9 @@
 from typing import Literal, TypeVar
 
 from crepatrain.config.alignment_sections import CrepaConfig, LayerSyncConfig
+from crepatrain.config.data_section import DataConfig
 from crepatrain.config.run_config import RunConfig
-from crepatrain.config.sections import DataConfig, DiffusionConfig, LoraConfig, ModelConfig
+from crepatrain.config.sections import DiffusionConfig, LoraConfig, ModelConfig
 from crepatrain.specs import Task
 
 _T = TypeVar("_T")

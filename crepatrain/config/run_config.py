@@ -13,10 +13,10 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from crepatrain.config.alignment_sections import CrepaConfig, LayerSyncConfig
+from crepatrain.config.data_section import DataConfig
 from crepatrain.config.fields import Section
 from crepatrain.config.migrations import CONFIG_VERSION, VERSION_KEY
 from crepatrain.config.sections import (
-    DataConfig,
     DiffusionConfig,
     HubConfig,
     LoopConfig,

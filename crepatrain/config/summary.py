@@ -30,6 +30,8 @@ def summarize(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("memory", f"{', '.join(sorted(plan.open_keys))} as the GPU at hand needs"))
     if offloaded := _offloaded(plan):
         rows.append(("host memory", "; ".join(offloaded)))
+    if held := _encoders(config):
+        rows.append(("encoders", held))
     if config.crepa.crepa_enabled:
         rows += _crepa(plan)
     else:
@@ -61,6 +63,18 @@ def _offloaded(plan: Plan) -> list[str]:
     if loop.checkpoint_offload:
         found.append("the blocks' inputs from forward to backward")
     return found
+
+
+def _encoders(config: ResolvedConfig) -> str:
+    """What is not as it is by default."""
+    words = []
+    if config.loop.text_encoder_quantization != "none":
+        words.append(f"the text encoder's blocks in {config.loop.text_encoder_quantization}")
+    if config.loop.text_encoder_offload is True:
+        words.append("the text encoder's blocks in host memory")
+    if config.diffusion.vae_tiling:
+        words.append("the VAE in tiles")
+    return ", ".join(words)
 
 
 def _model(plan: Plan) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crepatrain.errors import UserError
+
 # Of small models with random weights.
 TINY_WAN_VAE = {
     "base_dim": 8,
@@ -15,6 +17,20 @@ TINY_WAN_VAE = {
 }
 
 _STATISTICS = "_crepatrain_latent_statistics"
+
+
+def tile_vae(vae: Any) -> None:
+    """Let a VAE of diffusers encode and decode large frames in overlapping tiles, and the clips of a batch one by one.
+
+    Raises:
+        UserError: it can't.
+    """
+    try:
+        vae.enable_tiling()
+        vae.enable_slicing()
+    except (AttributeError, NotImplementedError) as error:
+        what = f"vae_tiling=true: {type(vae).__name__} can't encode and decode in tiles"
+        raise UserError(what, "set vae_tiling to false", ("vae_tiling",)) from error
 
 
 def encode_wan(vae: Any, pixels: Tensor) -> Tensor:

@@ -131,7 +131,12 @@ class Family(ABC):
 
     @abstractmethod
     def load_text_encoder(self, path: str, dtype: torch.dtype) -> Any:
-        """Tokenizers and text encoders, as `encode_text` takes them; the object has a `.to(device)`."""
+        """Tokenizers and text encoders, as `encode_text` takes them: a pipeline of diffusers without its other parts."""
+
+    @staticmethod
+    def text_models(text_encoder: Any) -> list[nn.Module]:
+        """The models in what `load_text_encoder` returned."""
+        return [part for part in text_encoder.components.values() if isinstance(part, nn.Module)]
 
     def load_image_encoder(self, path: str, dtype: torch.dtype) -> Any:  # noqa: ARG002 - few have one
         """The model that encodes the first frame beside the VAE; None where there is none."""

@@ -168,12 +168,20 @@ class Kandinsky5VideoFamily(Family):
         return cut
 
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """One by one: the encoder is given no mask, so a longer neighbour's padding would change a caption."""
-        encoded = []
-        for caption in captions:
-            embeds, pooled, _ = text_encoder.encode_prompt(caption, max_sequence_length=self.text_length)
-            encoded.append({"prompt_embeds": embeds[0], "pooled": pooled[0]})
-        return encoded
+        """Those of one length together: the encoder is given no mask, so a longer neighbour's padding would change a caption."""
+        template, limit = text_encoder.prompt_template, text_encoder.prompt_template_encode_start_idx + self.text_length
+        alike: dict[Any, list[int]] = {}
+        for number, caption in enumerate(captions):
+            tokens = len(text_encoder.tokenizer(template.format(prompt_clean(caption)), verbose=False).input_ids)
+            alike.setdefault(tokens if tokens <= limit else -1 - number, []).append(number)  # a cut one alone
+        encoded: dict[int, dict[str, Tensor]] = {}
+        for numbers in alike.values():
+            embeds, pooled, _ = text_encoder.encode_prompt(
+                [captions[number] for number in numbers], max_sequence_length=self.text_length
+            )
+            made = ({"prompt_embeds": row, "pooled": summary} for row, summary in zip(embeds, pooled, strict=True))
+            encoded |= zip(numbers, made, strict=True)
+        return [encoded[number] for number in range(len(captions))]
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         config = self.checkpoint.transformer

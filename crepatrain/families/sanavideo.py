@@ -96,7 +96,9 @@ class SanaVideoFamily(Family):
 
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Captions after the pipeline's instruction; the empty one without it, as sampling uses it as a negative prompt."""
-        return [self._encode(text_encoder, caption, _INSTRUCTION if caption else None) for caption in captions]
+        written = [caption for caption in captions if caption]
+        encoded = iter(self._encode(text_encoder, written, _INSTRUCTION) if written else ())
+        return [next(encoded) if caption else self.encode_negative(text_encoder, "") for caption in captions]
 
     def caption_text(self, caption: str) -> str:
         return "\n".join(_INSTRUCTION) + caption.lower().strip() if caption else ""
@@ -107,16 +109,16 @@ class SanaVideoFamily(Family):
 
     def encode_negative(self, text_encoder: Any, prompt: str) -> dict[str, Tensor]:
         """Without the instruction, which is for prompts alone."""
-        return self._encode(text_encoder, prompt, None)
+        return self._encode(text_encoder, [prompt], None)[0]
 
-    def _encode(self, text_encoder: Any, prompt: str, instruction: list[str] | None) -> dict[str, Tensor]:
+    def _encode(self, text_encoder: Any, prompts: Sequence[str], instruction: list[str] | None) -> list[dict[str, Tensor]]:
         embeds, mask, _, _ = text_encoder.encode_prompt(
-            prompt,
+            list(prompts),
             do_classifier_free_guidance=False,
             max_sequence_length=self.text_length,
             complex_human_instruction=instruction,
         )
-        return {"prompt_embeds": embeds[0, : int(mask.sum())].clone()}
+        return [{"prompt_embeds": row[:length].clone()} for row, length in zip(embeds, mask.sum(dim=1).tolist(), strict=True)]
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (self.text_length, self.checkpoint.transformer["caption_channels"])}

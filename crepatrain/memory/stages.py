@@ -25,11 +25,15 @@ from crepatrain.config.sections import OptimConfig
 from crepatrain.data.buckets import Bucket
 from crepatrain.data.frames import as_video
 from crepatrain.errors import UserError
+from crepatrain.families.autoencoders import tile_vae
 from crepatrain.families.base import Family
 from crepatrain.memory.account import DeviceAccount, StorageAccount
 from crepatrain.memory.cuda_autocast import cuda_autocast_lists
+from crepatrain.placement.inference import block_lists, weights_bytes
 from crepatrain.placement.placing import materialise, place
 from crepatrain.placement.precision import autocast
+from crepatrain.placement.quantizing import quantize_text_model
+from crepatrain.placement.ring import BUFFERS
 from crepatrain.placement.states import empty_states, empty_temporaries
 from crepatrain.tensors import Batch, PatchFeatures
 from crepatrain.training import build
@@ -44,6 +48,9 @@ _CPU = torch.device("cpu")
 # Of a CUDA context with its libraries' workspaces, and the share that the allocator loses to rounding. Not calibrated.
 _CONTEXT_BYTES = int(0.6 * GIB)
 _FRAGMENTED = 0.02
+
+# Bytes of a number in a text encoder's blocks, with the scales: of every row for int8, of every 64 numbers for nf4.
+_TEXT_BYTES = {"none": 2.0, "int8": 1.001, "nf4": 0.5 + 4 / 64}
 
 # What torch raises where an operation needs the values that fake tensors do not have, or is not known for them.
 _NOT_WITHOUT_VALUES = (
@@ -84,21 +91,34 @@ class Stage:
 
 
 def text_stage(plan: Plan) -> Stage:
-    """The text encoders' weights; the margin covers what a few captions add to them."""
-    folder = Path(plan.config.model.pretrained_model_name_or_path)
+    """What of the text encoders is on the device; the margin covers what a few captions add to it.
+
+    With text_encoder_offload auto that is the least: the weights are there as a whole only where there is room for them.
+    """
+    how, bits = plan.config.loop, torch.bfloat16.itemsize
     if plan.checkpoint.origin == "folder":
-        parameters = sum(_parameters(folder / part) for part in plan.variant.folders("text_encoder"))
+        folder = Path(plan.config.model.pretrained_model_name_or_path)
+        models = [_text_model(folder / part) for part in plan.variant.folders("text_encoder")]
+        for model in models:
+            quantize_text_model(model, how.text_encoder_quantization, torch.device("meta"))
+        lists = [blocks for model in models for blocks in block_lists(model)]
+        whole = weights_bytes(models)
+        outside = whole - sum(weights_bytes(list(blocks)) for blocks in lists)
+        largest = sum(max(weights_bytes([block]) for block in blocks) for blocks in lists)
     else:
-        parameters = plan.spec.text_parameters
-    return Stage({"text encoder": parameters * torch.bfloat16.itemsize}, "")
+        known, share = plan.spec.text_parameters, _TEXT_BYTES[how.text_encoder_quantization]
+        outside, largest = known.outside * bits, int(known.largest * share)
+        whole = outside + int((known.total - known.outside) * share)
+    held = outside + BUFFERS * largest if how.text_encoder_offload else whole
+    return Stage({"text encoder": min(held, whole)}, "")
 
 
-def _parameters(folder: Path) -> int:
-    """How many parameters a model in transformers' format has, by its config.json."""
+def _text_model(folder: Path) -> nn.Module:
+    """A text encoder on the meta device in bf16, by its config.json."""
     config = AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in kind(config).parameters())
+        return kind(config).to(torch.bfloat16)
 
 
 def caching_stage(plan: Plan, bucket: Bucket) -> Stage:
@@ -324,7 +344,10 @@ def _vision_encoder(plan: Plan) -> VisionEncoder:
 
 
 def _vae(plan: Plan, family: Family) -> nn.Module:
-    return family.empty_vae().to(getattr(torch, plan.config.diffusion.vae_dtype)).eval()
+    vae = family.empty_vae().to(getattr(torch, plan.config.diffusion.vae_dtype)).eval()
+    if plan.config.diffusion.vae_tiling:
+        tile_vae(vae)
+    return vae
 
 
 def _batch(plan: Plan, family: Family, bucket: Bucket) -> Batch:

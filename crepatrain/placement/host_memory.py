@@ -34,10 +34,11 @@ class HostMemory:
 
     Args:
         pinned: False on a machine without a GPU.
+        must_pin: False where memory that the system does not pin is taken as it is.
     """
 
-    def __init__(self, size: int, *, pinned: bool) -> None:
-        self._sizes, self._pinned = list(_pieces(size)), pinned
+    def __init__(self, size: int, *, pinned: bool, must_pin: bool = True) -> None:
+        self._sizes, self._pinned, self._must_pin = list(_pieces(size)), pinned, must_pin
         self._pieces: list[Tensor | None] = [None] * len(self._sizes)
 
     def spans(self, start: int, size: int) -> Iterator[tuple[Tensor, int]]:
@@ -52,8 +53,17 @@ class HostMemory:
     def _piece(self, index: int) -> Tensor:
         piece = self._pieces[index]
         if piece is None:
-            piece = self._pieces[index] = torch.empty(self._sizes[index], dtype=torch.uint8, pin_memory=self._pinned)
+            piece = self._pieces[index] = self._allocated(self._sizes[index])
         return piece
+
+    def _allocated(self, size: int) -> Tensor:
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+        except RuntimeError:
+            if not self._pinned or self._must_pin:
+                raise
+            self._pinned = False
+            return self._allocated(size)
 
 
 @contextlib.contextmanager

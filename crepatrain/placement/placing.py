@@ -108,6 +108,7 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.accelerator.empty_host_cache()  # of pinned memory, which torch keeps for the next who asks for some
 
 
 def trim_host_memory() -> None:

@@ -11,10 +11,11 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crepatrain.config.fields import Quantization
+from crepatrain.config.fields import Quantization, TextQuantization
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.families.reading import StoredTensors
+from crepatrain.placement.inference import block_lists
 from crepatrain.placement.placing import trim_host_memory
 
 # Of the layers inside blocks those that scale and shift a whole clip: few numbers with much effect.
@@ -67,7 +68,8 @@ class Nf4Linear(nn.Linear):
             settings: dict[str, Any] = {"blocksize": _NF4_BLOCK, "quant_type": "nf4", "compress_statistics": False}
             parts = [quantize_4bit(part, **settings) for part in _parts(layer.weight)]
             packed, scales = (torch.cat(values) for values in zip(*((data, state.absmax) for data, state in parts), strict=True))
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        # As int8, the one data type of weights to which T5 does not cast its activations.
+        self.weight = nn.Parameter(packed.view(torch.int8), requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)  # no buffer, so that it goes wherever the weight goes
         self.bias = layer.bias
 
@@ -78,8 +80,12 @@ class Nf4Linear(nn.Linear):
         """The weight [out, in]."""
         import bitsandbytes  # noqa: F401 - its operators are torch's once it is imported
 
-        shape = (self.out_features, self.in_features)
-        return torch.ops.bitsandbytes.dequantize_4bit(self.weight, self.scales, _NF4_BLOCK, "nf4", shape, self._dtype)
+        count = self.out_features * self.in_features
+        # bitsandbytes' kernel for CPUs takes each row for whole blocks, and gives wrong numbers of a row that ends inside one.
+        shape = (count // _NF4_BLOCK, _NF4_BLOCK) if count % _NF4_BLOCK == 0 else (count,)
+        packed = self.weight.view(torch.uint8)
+        numbers = torch.ops.bitsandbytes.dequantize_4bit(packed, self.scales, _NF4_BLOCK, "nf4", shape, self._dtype)
+        return numbers.view(self.out_features, self.in_features)
 
 
 def quantize_blocks(family: Family, transformer: Any, how: Quantization) -> None:
@@ -87,6 +93,22 @@ def quantize_blocks(family: Family, transformer: Any, how: Quantization) -> None
     for name in _names(transformer):
         if is_quantized(family, name, transformer.get_submodule(name)):
             quantize_layer(transformer, name, how)
+
+
+def quantize_text_model(model: nn.Module, how: TextQuantization, device: torch.device) -> None:
+    """Quantise the Linear layers inside the blocks of a text encoder, each on the device, and back to where the model is."""
+    if how == "none":
+        return
+    lists = {id(blocks) for blocks in block_lists(model)}
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if id(module) in lists)
+    for name in _names(model):
+        layer = model.get_submodule(name)
+        if name.startswith(prefixes) and isinstance(layer, nn.Linear):
+            home = layer.weight.device
+            layer.to(device)
+            quantize_layer(model, name, how)
+            model.get_submodule(name).to(home)
+            trim_host_memory()
 
 
 def _names(transformer: Any) -> list[str]:
@@ -101,7 +123,7 @@ def is_quantized(family: Family, name: str, module: nn.Module) -> bool:
 
 
 def quantize_layer(transformer: Any, name: str, how: Quantization) -> None:
-    """Quantise one Linear layer of a transformer, by its full name."""
+    """Quantise one Linear layer of a model, by its full name, where it is."""
     layer = transformer.get_submodule(name)
     layer.requires_grad_(False)
     if how == "nf4":
@@ -136,7 +158,14 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def load_quantized(
-    family: Family, path: str, dtype: torch.dtype, how: Quantization, device: torch.device, *, stays: bool = True
+    family: Family,
+    path: str,
+    dtype: torch.dtype,
+    how: Quantization,
+    device: torch.device,
+    *,
+    stays: bool = True,
+    part: str | None = None,
 ) -> Any:
     """A transformer whose Linear layers inside the blocks are quantised on the device, each as soon as it is read.
 
@@ -144,6 +173,7 @@ def load_quantized(
         path: a local pipeline folder.
         dtype: of the weights that are not quantised, and of what is computed with the others.
         stays: whether what is quantised stays on the device, rather than that a ring of blocks has it in host memory.
+        part: the transformer's folder in there; None: that of the one that is trained.
 
     Returns:
         The transformer of diffusers in eval mode, on the CPU but for what stays on the device.
@@ -153,7 +183,7 @@ def load_quantized(
     """
     with init_empty_weights(include_buffers=False):
         transformer = family.transformer_class.from_config(dict(family.checkpoint.transformer))
-    stored = StoredTensors(path, family.variant.transformer)
+    stored = StoredTensors(path, part or family.variant.transformer)
     keep = tuple(transformer._keep_in_fp32_modules or ())
     for name in _names(transformer):
         module = transformer.get_submodule(name)
@@ -165,7 +195,7 @@ def load_quantized(
             full = f"{name}.{key}" if name else key
             if full not in stored:
                 raise UserError(f"{stored.folder} can't be loaded: it lacks {full}", "download this part again")
-            tensor = stored.read(full, torch.float32 if any(part in keep for part in full.split(".")) else dtype).to(on)
+            tensor = stored.read(full, torch.float32 if any(word in keep for word in full.split(".")) else dtype).to(on)
             if key in module._parameters:
                 module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
             else:

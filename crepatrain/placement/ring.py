@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 from crepatrain.config.sections import LoopConfig
 from crepatrain.errors import UserError
 from crepatrain.placement.flat import Layout, plain_tensors
-from crepatrain.placement.host_memory import HostMemory, pinning
+from crepatrain.placement.host_memory import HostMemory, pinnable_memory, pinned_bytes, pinning
 from crepatrain.placement.queues import Queues, queues_of
 
 BUFFERS = 2
@@ -126,15 +126,22 @@ class BlockRing:
         device: where they compute.
         queues: what copies and computes.
         buffers: on the device.
+        must_pin: False where host memory that the system does not pin will do, from which copies take longer.
 
     Raises:
         UserError: weights of a kind that can't be moved so.
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], device: torch.device, queues: Queues | None = None, *, buffers: int = BUFFERS
+        self,
+        blocks: Sequence[nn.Module],
+        device: torch.device,
+        queues: Queues | None = None,
+        *,
+        buffers: int = BUFFERS,
+        must_pin: bool = True,
     ) -> None:
-        self._device = device
+        self._device, self._must_pin = device, must_pin
         self._queues = queues or queues_of(device)
         self._blocks: list[_Streamed] = []
         total = 0
@@ -159,7 +166,8 @@ class BlockRing:
         """
         taken = [block.take_out() for block in self._blocks]
         if not any(parameter.is_meta for parameters in taken for parameter in parameters):
-            self._host = HostMemory(self._total, pinned=self._device.type == "cuda")
+            pinned = self._device.type == "cuda" and (self._must_pin or pinned_bytes(self._total) <= pinnable_memory(1))
+            self._host = HostMemory(self._total, pinned=pinned, must_pin=self._must_pin)
             for number in range(len(taken)):
                 with pinning("block_offload", f"block_offload={len(self._blocks)}", self._total, "lower block_offload"):
                     self._keep(self._blocks[number], taken[number])

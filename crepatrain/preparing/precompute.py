@@ -32,8 +32,9 @@ from crepatrain.training.build import (
     build_vae,
     encoder_folder,
     model_folder,
+    text_encoding,
 )
-from crepatrain.training.loading import loading
+from crepatrain.training.text_encoders import load_text_encoder
 
 _CAPTIONS_AT_ONCE = 8
 _DECODED_AHEAD = 2
@@ -133,7 +134,8 @@ def fill_caches(context: Context, caches: Caches) -> None:
     missing = missing_entries(context, caches.store, _entries(context.plan, caches))
     with within_memory(
         "while filling the caches; what was written is kept",
-        "lower crepa_encoder_frames_batch_size, set vae_dtype to bfloat16, or run `crepatrain cache` on a larger GPU",
+        "lower crepa_encoder_frames_batch_size, set text_encoder_offload to true, vae_dtype to bfloat16 or vae_tiling to true, "
+        "or run `crepatrain cache` on a larger GPU",
     ):
         _fill_text(context, caches, missing)
         _fill_video(context, caches, missing)
@@ -156,6 +158,7 @@ def _text_keys(
         "length": plan.spec.text_length_of(plan.variant),
         "models": {part: models[part] for part in plan.variant.text_parts},
         "dtype": str(encoding_dtype(device)),
+        **_where_set("quantization", plan.config.loop.text_encoder_quantization, "none"),
     }
     captions = sorted({window.clip.caption for window in dataset.clips.windows} | {"", *prompts})
     negative = entry_key(kind="text", negative=plan.variant.sampling.negative_prompt, **facts) if prompts else None
@@ -163,7 +166,12 @@ def _text_keys(
 
 
 def _latents_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str]) -> dict[Window, str]:
-    facts = {"family": plan.spec.name, "vae": models[plan.variant.vae], "dtype": plan.config.diffusion.vae_dtype}
+    facts = {
+        "family": plan.spec.name,
+        "vae": models[plan.variant.vae],
+        "dtype": plan.config.diffusion.vae_dtype,
+        **_where_set("tiled", plan.config.diffusion.vae_tiling, False),
+    }
     return {window: entry_key(kind="latents", **_source(window, window.frames), **facts) for window in windows}
 
 
@@ -176,6 +184,7 @@ def _image_keys(plan: Plan, windows: Sequence[Window], models: Mapping[str, str]
         "models": {part: models[part] for part in plan.variant.image_parts},
         "dtype": plan.config.diffusion.vae_dtype,
         "seen": str(encoding_dtype(device)) if plan.variant.folders("image_encoder") else None,
+        **_where_set("tiled", plan.config.diffusion.vae_tiling, False),
     }
     return {
         window: entry_key(kind="image", length=len(window.frames), **_source(window, window.frames[:1]), **facts)
@@ -196,6 +205,11 @@ def _teacher_keys(plan: Plan, dataset: Dataset, models: Mapping[str, str], devic
         )
         for window in dataset.clips.windows
     }
+
+
+def _where_set(name: str, value: Any, default: Any) -> dict[str, Any]:
+    """A fact that is no part of a key where it has its default: entries were made before it was there."""
+    return {} if value == default else {name: value}
 
 
 def _source(window: Window, frames: Sequence[int]) -> dict[str, Any]:
@@ -234,9 +248,7 @@ def _fill_text(context: Context, caches: Caches, without: Collection[tuple[Kind,
     family = build_family(plan)
     folder = model_folder(plan)
     screen.say(f"loading the text encoder for {len(missing) + bool(negative)} texts")
-    with loading(folder, plan.variant.text_parts):
-        encoder = family.load_text_encoder(str(folder), encoding_dtype(device))
-    encoder = encoder.to(device)
+    encoder = load_text_encoder(family, folder, device, text_encoding(plan), screen)
     with screen.progress("encoding captions", len(missing)) as advance, torch.no_grad():
         for start in range(0, len(missing), _CAPTIONS_AT_ONCE):
             context.stop.check(_KEPT)

@@ -2,18 +2,47 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
 import torch
+from torch import nn
 
+from crepatrain.config.fields import Quantization
 from crepatrain.config.sources import BASE_KEY, fetch
 from crepatrain.errors import UserError
+from crepatrain.families.autoencoders import tile_vae
 from crepatrain.families.base import Family
+from crepatrain.families.reading import read_diffusers
+from crepatrain.placement.inference import is_offloaded, place_frozen, weights_bytes
+from crepatrain.placement.placing import free_memory
+from crepatrain.placement.quantizing import load_quantized
 from crepatrain.sampling.pipeline import call
+from crepatrain.screen import Screen
+from crepatrain.specs.base import has_part
+from crepatrain.training.text_encoders import TextEncoding, encode_prompts
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Held:
+    """How the parts of a model are held.
+
+    Attributes:
+        text: of the text encoder.
+        vae_tiling: whether videos are decoded in tiles.
+        base_quantization: of the blocks of its transformers.
+        offload: whether the weights of these blocks stay in host memory; auto: where they do not fit on the device.
+    """
+
+    text: TextEncoding = field(default_factory=TextEncoding)
+    vae_tiling: bool = False
+    base_quantization: Quantization = "none"
+    offload: bool | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +53,7 @@ class TrainedModel:
         base, revision: a pipeline folder, or a hub id with its revision.
         adapters: label -> file; empty where the whole transformer was trained.
         transformer: the folder of a whole transformer that was trained; None for adapters.
+        held: how its parts are held while videos are made.
     """
 
     family: Family
@@ -31,6 +61,7 @@ class TrainedModel:
     revision: str | None
     adapters: Mapping[str, Path]
     transformer: Path | None
+    held: Held = field(default_factory=Held)
 
 
 @dataclass(frozen=True)
@@ -58,30 +89,85 @@ def candidates(model: TrainedModel, strengths: Sequence[float]) -> list[Candidat
     ]
 
 
-def open_pipeline(model: TrainedModel, device: torch.device) -> Any:
-    """The family's pipeline with the trained weights loaded; where there is a GPU, its parts are moved there one at a time.
+def encode_texts(model: TrainedModel, prompt: str, negative: str, device: torch.device, screen: Screen) -> dict[str, Any]:
+    """The arguments of the pipeline for a prompt and a negative one.
+
+    The text encoder is given up before any other part is loaded.
+
+    Raises:
+        UserError: a file of it is missing or damaged.
+    """
+    _expect_possible(model)
+    return encode_prompts(model.family, _base_folder(model), device, model.held.text, prompt, negative, screen) | {
+        "prompt": None,
+        "negative_prompt": None,
+    }
+
+
+def open_pipeline(model: TrainedModel, device: torch.device, screen: Screen) -> Any:
+    """The family's pipeline for encoded prompts, with the trained weights loaded.
+
+    Where there is a GPU, its parts are moved there one at a time, and a transformer that does not fit there block by block.
 
     Raises:
         UserError: diffusers can't sample the base.
     """
-    family = model.family
-    if family.variant.sampling.impossible:
-        raise UserError(f"{model.base}: {family.variant.sampling.impossible}", "sample with another base")
+    _expect_possible(model)
+    family, folder, trained = model.family, _base_folder(model), model.family.variant.transformer
     cuda = device.type == "cuda"
-    dtype = torch.bfloat16 if cuda else torch.float32
-    parts = {}
-    if model.transformer:
-        parts[family.variant.transformer] = family.load_transformer(str(model.transformer.parent), dtype)
-    kind = getattr(diffusers, family.pipeline)
-    pipeline = kind.from_pretrained(_base_folder(model), torch_dtype=dtype, **parts)
+    parts: dict[str, Any] = dict.fromkeys(family.variant.text_parts)
+    for name in _transformers(model):
+        source = model.transformer if model.transformer and name == trained else folder / name
+        if (model.transformer and name == trained) or model.held.base_quantization != "none":
+            parts[name] = _load_transformer(model, source, device)
+    pipeline = getattr(diffusers, family.pipeline).from_pretrained(folder, torch_dtype=_dtype(device), **parts)
     pipeline.set_progress_bar_config(disable=True)
-    _set_tiled_attention(family, getattr(pipeline, family.variant.transformer), compiled=cuda)
     second = {"load_into_transformer_2": True} if family.variant.expert == "low" else {}
     for label, path in model.adapters.items():
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=_adapter_name(label), **second)
-    if cuda:
+    if model.held.vae_tiling:
+        tile_vae(pipeline.vae)
+    transformers = [getattr(pipeline, name) for name in _transformers(model)]
+    largest = max(transformers, key=lambda transformer: weights_bytes([transformer]))  # one is on the device at a time
+    offload = is_offloaded(model.held.offload, [largest], device)
+    if offload:
+        size = f"{weights_bytes([largest]) / _GIB:.1f} GiB"
+        screen.say(f"the transformer's {size} stay in host memory, and each block is copied to the device ahead of its use")
+        place_frozen(transformers, device, offload=True)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module) and part not in transformers:
+                part.to(device)
+    elif cuda:
         pipeline.enable_model_cpu_offload()
+    _set_tiled_attention(family, getattr(pipeline, trained), compiled=cuda)
     return pipeline
+
+
+def _expect_possible(model: TrainedModel) -> None:
+    impossible = model.family.variant.sampling.impossible
+    if impossible:
+        raise UserError(f"{model.base}: {impossible}", "sample with another base")
+
+
+def _transformers(model: TrainedModel) -> list[str]:
+    """The names of the parts of the base's pipeline that are transformers: two where there are two experts."""
+    return ["transformer", *(["transformer_2"] if has_part(model.family.checkpoint.model_index, "transformer_2") else [])]
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _load_transformer(model: TrainedModel, folder: Path, device: torch.device) -> Any:
+    """A transformer of the base's kind on the CPU, quantised as it is asked.
+
+    Args:
+        folder: of its files.
+    """
+    family, how, dtype = model.family, model.held.base_quantization, _dtype(device)
+    if how == "none":
+        return read_diffusers(family.transformer_class, str(folder.parent), folder.name, dtype)
+    return load_quantized(family, str(folder.parent), dtype, how, device, stays=False, part=folder.name)
 
 
 def _set_tiled_attention(family: Family, transformer: Any, *, compiled: bool) -> None:
@@ -91,7 +177,7 @@ def _set_tiled_attention(family: Family, transformer: Any, *, compiled: bool) ->
     family.set_attention(transformer)
     if compiled:
         for block in family.blocks(transformer):
-            block.compile()
+            block.forward = torch.compile(block.forward)  # without the hooks of a ring, which have no place in a graph
 
 
 def sample_candidate(
@@ -128,13 +214,18 @@ def _weights_of(pipeline: Any, model: TrainedModel, candidate: Candidate) -> Ite
     elif candidate.strength:
         yield
     else:
-        own = model.family.load_transformer(str(_base_folder(model)), trained.dtype)
-        _set_tiled_attention(model.family, own, compiled=_is_offloaded(pipeline))
+        device = pipeline._execution_device
+        own = _load_transformer(model, _base_folder(model) / model.family.variant.transformer, device)
+        if any(parameter.is_meta for parameter in trained.parameters()):  # as its blocks' weights are in host memory
+            place_frozen([own], device, offload=True)
+        _set_tiled_attention(model.family, own, compiled=device.type == "cuda")
         _exchange_transformer(pipeline, model, own)
         try:
             yield
         finally:
             _exchange_transformer(pipeline, model, trained)
+            del own
+            free_memory()
 
 
 def _exchange_transformer(pipeline: Any, model: TrainedModel, transformer: Any) -> None:

@@ -270,6 +270,21 @@ class Unsupported(Exception):
 
 
 @dataclass(frozen=True)
+class TextParameters:
+    """Numbers in text encoders.
+
+    Attributes:
+        total: of all of them.
+        outside: that are in no block, as the table of words.
+        largest: of the largest block; of several encoders, or of one with several lists of blocks, the sum.
+    """
+
+    total: int
+    outside: int
+    largest: int
+
+
+@dataclass(frozen=True)
 class FamilySpec:
     """One DiT family. The code that handles its tensors is the module of its name in `crepatrain.families`.
 
@@ -287,7 +302,7 @@ class FamilySpec:
         unmasked_attentions: names of the attention modules that are given no mask, at the end of a module's name; a kernel of
             `attention_backend` is set on these alone. Empty: it has none.
         text_length: tokens of a caption at most, of a variant that has no number of its own.
-        text_parameters: of the released models' text encoders together.
+        text_parameters: of the released models' text encoders together, counted.
         text_is_padded: whether captions of several lengths fit into one batch.
         geometry: computes strides, patch and depth from a checkpoint's transformer and VAE config. Raises WrongContent.
         variant: decides what a checkpoint is; with two experts, for one of them. Raises Unsupported and WrongContent.
@@ -312,7 +327,7 @@ class FamilySpec:
     block_parts: tuple[str, ...]
     unmasked_attentions: tuple[str, ...]
     text_length: int
-    text_parameters: int
+    text_parameters: TextParameters
     text_is_padded: bool
     geometry: Callable[[JSON, JSON], Geometry]
     variant: Callable[[Checkpoint, Expert | None], Variant]

@@ -13,6 +13,7 @@ from crepatrain.specs.base import (
     FamilySpec,
     ModelShapes,
     Sampling,
+    TextParameters,
     Unsupported,
     Variant,
     three_whole_numbers,
@@ -63,7 +64,7 @@ SANAVIDEO = FamilySpec(
     block_parts=("attn1", "attn2", "ff"),
     unmasked_attentions=(),  # its self-attention is linear, and its cross-attention has a mask
     text_length=300,
-    text_parameters=2_614_341_888,
+    text_parameters=TextParameters(2_614_341_888, 589_826_304, 77_865_984),
     text_is_padded=True,
     geometry=_geometry,
     variant=_variant,

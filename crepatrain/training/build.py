@@ -16,6 +16,7 @@ from crepatrain.config.resolved import ResolvedCrepa, ResolvedLayerSync
 from crepatrain.config.sources import BASE_KEY, expect_parts, fetch, local_folder
 from crepatrain.errors import UserError
 from crepatrain.families import get_family
+from crepatrain.families.autoencoders import tile_vae
 from crepatrain.families.base import CutCaption, Family
 from crepatrain.placement.precision import encoding_dtype, weights_dtype
 from crepatrain.placement.quantizing import load_quantized, quantize_blocks
@@ -23,6 +24,7 @@ from crepatrain.training.diffusion import FlowMatching
 from crepatrain.training.loading import loading
 from crepatrain.training.lora import add_configured_lora, leave_casts_to_autocast
 from crepatrain.training.step import CrepaForward, CrepaTerm, LayerSyncTerm
+from crepatrain.training.text_encoders import TextEncoding
 
 _ENCODER_FILES = ("*.json", "*.safetensors")
 _ADDED_TOKENS = 16  # at most, by a tokenizer or a template, to a caption
@@ -138,7 +140,15 @@ def build_vae(plan: Plan, family: Family, device: torch.device) -> Any:
     folder = model_folder(plan)
     with loading(folder, (plan.variant.vae,)):
         vae = family.load_vae(str(folder), getattr(torch, plan.config.diffusion.vae_dtype))
+    if plan.config.diffusion.vae_tiling:
+        tile_vae(vae)
     return vae.to(device)
+
+
+def text_encoding(plan: Plan) -> TextEncoding:
+    """How the config has text encoders held."""
+    loop = plan.config.loop
+    return TextEncoding(loop.text_encoder_offload, loop.text_encoder_quantization)
 
 
 def build_image_encoder(plan: Plan, family: Family, device: torch.device) -> Any:

@@ -87,6 +87,7 @@ STEPS = (
             Group("Optimizer", ("optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps")),
             Group("Step", ("train_batch_size", "gradient_accumulation_steps", "mixed_precision", "gradient_checkpointing")),
             Group("Memory", ("memory", "base_quantization", "block_offload", "checkpoint_offload", "nested_checkpointing")),
+            Group("Encoders", ("text_encoder_offload", "text_encoder_quantization", "vae_dtype", "vae_tiling"), folded=True),
             Group(
                 "More of the run",
                 (
@@ -114,7 +115,7 @@ STEPS = (
                 ),
                 folded=True,
             ),
-            Group("Noise levels", ("timestep_sampling", "logit_mean", "logit_std", "flow_shift", "vae_dtype"), folded=True),
+            Group("Noise levels", ("timestep_sampling", "logit_mean", "logit_std", "flow_shift"), folded=True),
             Group("Hugging Face hub", ("push_to_hub", "hub_model_id", "hub_private_repo"), folded=True),
         ),
     ),

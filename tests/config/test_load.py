@@ -264,6 +264,9 @@ def test_a_misspelt_key_is_answered_with_the_one_meant(key, ours):
         ("gradient_checkpointing_cpu_offload", "checkpoint_offload"),
         ("enable_activation_offloading", "checkpoint_offload"),
         ("activation_checkpointing", "gradient_checkpointing"),
+        ("fp8_t5", "text_encoder_quantization"),
+        ("text_encoder_1_precision", "text_encoder_quantization"),
+        ("vae_enable_tiling", "vae_tiling"),
         # however it is spelt
         ("--network-dim", "lora_rank"),
         ("Rank", "lora_rank"),

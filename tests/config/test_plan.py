@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from crepatrain.config import memory_checks
 from crepatrain.config.plan import read_plan
+from crepatrain.config.summary import summarize
 from crepatrain.errors import Problem
 from crepatrain.specs import FAMILIES
 
@@ -299,6 +301,18 @@ def test_blocks_in_host_memory_are_frozen_and_computed_again(plan, problems):
     [problem] = problems(block_offload=4, model_type="full")
     assert "model_type=full trains all of them" in problem.what
     assert problem.keys == ("block_offload", "model_type")
+
+
+def test_how_encoders_are_held_is_said_where_it_is_not_the_default(plan, problems, monkeypatch):
+    assert plan().config.loop.text_encoder_offload == "auto"
+    assert "encoders" not in dict(summarize(plan()))
+    changed = plan(text_encoder_offload=True, text_encoder_quantization="int8", vae_tiling=True)
+    for words in ("blocks in int8", "blocks in host memory", "VAE in tiles"):
+        assert words in dict(summarize(changed))["encoders"]
+    monkeypatch.setattr(memory_checks, "find_spec", lambda _name: None)
+    [problem] = problems(text_encoder_quantization="nf4")
+    assert "bitsandbytes is not installed" in problem.what
+    assert problem.keys == ("text_encoder_quantization",)
 
 
 def test_a_ring_that_saves_nothing_is_noted(plan):

@@ -1,5 +1,6 @@
 """A stage of a run on tensors without values: what it holds is what it holds with them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crepatrain.errors import UserError
 from crepatrain.memory import stages
 from crepatrain.memory.account import StorageAccount
+from crepatrain.placement.inference import weights_bytes
+from crepatrain.placement.quantizing import quantize_text_model
 from crepatrain.specs import FAMILIES
 from crepatrain.training import build
 
@@ -134,6 +137,37 @@ def test_parts_weigh_what_they_weigh(plan_of):
     assert found["adapter"] == weigh(adapter)
     steps = 512 * (len(adapter) + 1)  # AdamW counts them, one number each, and keeps a scalar that says whether to move
     assert found["optimizer"] == 2 * weigh(adapter) + steps
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", ["none", "int8", "nf4"])
+def test_a_text_encoder_weighs_what_it_weighs_on_the_device(plan_of, family, how):
+    """Of a folder by its own models, and of a released one by what is known of it."""
+    plan = plan_of(family, text_encoder_quantization=how, text_encoder_offload=False)
+    made = build.build_family(plan)
+    models = made.text_models(made.load_text_encoder(plan.config.model.pretrained_model_name_or_path, torch.bfloat16))
+    for model in models:
+        quantize_text_model(model, how, torch.device("cpu"))
+    assert stages.text_stage(plan).allocated == weights_bytes(models)
+    known = replace(plan.checkpoint, origin="package")
+    weights = {
+        offload: stages.text_stage(
+            replace(plan, config=plan.config.changed(text_encoder_offload=offload), checkpoint=known)
+        ).allocated
+        for offload in (False, True, "auto")
+    }
+    bits = {"none": 2, "int8": 1, "nf4": 0.56}[how]
+    sizes = plan.spec.text_parameters
+    assert weights[False] == pytest.approx(2 * sizes.outside + bits * (sizes.total - sizes.outside), rel=0.01)
+    assert weights[True] == weights["auto"] == pytest.approx(2 * sizes.outside + 2 * bits * sizes.largest, rel=0.01)
+
+
+def test_tiles_need_less_memory(plan_of):
+    """Whatever is encoded and decoded in them: both stages are those of a run with such a VAE."""
+    changes = {"crepa_enabled": False, "height": 512, "width": 512, "num_frames": 1}
+    for stage in (stages.caching_stage, stages.sampling_stage):
+        whole, tiled = (plan_of(**changes, vae_tiling=tiling) for tiling in (False, True))
+        assert stage(tiled, bucket_of(tiled)).peak < 0.7 * stage(whole, bucket_of(whole)).peak
 
 
 def test_nabla_has_no_estimate_and_says_so(plan_of):

@@ -122,6 +122,14 @@ def test_autocast_decides_the_data_type_that_is_computed_in(how):
         assert module(torch.randn(3, 64)).dtype is torch.bfloat16  # as of a norm on CUDA
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (64, 96), (6, 5), (96, 128)])
+def test_nf4_holds_rows_that_end_inside_a_block(shape):
+    torch.manual_seed(1)
+    plain = torch.nn.Linear(shape[1], shape[0], bias=False)
+    error = (Nf4Linear(plain).dequantized() - plain.weight).norm() / plain.weight.norm()
+    assert error < 0.12
+
+
 def test_nf4_is_bitsandbytes_own_to_the_bit():
     from bitsandbytes.nn import Linear4bit, Params4bit
 

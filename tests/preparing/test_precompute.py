@@ -74,6 +74,34 @@ def test_other_models_precisions_and_lengths_have_other_entries(planned):
     assert len(set().union(*keys)) == sum(map(len, keys))
 
 
+def test_what_changes_an_entry_is_in_its_name_and_what_does_not_is_not(planned):
+    of = {"family": "wan", "size": "tiny-i2v"}
+    *_, plain = planned(**of)
+    *_, offloaded = planned(**of, text_encoder_offload=True)
+    assert names(offloaded) == names(plain)
+    *_, quantized = planned(**of, text_encoder_quantization="int8")
+    *_, further = planned(**of, text_encoder_quantization="nf4")
+    for one, other in ((quantized, plain), (further, plain), (quantized, further)):
+        assert set(one.text.values()).isdisjoint(other.text.values())
+    assert names(quantized)[0] == names(plain)[0]
+    *_, tiled = planned(**of, vae_tiling=True)
+    assert dict(tiled.text) == dict(plain.text)
+    assert set(tiled.latents.values()).isdisjoint(plain.latents.values())
+    assert set(tiled.image.values()).isdisjoint(plain.image.values())
+
+
+def test_an_encoder_in_host_memory_fills_the_same_cache(planned, tmp_path):
+    stored = []
+    for offload in (False, True):
+        plan, _, caches = planned(cache_dir=str(tmp_path / str(offload)), text_encoder_offload=offload, max_windows_per_clip=1)
+        fill_caches(context_of(plan), caches)
+        stored.append({caption: caches.store.read("text", key) for caption, key in caches.text.items()})
+    resident, away = stored
+    assert resident.keys() == away.keys()
+    for caption, text in resident.items():
+        assert all(torch.equal(away[caption][name], tensor) for name, tensor in text.items())
+
+
 def test_what_an_image_encoder_saw_in_another_precision_is_another_entry(planned):
     """As captions are: encoders run in bf16 on a GPU and in fp32 on a CPU."""
     *_, here = planned("wan", "tiny-i2v")
