@@ -1,5 +1,10 @@
 """What `memory: auto` and `block_offload: auto` choose: the settings that cost the least time of those that fit."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,3 +160,20 @@ def test_what_would_fit_is_said_of_a_config_that_does_not(plan_of):
     assert "the least" in screen.lists["for 0 GB"]["needed"]
     assert fits(plan, [bucket_of(plan)], estimate, 1.0, screen)
     assert len(screen.lists) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "frames", "size"), [("wan2.1-1.3b", 49, 12), ("ltx-2b", 49, 8)])
+def test_cells_of_the_table_of_cards_are_as_committed(model: str, frames: int, size: int) -> None:
+    root = Path(__file__).parents[2]
+    code = (
+        "import cards, json, sys; model, frames, size = sys.argv[1], *map(int, sys.argv[2:]); "
+        "found = cards.choices(model, frames, [size])[size]; print(json.dumps([cards.cell(found), found.peak / (1 << 30)]))"
+    )
+    command = [sys.executable, "-c", code, model, str(frames), str(size)]
+    env = os.environ | {"PYTHONPATH": f"{root}:{root / 'benchmarks'}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True)
+    settings, peak = json.loads(done.stdout.splitlines()[-1])
+    rows = json.loads((root / "benchmarks" / "results" / "cards.json").read_text(encoding="utf-8"))["rows"]
+    [row] = [row for row in rows if (row["model"], row["frames"], row["GB"]) == (model, frames, size)]
+    assert (settings, peak) == (row["settings"], pytest.approx(row["peak GiB"], rel=1e-6))
