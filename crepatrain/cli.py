@@ -307,20 +307,10 @@ def sample(
         typer.Option(help="Folder or hub id of the base, instead of the one that the recipe names.", show_default=False),
     ] = None,
     base_quantization: Annotated[
-        Literal["none", "int8", "fp8", "nf4"],
-        typer.Option(help="Hold the weights of the transformer's blocks in fewer bits, whatever they were trained in."),
+        Literal["none", "int8", "fp8", "nf4"], typer.Option(help="Of the transformer's blocks.")
     ] = "none",
-    text_encoder_offload: Annotated[
-        bool | None,
-        typer.Option(help="Leave the text encoder's blocks in host memory. Default: where they do not fit.", show_default=False),
-    ] = None,
-    text_encoder_quantization: Annotated[
-        Literal["none", "int8", "nf4"] | None,
-        typer.Option(help="Bits of the text encoder's weights. Default: as in training.", show_default=False),
-    ] = None,
-    vae_tiling: Annotated[
-        bool | None, typer.Option(help="Decode in overlapping tiles. Default: as in training.", show_default=False)
-    ] = None,
+    text_encoder_quantization: Annotated[Literal["none", "int8", "nf4"] | None, typer.Option(help="Default: as trained.")] = None,
+    vae_tiling: Annotated[bool | None, typer.Option(help="Decode in tiles. Default: as in training.", show_default=False)] = None,
     output: Annotated[Path | None, typer.Option(help="File to write, an .mp4.", show_default=False)] = None,
 ) -> None:
     """Make a video with an adapter, and beside it one without the adapter, from the same seed."""
@@ -343,7 +333,6 @@ def sample(
             base=base,
             output=output,
             base_quantization=base_quantization,
-            text_encoder_offload=text_encoder_offload,
             text_encoder_quantization=text_encoder_quantization,
             vae_tiling=vae_tiling,
         )

@@ -1,7 +1,7 @@
 """Placing models that only compute forward: as a whole where they fit, otherwise with the blocks' weights in host memory.
 
-A ring of blocks brings the weights to the device ahead of their use, as it does in training: what is computed stays the same to the
-bit. All else of a model, as the table of a text encoder's words, is on the device.
+A ring of blocks brings the weights to the device ahead of their use, as it does in training: what is computed stays the same to
+the bit. All else of a model, as the table of a text encoder's words, is on the device.
 """
 
 import contextlib
