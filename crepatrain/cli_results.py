@@ -121,10 +121,6 @@ def sample(
         Literal["none", "int8", "fp8", "nf4"],
         typer.Option(help="Hold the weights of the transformer's blocks in fewer bits, whatever they were trained in."),
     ] = "none",
-    text_encoder_offload: Annotated[
-        bool | None,
-        typer.Option(help="Leave the text encoder's blocks in host memory. Default: where they do not fit.", show_default=False),
-    ] = None,
     text_encoder_quantization: Annotated[
         Literal["none", "int8", "nf4"] | None,
         typer.Option(help="Bits of the text encoder's weights. Default: as in training.", show_default=False),
@@ -154,7 +150,6 @@ def sample(
             base=base,
             output=output,
             base_quantization=base_quantization,
-            text_encoder_offload=text_encoder_offload,
             text_encoder_quantization=text_encoder_quantization,
             vae_tiling=vae_tiling,
         )

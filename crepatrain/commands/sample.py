@@ -60,7 +60,6 @@ class SampleOptions:
     base: str | None = None
     output: Path | None = None
     base_quantization: Quantization = "none"
-    text_encoder_offload: bool | None = None
     text_encoder_quantization: TextQuantization | None = None
     vae_tiling: bool | None = None
 
@@ -205,7 +204,7 @@ def _held(options: SampleOptions, text_quantization: TextQuantization, *, tiled:
         if how == "nf4" and find_spec("bitsandbytes") is None:
             raise UserError(f"{option} nf4: bitsandbytes is not installed", 'run pip install "crepatrain[8bit]", or use int8')
     return Held(
-        TextEncoding("auto" if options.text_encoder_offload is None else options.text_encoder_offload, text),
+        TextEncoding(quantization=text),
         tiled if options.vae_tiling is None else options.vae_tiling,
         options.base_quantization,
     )
