@@ -5,8 +5,8 @@ the bit. All else of a model, as the table of a text encoder's words, is on the 
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -52,15 +52,12 @@ def is_offloaded(setting: bool | Literal["auto"], models: Sequence[nn.Module], d
     return not fits(models, device) if setting == "auto" else setting
 
 
-def place_frozen(
-    models: Sequence[nn.Module], device: torch.device, *, offload: bool, move: Callable[[torch.device], Any] | None = None
-) -> None:
-    """Put models that are not trained on a device, from which their tensors may be missing.
+def place_frozen(models: Sequence[nn.Module], device: torch.device, *, offload: bool) -> None:
+    """Put models that are not trained on a device.
 
     Args:
         models: on the CPU, each with all its weights.
         offload: whether the blocks' weights stay in host memory, pinned where the system has that much of it.
-        move: brings everything that the blocks' weights are no part of to the device; by default the models' own `to`.
     """
     with contextlib.ExitStack() as apart:
         if offload:
@@ -68,5 +65,5 @@ def place_frozen(
                 model.requires_grad_(False)
                 for blocks in block_lists(model):
                     apart.enter_context(BlockRing(list(blocks), device, must_pin=False).apart())
-        for step in [move] if move else [model.to for model in models]:
-            step(device)
+        for model in models:
+            model.to(device)

@@ -185,6 +185,8 @@ def test_an_exported_adapter_says_how_it_was_trained(fake_run):
         "base_dtype": "float32",
         "resolutions": [[64, 96]],
         "quant": None,
+        "text_quant": None,
+        "vae_tiling": False,
         "prompt_template_id": "WanPipeline",
         "aspect_buckets": False,
         "frames": 9,
