@@ -213,6 +213,14 @@ def test_host_memory_is_one_address_space(monkeypatch):
     assert [len(span) for span, _ in memory.spans(60, 130)] == [4, 64, 62]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU pins memory")
+def test_memory_that_is_not_pinned_is_taken_where_it_will_do():
+    with pytest.raises(RuntimeError):
+        list(HostMemory(100, pinned=True).spans(0, 100))
+    ((span, start),) = HostMemory(100, pinned=True, must_pin=False).spans(0, 100)
+    assert (len(span), start, span.is_pinned()) == (100, 0, False)
+
+
 @pytest.mark.parametrize(("depth", "count"), [(10, 1), (10, 3), (40, 17), (7, 7)])
 def test_streamed_blocks_are_spread(depth, count):
     chosen = streamed(depth, count)
