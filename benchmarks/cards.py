@@ -1,4 +1,4 @@
-"""Which models train on which cards, and with which settings, as docs/memory.md shows it.
+"""Which models train on which cards, and with which settings: what `memory: auto` chooses.
 
 The estimate of the training step alone, on tensors without values: no GPU and no weights are needed.
 """
@@ -6,7 +6,6 @@ The estimate of the training step alone, on tensors without values: no GPU and n
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from common import RESULTS, write
@@ -19,9 +18,7 @@ from crepatrain.memory.cards import CARDS, usable
 from crepatrain.memory.choosing import Choice, Chooser
 from crepatrain.specs import FAMILIES
 
-PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
 RESULT = RESULTS / "cards.json"
-BEGIN, END = "<!-- what fits, by benchmarks/cards.py -->\n", "<!-- end of what fits -->\n"
 MODELS: Mapping[str, str] = {
     "wan2.1-1.3b": "Wan 2.1 1.3B",
     "wan2.2-5b": "Wan 2.2 5B",
@@ -104,9 +101,7 @@ def main() -> None:
         known = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.is_file() else []
         rows = [row for row in known if row["model"] != name] + rows_of(name)
         write("cards", "python benchmarks/cards.py", rows)
-        page = PAGE.read_text(encoding="utf-8")
-        before, rest = page.split(BEGIN)
-        PAGE.write_text(before + BEGIN + tables(rows) + END + rest.split(END)[1], encoding="utf-8")
+        print(tables(rows))
 
 
 if __name__ == "__main__":

@@ -44,28 +44,8 @@ def test_every_shipped_config_is_a_plan_without_a_download(path, clips):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*gb.json")), ids=lambda path: path.stem)
-def test_a_config_for_a_card_fits_it(path, clips):
-    """By the committed estimates, of which a test of the estimate works out some again."""
-    plan = read_plan(path, ["--train_data", str(clips)], online=False)
-    size = int(re.search(r"(\d+)gb$", path.stem)[1])
-    model = next(
-        name for name, shapes in plan.spec.released.items() if shapes.repo == plan.config.model.pretrained_model_name_or_path
-    )
-    row = cards()[model.replace("wan2.2-a14b", "wan2.1-14b"), plan.config.data.num_frames, size]
-    assert row["settings"] != "no"
-    assert (plan.size[1:], plan.config.loop.memory, plan.config.lora.lora_rank) == ((480, 832), "auto", 32)
-    assert plan.open_keys == MEMORY_KEYS
-
-
-def cards() -> dict[tuple[str, int, int], dict]:
-    rows = json.loads((ROOT / "benchmarks" / "results" / "cards.json").read_text(encoding="utf-8"))["rows"]
-    return {(row["model"], row["frames"], row["GB"]): row for row in rows}
-
-
-def test_the_table_of_cards_is_the_committed_one():
-    lines = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8").splitlines()
-    for (_model, _frames, size), row in cards().items():
-        assert any(row["settings"] in line for line in lines if line.startswith("| ")), (size, row)
+def test_a_config_for_a_card_leaves_the_choice_to_it(path, clips):
+    assert read_plan(path, ["--train_data", str(clips)], online=False).open_keys == MEMORY_KEYS
 
 
 def test_every_family_and_task_has_a_config():
