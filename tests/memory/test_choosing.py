@@ -61,6 +61,7 @@ def test_block_offload_alone_is_the_smallest_number_that_fits(plan_of):
 USUAL = {"block_offload": 0, "checkpoint_offload": False, "nested_checkpointing": False, "base_quantization": "none"}
 
 
+@pytest.mark.slow
 def test_the_cheapest_in_time_comes_first(plan_of):
     plan, depth = plan_of(memory="auto"), plan_of().geometry.depth
     assert plan.open_keys == MEMORY_KEYS
@@ -83,6 +84,7 @@ def test_the_cheapest_in_time_comes_first(plan_of):
     assert within(1) == USUAL | rungs[-1], "the rehearsal says that nothing fits"
 
 
+@pytest.mark.slow
 def test_what_is_set_stays(plan_of):
     plan = plan_of(
         memory="auto", gradient_checkpointing=True, block_offload=0, checkpoint_offload=False, nested_checkpointing=False
@@ -106,6 +108,7 @@ def test_what_can_not_be_is_not_chosen(plan_of):
     assert within(1)["nested_checkpointing"] is False
 
 
+@pytest.mark.slow
 def test_a_machine_without_the_host_memory_quantises(plan_of):
     plan = plan_of(memory="auto", mixed_precision="bf16", gradient_checkpointing=True)
     depth = plan.geometry.depth
@@ -121,6 +124,7 @@ def test_a_machine_without_the_host_memory_quantises(plan_of):
     assert (least["block_offload"], least["checkpoint_offload"]) == (0, False), "nothing of it has room on the host"
 
 
+@pytest.mark.slow
 def test_cards_share_what_was_estimated(plan_of, monkeypatch):
     plan, made = plan_of(), []
 
@@ -135,6 +139,7 @@ def test_cards_share_what_was_estimated(plan_of, monkeypatch):
     assert len(made) == 8, "three ways to checkpoint, inputs in host memory, parts alone, and the same with int8"
 
 
+@pytest.mark.slow
 def test_it_says_what_it_chose_and_what_that_costs(plan_of):
     plan, screen = plan_of(memory="auto"), Listening()
     choose_memory(plan, bucket_of(plan), 1, None, screen)
@@ -158,6 +163,7 @@ def test_without_an_estimate_it_says_so(plan_of):
         assert fix in raised.value.problems[0].fix
 
 
+@pytest.mark.slow
 def test_what_would_fit_is_said_of_a_config_that_does_not(plan_of):
     plan, screen = plan_of(), Listening()
     depth = plan.geometry.depth
