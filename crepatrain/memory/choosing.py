@@ -107,10 +107,15 @@ class Chooser:
             UserError: the model's step can't run on fake tensors.
         """
         refused: list[Choice] = []
+        short_of_host = False
         for config, offloads in self._settings():
             inputs = inputs_on_host(replace(self._plan, config=config), self._bucket)
             lacks_host = "checkpoint_offload" in self._open and host is not None and inputs > host
+            short_of_host |= lacks_host
             if lacks_host or (not offloads and self._needs_more(config, room)):
+                continue
+            quantises = "base_quantization" in self._open and config.loop.base_quantization != "none"
+            if quantises and not short_of_host:
                 continue
             stages, sizes = self._estimated(config)
             before = config.loop.block_offload
@@ -120,6 +125,7 @@ class Chooser:
                 # The buffers hold as many blocks as there are of them.
                 several = range(BUFFERS + 1, sizes.depth + 1)
                 numbers = [n for n in several if host is None or sizes.on_host(n) + inputs <= host] or [0]
+                short_of_host |= len(numbers) < len(several)
             peaks = {n: max(sizes.changed(stage, before, n).peak for stage in stages) for n in numbers}
             count = next((n for n in numbers if peaks[n] <= room), numbers[-1])
             values = {key: count if key == "block_offload" else config.value(key) for key in _USUAL if key in self._open}
