@@ -65,5 +65,6 @@ def encode_prompts(
         texts: Sequence[dict[str, Tensor]] = [family.encode_text(encoder, [prompt])[0], family.encode_negative(encoder, negative)]
     del encoder
     free_memory()
-    text, other = (family.collate_text([{name: tensor.to(device) for name, tensor in one.items()}]) for one in texts)
-    return family.text_arguments(text, other)
+    # Collated on the host, as the masks that it makes are there.
+    text, other = (family.collate_text([{name: tensor.cpu() for name, tensor in one.items()}]) for one in texts)
+    return {name: tensor.to(device) for name, tensor in family.text_arguments(text, other).items()}
