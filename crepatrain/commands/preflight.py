@@ -1,6 +1,5 @@
 """Every clip as it would be trained, before anything is: in words, as JSON, and on a page."""
 
-import contextlib
 import csv
 import json
 from collections import Counter
@@ -55,11 +54,10 @@ def preflight(
         if sheet:
             sheet.add(frames)
 
-    with sheet or contextlib.nullcontext():
-        rows = inspect(context, dataset, each)
+    rows = inspect(context, dataset, each)
+    if sheet:
         notes = [f"{refusal.path}: left out, {refusal.reason}" for refusal in dataset.refused]
-        if sheet:
-            sheet.write(", ".join(str(each.path) for each in plan.datasets), rows, notes)
+        sheet.write(", ".join(str(dataset.path) for dataset in plan.datasets), rows, notes)
     if missing:
         _write_missing(missing, uncaptioned)
     _say(rows, dataset, uncaptioned, screen)

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from crepatrain.adapters.recipe import SCHEMA, public_name
 from crepatrain.config.data_section import DataConfig
 from crepatrain.config.datasets import read_datasets
 from crepatrain.config.fields import Quantization, TextQuantization
+from crepatrain.config.memory_checks import check_package
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.config.sources import BASE_KEY, read_checkpoint
 from crepatrain.data.encode import grid_video, write_video
@@ -201,8 +201,8 @@ def _held(options: SampleOptions, text_quantization: TextQuantization, *, tiled:
     """
     text = options.text_encoder_quantization or text_quantization
     for option, how in (("--base-quantization", options.base_quantization), ("--text-encoder-quantization", text)):
-        if how == "nf4" and find_spec("bitsandbytes") is None:
-            raise UserError(f"{option} nf4: bitsandbytes is not installed", 'run pip install "crepatrain[8bit]", or use int8')
+        if problems := check_package(f"{option} {how}", how):
+            raise UserError.of(problems)
     return Held(
         TextEncoding(quantization=text),
         tiled if options.vae_tiling is None else options.vae_tiling,

@@ -1,7 +1,7 @@
 """What can be wrong with the datasets that a config names, and with the windows that their clips are cut into."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from crepatrain.config.datasets import DATASETS_FILES, LISTS, NamedDataset
 from crepatrain.config.resolved import ResolvedData
@@ -36,18 +36,14 @@ def check_windows(data: ResolvedData, datasets: Sequence[NamedDataset], geometry
     problems = _wrong_size("", frames, height, width, geometry)
     for size in data.aspect_buckets if isinstance(data.aspect_buckets, list) else ():
         problems += _wrong_size(f"aspect_buckets={size}: ", _legal(frames, geometry), size[0], size[1], geometry)
-    problems += [problem for each in _lengths(data) for problem in _wrong_length(each, data, geometry)]
+    for length in data.frame_buckets if isinstance(data.frame_buckets, list) else ():
+        problems += _wrong_length(length, data, geometry)
     for dataset in datasets:
         own = dataset.config
         if own.num_frames or own.height or own.width:
             sizes = (own.num_frames or _legal(frames, geometry), own.height or height, own.width or width)
             problems += _wrong_size(f"{dataset.where}: ", *sizes, geometry)
     return problems
-
-
-def _lengths(data: ResolvedData) -> Iterator[int]:
-    if isinstance(data.frame_buckets, list):
-        yield from data.frame_buckets
 
 
 def _wrong_length(frames: int, data: ResolvedData, geometry: Geometry) -> list[Problem]:

@@ -75,15 +75,21 @@ def check_quantization(config: ResolvedConfig) -> list[Problem]:
         reason = "every block's weights would be held in full until the backward pass"
         fix = f"set gradient_checkpointing to true, {leave}"
         problems.append(Problem(f"{what} with gradient_checkpointing=false: {reason}", fix, keys))
-    if how == "nf4" and find_spec("bitsandbytes") is None:
-        fix = 'run pip install "crepatrain[8bit]", or use int8'
-        problems.append(Problem(f"{what}: bitsandbytes is not installed", fix, ("base_quantization",)))
-    return problems
+    return problems + check_package(what, how, "base_quantization")
 
 
 def check_text_encoder(config: LoopConfig) -> list[Problem]:
     """What keeps a text encoder in 4 bits is a package of its own."""
-    if config.text_encoder_quantization != "nf4" or find_spec("bitsandbytes"):
+    how = config.text_encoder_quantization
+    return check_package(f"text_encoder_quantization={how}", how, "text_encoder_quantization")
+
+
+def check_package(what: str, how: str, *keys: str) -> list[Problem]:
+    """The package that keeps weights in 4 bits is installed.
+
+    Args:
+        what: the setting, as a message names it; how: its value.
+    """
+    if how != "nf4" or find_spec("bitsandbytes"):
         return []
-    what, fix = "text_encoder_quantization=nf4: bitsandbytes is not installed", 'run pip install "crepatrain[8bit]", or use int8'
-    return [Problem(what, fix, ("text_encoder_quantization",))]
+    return [Problem(f"{what}: bitsandbytes is not installed", 'run pip install "crepatrain[8bit]", or use int8', keys)]

@@ -9,6 +9,7 @@ from crepatrain.config.plan import Plan
 from crepatrain.config.resolved import ResolvedConfig
 from crepatrain.data.buckets import Bucket
 from crepatrain.errors import UserError
+from crepatrain.memory.estimate import keys_in_words
 from crepatrain.memory.offload import BlockSizes, inputs_on_host
 from crepatrain.memory.stages import GIB, Stage, sampling_stage, training_stage
 from crepatrain.placement.ring import BUFFERS
@@ -216,8 +217,9 @@ def _settled(plan: Plan, values: Mapping[str, Any]) -> Plan:
 
 def _words(values: Mapping[str, Any]) -> str:
     """Settings for people, without those that are switched off."""
-    spoken = {key: value for key, value in values.items() if value not in (0, "none") or key == "gradient_checkpointing"}
-    return ", ".join(f"{key}: {str(value).lower()}" for key, value in spoken.items())
+    return keys_in_words(
+        {key: value for key, value in values.items() if value not in (0, "none") or key == "gradient_checkpointing"}
+    )
 
 
 def _gib(size: int) -> str:

@@ -169,7 +169,7 @@ def _offloads(
     also = "" if plan.config.loop.gradient_checkpointing else "gradient_checkpointing: true, "
     numbers = [count for count in (depth // 2, depth) if count > before]
     offloads = [(f"{also}block_offload: {count}", sizes.changed(checkpointed, before, count).peak) for count in numbers]
-    words = _words(_least_activations(plan.config.loop))
+    words = keys_in_words(_least_activations(plan.config.loop))
     if numbers and ("remedy", words) in found:
         offloads.append((f"{words}, block_offload: {depth}", sizes.changed(found["remedy", words], before, depth).peak))
     return offloads
@@ -186,7 +186,8 @@ def _least_activations(loop: LoopConfig) -> dict[str, Any]:
     return {key: value for key, value in least.items() if values[key] != value}
 
 
-def _words(changes: Mapping[str, Any]) -> str:
+def keys_in_words(changes: Mapping[str, Any]) -> str:
+    """Keys with their values, as a config has them."""
     return ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
 
 
@@ -213,7 +214,7 @@ def remedies_of(plan: Plan, bucket: Bucket, *, everything: bool = False) -> dict
     config, found = plan.config, dict[str, tuple[ResolvedConfig, Bucket]]()
 
     def offer(**changes: Any) -> None:
-        found[_words(changes)] = (config.changed(**changes), bucket)
+        found[keys_in_words(changes)] = (config.changed(**changes), bucket)
 
     for less in {False: ("selective", True), "selective": (True,), True: ()}[config.loop.gradient_checkpointing]:
         offer(gradient_checkpointing=less)

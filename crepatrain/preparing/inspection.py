@@ -12,13 +12,10 @@ from torch import Tensor
 
 from crepatrain.config.plan import Plan
 from crepatrain.data.buckets import Window
-from crepatrain.data.clip import Unreadable
-from crepatrain.data.decode import FrameReader
-from crepatrain.data.watched import PATIENCE, Beat, read_ahead
-from crepatrain.errors import UserError
 from crepatrain.preparing.captions import read_captions
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.preflight import Dataset
+from crepatrain.preparing.window_frames import frames_of, read_windows
 from crepatrain.preparing.window_rows import WindowRow, window_rows
 from crepatrain.training.build import cut_captions
 
@@ -43,21 +40,13 @@ def inspect(
         UserError: a clip that can't be read any more.
         Stopped: a signal came.
     """
-    windows, reader = dataset.clips.windows, FrameReader()
-
-    def read(window: Window, beat: Beat) -> Tensor:
-        size = window.bucket.height, window.bucket.width
-        return reader.read(window.clip, window.frames, size, window.crop, beat)
-
+    windows = dataset.clips.windows
     seen: list[tuple[str, ...]] = []
     marks: list[np.ndarray] = []
     with context.screen.progress("looking at windows", len(windows)) as advance:
-        for window, reading in read_ahead(read, windows, at_once=_AHEAD):
+        for window, reading in read_windows(windows, at_once=_AHEAD):
             context.stop.check("nothing was changed")
-            try:
-                frames = reading.result(PATIENCE)
-            except (Unreadable, OSError) as error:
-                raise UserError(f"{window.path}: {error}", "put the clip back as it was, and run the command again") from error
+            frames = frames_of(window, reading)
             seen.append(pixel_warnings(frames))
             marks.append(mark(frames))
             each(window, frames)

@@ -13,11 +13,8 @@ from crepatrain.alignment.encoders import VisionEncoder
 from crepatrain.config.plan import Plan
 from crepatrain.data.buckets import Bucket, Window
 from crepatrain.data.cache import CacheStore, Kind, entry_key, pack_features
-from crepatrain.data.clip import Unreadable
-from crepatrain.data.decode import FrameReader
 from crepatrain.data.frames import as_video
 from crepatrain.data.loader import Sample
-from crepatrain.data.watched import PATIENCE, Beat, GivenUp, Watched, read_ahead
 from crepatrain.errors import UserError
 from crepatrain.families.base import Family
 from crepatrain.placement.placing import free_memory, within_memory
@@ -25,6 +22,7 @@ from crepatrain.placement.precision import encoding_dtype
 from crepatrain.preparing.context import Context
 from crepatrain.preparing.entries import Entry, EntryForms, missing_entries
 from crepatrain.preparing.preflight import Dataset, image_bytes, in_words, latents_bytes, teacher_bytes
+from crepatrain.preparing.window_frames import frames_of, read_windows
 from crepatrain.training.build import (
     build_encoder,
     build_family,
@@ -274,15 +272,10 @@ def _fill_video(context: Context, caches: Caches, without: Collection[tuple[Kind
     _check_disk(context, caches, missing)
     encode = _Encoders.load(context, dataset, missing)
     progress = context.screen.progress("encoding clips", len(windows))
-    reader = FrameReader()
-
-    def read(window: Window, beat: Beat) -> Tensor:
-        return reader.read(window.clip, window.frames, (window.bucket.height, window.bucket.width), window.crop, beat)
-
     with progress as advance:
-        for window, reading in read_ahead(read, windows, at_once=1 + _DECODED_AHEAD):
+        for window, reading in read_windows(windows, at_once=1 + _DECODED_AHEAD):
             stop.check(_KEPT)
-            frames = _frames_of(window, reading)
+            frames = frames_of(window, reading)
             if window in missing["latents"]:
                 store.write("latents", caches.latents[window], encode.latents(frames))
             if window in missing["image"]:
@@ -336,18 +329,6 @@ class _Encoders:
         seen = frames[list(grid.teacher_frames)].to(self.device).unsqueeze(0)
         features = self.vision(seen, self.plan.encoder_size(grid))
         return pack_features(features.values[0], self.plan.config.crepa.crepa_cache_dtype)
-
-
-def _frames_of(window: Window, reading: Watched[Tensor]) -> Tensor:
-    try:
-        return reading.result(PATIENCE)
-    except (Unreadable, OSError) as error:
-        raise UserError(f"{window.path}: {error}", "put the clip back as it was, and run the command again") from error
-    except GivenUp as error:
-        raise UserError(
-            f"{window.path}: nothing could be read of it for {PATIENCE:g} seconds",
-            "see whether its disk answers, or copy the clip to another one",
-        ) from error
 
 
 def _check_disk(context: Context, caches: Caches, missing: Mapping[Kind, Collection[Window]]) -> None:

@@ -61,7 +61,10 @@ def read_dataset(context: Context, key: Literal["train_data", "eval_data"] = "tr
         Stopped: a signal came; what was read of the clips is kept.
     """
     plan, screen, config = context.plan, context.screen, context.plan.config
-    datasets = plan.datasets if key == "train_data" else (dataset_at(config.validation.eval_data or ""),)
+    datasets = plan.datasets
+    if key == "eval_data":
+        assert config.validation.eval_data is not None
+        datasets = (dataset_at(config.validation.eval_data),)
     found = [(each, *read_captions(plan, each, key)) for each in datasets]
     captioned = [(clip, rule_of(plan, each, clip.part)) for each, _, captions in found for clip in captions.clips]
     problems = [problem for _, listed, _ in found for problem in listed.problems]

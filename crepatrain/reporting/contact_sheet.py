@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from types import TracebackType
 
 from PIL import Image
 from torch import Tensor
@@ -27,7 +26,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 
 class ContactSheet:
-    """A page that grows window by window, and is written where its context ends well.
+    """A page that grows window by window.
 
     Args:
         path: of the page; images of many windows go into a folder beside it, with the same name and `-windows`.
@@ -39,14 +38,8 @@ class ContactSheet:
         self._path, self._fps = path, fps
         self._beside = path.with_name(f"{path.stem}-windows") if windows > _INLINE else None
         self._images: list[tuple[str, str]] = []
-
-    def __enter__(self) -> "ContactSheet":
         if self._beside:
             self._beside.mkdir(parents=True, exist_ok=True)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
-        self._images.clear()
 
     def add(self, frames: Tensor) -> None:
         """Take the stills and the strip of the next window, [F, 3, H, W] uint8."""

@@ -19,6 +19,7 @@ from crepatrain.families.base import Family
 from crepatrain.families.reading import read_diffusers
 from crepatrain.placement.inference import is_offloaded, place_frozen, weights_bytes
 from crepatrain.placement.placing import free_memory
+from crepatrain.placement.precision import encoding_dtype
 from crepatrain.placement.quantizing import load_quantized
 from crepatrain.sampling.pipeline import call
 from crepatrain.screen import Screen
@@ -120,7 +121,7 @@ def open_pipeline(model: TrainedModel, device: torch.device, screen: Screen) -> 
         source = model.transformer if model.transformer and name == trained else folder / name
         if (model.transformer and name == trained) or model.held.base_quantization != "none":
             parts[name] = _load_transformer(model, source, device)
-    pipeline = getattr(diffusers, family.pipeline).from_pretrained(folder, torch_dtype=_dtype(device), **parts)
+    pipeline = getattr(diffusers, family.pipeline).from_pretrained(folder, torch_dtype=encoding_dtype(device), **parts)
     pipeline.set_progress_bar_config(disable=True)
     second = {"load_into_transformer_2": True} if family.variant.expert == "low" else {}
     for label, path in model.adapters.items():
@@ -154,17 +155,13 @@ def _transformers(model: TrainedModel) -> list[str]:
     return ["transformer", *(["transformer_2"] if has_part(model.family.checkpoint.model_index, "transformer_2") else [])]
 
 
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def _load_transformer(model: TrainedModel, folder: Path, device: torch.device) -> Any:
     """A transformer of the base's kind on the CPU, quantised as it is asked.
 
     Args:
         folder: of its files.
     """
-    family, how, dtype = model.family, model.held.base_quantization, _dtype(device)
+    family, how, dtype = model.family, model.held.base_quantization, encoding_dtype(device)
     if how == "none":
         return read_diffusers(family.transformer_class, str(folder.parent), folder.name, dtype)
     return load_quantized(family, str(folder.parent), dtype, how, device, stays=False, part=folder.name)
