@@ -1,6 +1,7 @@
 """What is seen of windows before they are trained."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from PIL import Image
 
 from crepatrain.config.plan import Plan, read_plan
 from crepatrain.data.decode import FrameReader
+from crepatrain.errors import UserError
+from crepatrain.preparing import window_frames
 from crepatrain.preparing.inspection import WindowRow, inspect, mark, pixel_warnings, without_caption
 from crepatrain.preparing.preflight import Dataset, read_dataset
 
@@ -116,3 +119,15 @@ def test_the_frames_are_those_that_are_trained(look, folder):
     for window, frames in zip(dataset.clips.windows, seen, strict=True):
         size = window.bucket.height, window.bucket.width
         assert torch.equal(frames, FrameReader().read(window.clip, window.frames, size, window.crop))
+
+
+def test_a_disk_that_does_not_answer_is_named(look, monkeypatch):
+    plan, dataset, _ = look()
+    answers = threading.Event()
+    monkeypatch.setattr(window_frames, "PATIENCE", 0.1)
+    monkeypatch.setattr(FrameReader, "read", lambda *_: answers.wait())
+    try:
+        with pytest.raises(UserError, match=r"nothing could be read of it for 0\.1 seconds"):
+            inspect(context_of(plan, Listening()), dataset)
+    finally:
+        answers.set()
